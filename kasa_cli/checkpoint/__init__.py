@@ -1,0 +1,1 @@
+"""The bytes: what checkpoints and adapters look like on disk."""

@@ -1,0 +1,1 @@
+"""One verb a file: options to plan to stages to report."""

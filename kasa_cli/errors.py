@@ -1,0 +1,110 @@
+"""The tree of what can go wrong, each leaf with the exit code that scripts rely on.
+
+    KasaError
+    ├── UsageError           2   the command line asks for something impossible
+    ├── InvalidInput         3   a file is corrupt, incomplete or not what it claims to be
+    ├── UnsafeInput          4   a file is refused as unsafe
+    ├── IntegrityError       5   bytes are not the bytes that were promised
+    ├── OutputExists         6   the output is there already
+    ├── Locked               7   another run holds the output
+    ├── ResourceError        8   disk, memory or permission
+    ├── NumericalError       9   a decomposition that cannot be trusted
+    └── NetworkError        10   the Hub cannot be reached, or refuses
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line; scripts treat an unknown one as a failure."""
+
+    DONE = 0
+    INTERNAL = 1
+    USAGE = 2
+    INVALID = 3
+    UNSAFE = 4
+    INTEGRITY = 5
+    EXISTS = 6
+    LOCKED = 7
+    RESOURCE = 8
+    NUMERIC = 9
+    NETWORK = 10
+    BELOW_STANDARD = 11
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+def printable(text: str) -> str:
+    """Escape every character a terminal could obey: a stranger's name stays a name.
+
+    >>> printable("layer\\x1b[2J")
+    'layer\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class KasaError(Exception):
+    """Anything kasa refuses, in one line: what, where, what to do.
+
+    >>> str(KasaError("truncated file", "model.safetensors", "download it again"))
+    'truncated file: model.safetensors: download it again'
+    """
+
+    exit_code = ExitCode.INTERNAL
+
+    def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
+        super().__init__(": ".join(printable(part) for part in (what, where, remedy) if part))
+
+
+class UsageError(KasaError):
+    """The command line asks for something impossible."""
+
+    exit_code = ExitCode.USAGE
+
+
+class InvalidInput(KasaError):
+    """A file is corrupt, incomplete or not what it claims to be."""
+
+    exit_code = ExitCode.INVALID
+
+
+class UnsafeInput(KasaError):
+    """A file is refused as unsafe."""
+
+    exit_code = ExitCode.UNSAFE
+
+
+class IntegrityError(KasaError):
+    """Bytes are not the bytes that were promised."""
+
+    exit_code = ExitCode.INTEGRITY
+
+
+class OutputExists(KasaError):
+    """The output is there already."""
+
+    exit_code = ExitCode.EXISTS
+
+
+class Locked(KasaError):
+    """Another run holds the output."""
+
+    exit_code = ExitCode.LOCKED
+
+
+class ResourceError(KasaError):
+    """Disk, memory or permission."""
+
+    exit_code = ExitCode.RESOURCE
+
+
+class NumericalError(KasaError):
+    """A decomposition that cannot be trusted."""
+
+    exit_code = ExitCode.NUMERIC
+
+
+class NetworkError(KasaError):
+    """The Hub cannot be reached, or refuses."""
+
+    exit_code = ExitCode.NETWORK

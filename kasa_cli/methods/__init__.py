@@ -1,0 +1,1 @@
+"""The choices: tables of pure functions."""

@@ -1,0 +1,1 @@
+"""The only place where bytes and maths meet, and the only loops over tensors."""

@@ -1,0 +1,1 @@
+"""Reports to terminal, JSON, CSV and Markdown."""
