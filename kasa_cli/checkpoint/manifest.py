@@ -1,0 +1,89 @@
+"""`kasa.manifest.json`: what was done, and the hash of every byte of it. No time, host or local path."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors
+import scipy
+import torch
+
+from kasa_cli import __version__
+from kasa_cli.checkpoint.durable import canonical_json, sha256_file
+from kasa_cli.checkpoint.staging import MANIFEST
+from kasa_cli.checkpoint.untrusted import parse_json, read_small
+from kasa_cli.errors import IntegrityError, InvalidInput
+
+SCHEMA = 1
+MAX_MANIFEST = 1_000_000_000
+
+
+def numeric_environment(threads_per_worker: int, device: str) -> dict[str, Any]:
+    """Everything beside input and options that the bytes of a decomposition depend on."""
+    return {
+        "blas": "mkl" if torch._C.has_mkl else "other",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "kasa": __version__,
+        "machine": platform.machine(),
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+        "scipy": scipy.__version__,
+        "threads_per_worker": threads_per_worker,
+        "torch": torch.__version__,
+    }
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """The canonical JSON of a manifest, with a digest over the rest of itself."""
+    digest = hashlib.sha256(canonical_json(dict(content))).hexdigest()
+    return canonical_json({**content, "digest": digest})
+
+
+def load(output: Path) -> dict[str, Any]:
+    """The manifest of an output, itself unaltered.
+
+    Raises:
+        InvalidInput: there is none.
+        IntegrityError: it is not as it was written.
+    """
+    path = output / MANIFEST
+    if not path.is_file():
+        raise InvalidInput(f"no {MANIFEST}: not a complete output of kasa", str(output))
+    raw = read_small(path, MAX_MANIFEST)
+    try:
+        content = parse_json(raw, path)
+    except InvalidInput as error:
+        raise IntegrityError("altered: no longer JSON", str(path)) from error
+    if not isinstance(content, dict) or "digest" not in content:
+        raise IntegrityError("altered: no digest in it", str(path))
+    if seal({key: value for key, value in content.items() if key != "digest"}) != raw:
+        raise IntegrityError("altered: its digest does not fit", str(path))
+    if content["schema"] != SCHEMA:
+        raise InvalidInput(
+            f"schema {content['schema']} is not known to this kasa", str(path), "use a newer kasa"
+        )
+    return content
+
+
+def file_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below a folder, by relative POSIX path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files
+    }
+
+
+def fingerprint(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """One hash of the originals of the tensors operated on: what a base must be to fit an adapter."""
+    lines = [
+        [name, one["dtype"], list(one["shape"]), one["input_sha256"]]
+        for name, one in sorted(tensors.items())
+        if "input_sha256" in one
+    ]
+    return hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,251 @@
+"""`kasa truncate`: drop the smallest singular components, write the base, a fresh KaSA adapter and the tail."""
+
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.checkpoint import manifest, peft
+from kasa_cli.checkpoint.durable import make_folder
+from kasa_cli.checkpoint.sheets import Sheet, base_sheets, copy_companions, write_index
+from kasa_cli.checkpoint.staging import Staging, check_apart, require_space
+from kasa_cli.linalg.rounding import ROUNDINGS
+from kasa_cli.methods import kasa
+from kasa_cli.pipeline import planning
+from kasa_cli.pipeline.adapters import write_adapter, write_tail
+from kasa_cli.pipeline.job import DTYPES, PARTS, Options, Where, check, recorded
+from kasa_cli.pipeline.measure import Measured, measure
+from kasa_cli.pipeline.operate import Surgeon, Written, write_base
+from kasa_cli.pipeline.papers import write_papers
+from kasa_cli.pipeline.planning import Plan
+from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
+from kasa_cli.report import PlanReport, TensorRow, TruncateReport
+
+__all__ = ["Options", "Where", "plan", "truncate"]
+
+
+def plan(where: Where, options: Options) -> PlanReport:
+    """What `truncate` would do, from headers alone.
+
+    Raises:
+        KasaError: whatever `truncate` would refuse before it reads a weight.
+    """
+    made = _plan(where, options)
+    targets = made.selection.targets
+    sheets = _sheets(made, options)
+    return PlanReport(
+        command="truncate",
+        model=where.model,
+        rank=options.rank,
+        truncation_rank=options.dropped,
+        tensors=targets,
+        skipped=made.selection.skipped,
+        totals={
+            "tensors_operated": len(targets),
+            "tensors_skipped": len(made.selection.skipped),
+            "bytes_to_write": _bytes_to_write(made, options, sheets),
+            "memory_bytes": planning.memory_needed(targets, options.num_workers),
+            "seconds": round(planning.seconds_needed(targets, options.num_workers), 1),
+        },
+        output={part: part in options.emit for part in PARTS},
+        notes=_notes(made, options),
+    )
+
+
+def truncate(
+    where: Where, output: Path, options: Options | None = None, watcher: Watcher | None = None
+) -> TruncateReport:
+    """Truncate a checkpoint into `output`, which appears only when it is complete.
+
+    Raises:
+        KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
+    """
+    options, watcher = options or Options(), watcher or Silent()
+    made = _plan(where, options)
+    device = planning.pick_device(options.device)
+    sheets = _sheets(made, options)
+    check_apart(output, [made.source.root])
+    require_space(output.parent, _bytes_to_write(made, options, sheets))
+    environment = manifest.numeric_environment(options.threads_per_worker, device.type)
+    job = _job(made, options, environment)
+    staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
+    with staging, blas_threads(options.threads_per_worker):
+        measured = measure(
+            made.checkpoint, made.selection.targets, staging, options.num_workers, device, watcher
+        )
+        written = _write_parts(made, options, sheets, staging, measured, watcher)
+        sealed = write_papers(made, options, staging, environment, (measured, written))
+        staging.publish()
+    return _report(where, output, options, made, (measured, written), sealed)
+
+
+def _plan(where: Where, options: Options) -> Plan:
+    check(options)
+    rule = kasa.COMPATS[options.compat]
+    made = planning.make_plan(
+        where, options.patterns, options.targets_from, lambda outs, ins: rule(options.dropped, outs, ins)
+    )
+    planning.require_rank(made.selection.targets, options.dropped, "the truncation rank")
+    if "adapter" in options.emit:
+        planning.require_rank(made.selection.targets, options.rank, "the rank")
+    return made
+
+
+def _sheets(made: Plan, options: Options) -> list[Sheet]:
+    """The files of the base; none when no base is asked for."""
+    if "base" not in options.emit:
+        return []
+    dtype = DTYPES[options.dtype]
+    changing = {t.name: dtype for t in made.selection.targets if dtype not in (None, t.dtype)}
+    return base_sheets(made.checkpoint, {k: v for k, v in changing.items() if v}, options.max_shard_size)
+
+
+def _bytes_to_write(made: Plan, options: Options, sheets: Sequence[Sheet]) -> int:
+    """Bytes of the output, and of the parts that wait for it."""
+    root, targets = made.checkpoint.root, made.selection.targets
+    sides = sum(sum(target.shape) for target in targets)
+    parts = sum(8 * target.dropped * sum(target.shape) for target in targets)
+    base = sum(sheet.form.size for sheet in sheets)
+    base += sum((root / name).stat().st_size for name in made.checkpoint.companions) if sheets else 0
+    adapter = 4 * options.rank * sides * ("adapter" in options.emit)
+    tail = 4 * options.dropped * sides * ("tail" in options.emit)
+    return parts + base + adapter + tail
+
+
+def _job(made: Plan, options: Options, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What the bytes of the output depend on: a run continues only the same job."""
+    headers = [[file, shard.identity.size] for file, shard in made.checkpoint.shards.items()]
+    return {
+        "command": "truncate",
+        "environment": dict(environment),
+        "inputs": headers,
+        "options": recorded(options),
+        "source": {"commit": made.source.commit, "repo": made.source.repo},
+        "targets": [asdict(target) for target in made.selection.targets],
+    }
+
+
+def _write_parts(
+    made: Plan,
+    options: Options,
+    sheets: list[Sheet],
+    staging: Staging,
+    measured: list[Measured],
+    watcher: Watcher,
+) -> list[Written]:
+    """Write what was asked for; what was written of the base."""
+    written: list[Written] = []
+    if sheets:
+        folder = staging.out / "base"
+        make_folder(folder)
+        by_name = {one.target.name: one for one in measured}
+        surgeon = Surgeon(made.checkpoint, staging, by_name, ROUNDINGS[options.rounding])
+        written = write_base(surgeon, sheets, folder, options.num_workers, watcher)
+        copy_companions(made.checkpoint, folder, options.dtype)
+        write_index(made.checkpoint, sheets, folder)
+    if "adapter" in options.emit:
+        write_adapter(made, options, staging, measured, watcher)
+    if "tail" in options.emit:
+        write_tail(made, staging, measured, watcher)
+    return written
+
+
+def _notes(made: Plan, options: Options) -> tuple[str, ...]:
+    """What a user should know before trusting the output to another tool."""
+    notes = [made.names.note] if made.names.note else []
+    if "adapter" in options.emit:
+        notes += peft.difficulties(made.selection.targets, made.checkpoint.config)
+        if options.dropped != options.rank or options.compat != "peft":
+            notes.append(
+                f"PEFT drops the {options.rank} smallest components of whatever base it loads this adapter on: "
+                "its base then differs from base/; load tail/ on the original instead where that matters"
+            )
+    if options.compat == "reference":
+        notes.append(
+            "compat reference: the published code's in_features - r rule; wide layers lose less or nothing"
+        )
+    if "tail" in options.emit and not any(target.dropped for target in made.selection.targets):
+        notes.append("nothing is dropped, so there is no tail/")
+    return tuple(notes)
+
+
+def _report(
+    where: Where,
+    output: Path,
+    options: Options,
+    made: Plan,
+    done: tuple[list[Measured], list[Written]],
+    sealed: bytes,
+) -> TruncateReport:
+    measured, written = done
+    outcomes = {one.name: one for one in written}
+    rows = tuple(_row(one, outcomes.get(one.target.name)) for one in measured)
+    tied = [row.name for row in rows if row.is_tied]
+    notes = [*_notes(made, options)]
+    if tied:
+        notes.append(
+            f"the cut falls on a tie in {len(tied)} tensors ({tied[0]}, …): another cut would be as good"
+        )
+    return TruncateReport(
+        command="truncate",
+        model=where.model,
+        rank=options.rank,
+        truncation_rank=options.dropped,
+        alpha=options.lora_alpha,
+        dtype=options.dtype,
+        rounding=options.rounding,
+        compat=options.compat,
+        tensors=rows,
+        skipped=made.selection.skipped,
+        totals=_totals(rows, measured, written, options),
+        output=_output(output, sealed),
+        notes=tuple(notes),
+    )
+
+
+def _row(one: Measured, written: Written | None) -> TensorRow:
+    found, outcome = one.facts, written.outcome if written else None
+    return TensorRow(
+        name=one.target.name,
+        module=one.target.module,
+        shape=one.target.shape,
+        dtype=one.target.dtype,
+        stored_dtype=written.dtype if written else one.target.dtype,
+        truncation_rank=one.target.dropped,
+        sigma_max=found.sigma_max,
+        sigma_min=found.sigma_min,
+        kappa=found.kappa,
+        sigma_cut=found.sigma_cut,
+        sigma_next=found.sigma_next,
+        dropped_energy=found.dropped_energy,
+        relative_error=outcome.relative_error if outcome else None,
+        realised=outcome.realised if outcome else None,
+        changed_fraction=outcome.changed_fraction if outcome else None,
+        rounding_error=outcome.rounding_error if outcome else None,
+        solver=found.solver,
+        residual=found.residual,
+        is_tied=found.is_tied,
+    )
+
+
+def _totals(
+    rows: Sequence[TensorRow], measured: list[Measured], written: list[Written], options: Options
+) -> dict[str, Any]:
+    realised = [row.realised for row in rows if row.realised is not None]
+    return {
+        "tensors_operated": len(rows),
+        "tensors_copied": sum(one.outcome is None for one in written),
+        "decompositions": sum(one.is_new for one in measured),
+        "decompositions_reused": sum(not one.is_new for one in measured),
+        "realised_min": min(realised, default=None),
+        "realised_median": statistics.median(realised) if realised else None,
+        "min_realised": options.min_realised,
+        "below_min_realised": sum(value < options.min_realised for value in realised),
+    }
+
+
+def _output(output: Path, sealed: bytes) -> dict[str, Any]:
+    found = {part: str(output / part) for part in PARTS if (output / part).is_dir()}
+    return {"directory": str(output), **found, "manifest_sha256": hashlib.sha256(sealed).hexdigest()}

@@ -1,0 +1,150 @@
+"""Both ends of the spectrum of a weight: its smallest singular triplets and its largest singular value.
+
+No full decomposition: a solver of `subspace` finds where the vectors lie, one Rayleigh-Ritz step on the weight
+itself reads the values off to the unit roundoff of float64, and the residual on the weight decides whether the
+next solver of the ladder is asked.
+
+Shapes: o = out_features, i = in_features, k = min(o, i), l = max(o, i), t = components dropped, p ≥ t.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from kasa_cli.errors import NumericalError
+from kasa_cli.linalg.frame import Frame, frame
+from kasa_cli.linalg.subspace import SOLVERS, Directions, ladder
+
+EPS = torch.finfo(torch.float64).eps
+ANGLE_TOLERANCE = 1e-7
+RESIDUAL_LIMIT = 1e-12
+"""What a solver that does not square must reach: some thousand times float64 roundoff."""
+NEXT_LIMIT = 1e-4
+"""Relative residual of the first pair kept: its value is in error by the square of it."""
+TIE = 1e-6
+"""A relative gap below this makes the cut arbitrary: the product is still a best one, the factors are not."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The t smallest singular triplets, largest of them first, and what is known around them.
+
+    `residual` is ‖M Mᵀ Z - Z S²‖_F / σ_max², measured on the weight in float64 (M: the weight or its transpose,
+    whichever is wide; Z: the vectors of its short side). `angle` estimates the sine between the space found and
+    the true one: the residual over the gap of squares (Davis and Kahan) for a solver that squares, float64
+    roundoff over the gap for one that does not. At a tie the gap counts as TIE.
+    """
+
+    U: Float64[Tensor, "o t"]
+    S: Float64[Tensor, " t"]
+    V: Float64[Tensor, "i t"]
+    sigma_max: float
+    sigma_min: float
+    sigma_next: float
+    frobenius: float
+    solver: str
+    residual: float
+    angle: float
+
+    @property
+    def sigma_cut(self) -> float | None:
+        """The largest component dropped; None when nothing is."""
+        return float(self.S[0]) if len(self.S) else None
+
+    @property
+    def kappa(self) -> float:
+        """σ_max over σ_min, infinite for a singular weight."""
+        return self.sigma_max / self.sigma_min if self.sigma_min > 0 else math.inf
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the last component dropped and the first one kept are the same to six digits."""
+        cut = self.sigma_cut
+        return cut is not None and self.sigma_next - cut <= TIE * self.sigma_next and cut > 0
+
+    @property
+    def dropped_energy(self) -> float:
+        """Sum of the squared dropped values over the sum of all; 0 for a zero weight."""
+        return float(self.S.square().sum()) / self.frobenius**2 if self.frobenius else 0.0
+
+
+def ends(W: Float[Tensor, "o i"], t: int) -> Ends:
+    """The t smallest singular triplets of W, and the extremes of its spectrum.
+
+    Values are within float64 roundoff of σ_max. Singular values under max(o, i)·ε·σ_max are zero and reported
+    as such; their vectors are then any orthonormal completion. Signs: the largest entry of each left vector is
+    positive.
+
+    Raises:
+        NumericalError: W is not finite, t is not below min(o, i), or no solver of the ladder converges.
+    """
+    if not 0 <= t < min(W.shape):
+        raise NumericalError(f"cannot drop {t} of {min(W.shape)} components")
+    M = frame(W)
+    found = None
+    for name in ladder(M.num_short, max(t, 1)):
+        directions = SOLVERS[name](M, max(t, 1))
+        if directions is None:
+            continue
+        found, next_residual = _read_off(M, directions, t)
+        is_sharp = found.angle <= ANGLE_TOLERANCE and next_residual <= NEXT_LIMIT
+        if is_sharp if directions.is_squared else found.residual <= RESIDUAL_LIMIT:
+            return found
+    raise NumericalError(
+        f"no solver reached a residual of {RESIDUAL_LIMIT}; the last: {found and found.residual}"
+    )
+
+
+def _read_off(M: Frame, directions: Directions, t: int) -> tuple[Ends, float]:
+    """Rayleigh and Ritz on the weight itself, inside the directions found; with the next pair's residual."""
+    p = directions.bottom.shape[1]
+    Y = M.transposed_product(torch.cat([directions.bottom, directions.top], dim=1))
+    sigma_max = float(torch.linalg.svdvals(Y[:, p:])[0])
+    X, S, Rh = torch.linalg.svd(Y[:, :p], full_matrices=False)
+    sigma_max = max(sigma_max, float(S[0]))
+    S = S.where(sigma_max * EPS * M.num_long < S, 0.0)
+    Z = directions.bottom @ Rh.T
+    residuals = _residuals(M, Z, S, X) / (sigma_max**2 or 1.0)
+    cut, following = max(p - max(t, 1), 0), max(p - t - 1, 0)
+    residual = float(torch.linalg.vector_norm(residuals[cut:]))
+    sines = residual if directions.is_squared else 4 * EPS
+    U, V = _oriented(M, Z[:, p - t :], X[:, p - t :])
+    found = Ends(
+        U=U,
+        S=S[p - t :] * M.scale,
+        V=V,
+        sigma_max=sigma_max * M.scale,
+        sigma_min=float(S[-1]) * M.scale,
+        sigma_next=float(S[following]) * M.scale,
+        frobenius=directions.frobenius * M.scale,
+        solver=directions.solver,
+        residual=residual,
+        angle=sines / _relative_gap(S[following], S[cut], sigma_max, 1 + directions.is_squared),
+    )
+    share = float(S[following] / sigma_max) ** 2 if sigma_max else 0.0
+    return found, float(residuals[following]) / share if share else 0.0
+
+
+def _residuals(M: Frame, Z: Tensor, S: Tensor, X: Tensor) -> Tensor:
+    """Column norms of M Mᵀ Z - Z S², with Mᵀ Z = X S."""
+    norms: Tensor = torch.linalg.vector_norm(M.product(X * S) - Z * S.square(), dim=0)
+    return norms
+
+
+def _relative_gap(kept: Tensor, cut: Tensor, sigma_max: float, power: int) -> float:
+    """The gap at the cut, of values or of squares, over that of σ_max; TIE of the kept one at the least."""
+    if sigma_max == 0 or float(cut) == 0:
+        return 1.0
+    high, low = float(kept / sigma_max) ** power, float(cut / sigma_max) ** power
+    return max(high - low, TIE * high)
+
+
+def _oriented(M: Frame, Z: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Short- and long-side vectors as (left, right) of the weight, with canonical signs."""
+    U, V = (X, Z) if M.is_transposed else (Z, X)
+    largest = U.gather(0, U.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(U)
+    return (U * sign).contiguous(), (V * sign).contiguous()

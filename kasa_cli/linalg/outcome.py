@@ -1,0 +1,61 @@
+"""What an operation came to, measured on the tensor that was stored.
+
+Shapes: o = out_features, i = in_features, t = components dropped, j = rows of a block.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from kasa_cli.linalg.rounding import Target
+
+ROWS = 512
+
+Stored = Callable[[int, int], Float[Tensor, "j i"]]
+"""Rows [start, stop) of the stored tensor."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Figures of one stored tensor Q against the original W and the exact target T.
+
+    `realised` is 1 - ‖Q V_d‖_F / ‖S_d‖₂ over the non-zero dropped components: 1 a complete cut, 0 none; 1 when
+    there was nothing to drop. `changed_fraction` counts the entries whose value differs from W's.
+    `relative_error` is ‖Q - W‖_F / ‖W‖_F, `rounding_error` ‖Q - T‖_F / ‖W‖_F, both 0 for a zero weight.
+    """
+
+    realised: float
+    changed_fraction: float
+    relative_error: float
+    rounding_error: float
+
+
+def outcome(
+    stored: Stored, target: Target, V: Float64[Tensor, "i t"], S: Float64[Tensor, " t"]
+) -> Outcome:
+    """Measure what was stored, in float64, a block of rows at a time."""
+    live = V[:, S > 0]
+    num_rows = len(target.W)
+    sums = V.new_zeros(5)
+    for start in range(0, num_rows, ROWS):
+        stop = min(start + ROWS, num_rows)
+        Q = stored(start, stop).to(torch.float64)
+        W = target.W[start:stop].to(torch.float64)
+        sums[0] += (Q @ live).square().sum()
+        sums[1] += (Q - W).square().sum()
+        sums[2] += (Q - target.rows(start, stop)).square().sum()
+        sums[3] += W.square().sum()
+        sums[4] += (Q != W).sum()
+    left, moved, off, whole, changed = (float(value) for value in sums)
+    dropped = float(torch.linalg.vector_norm(S))
+    norm = math.sqrt(whole) or 1.0
+    return Outcome(
+        realised=1 - math.sqrt(left) / dropped if dropped else 1.0,
+        changed_fraction=changed / max(target.W.numel(), 1),
+        relative_error=math.sqrt(moved) / norm,
+        rounding_error=math.sqrt(off) / norm,
+    )

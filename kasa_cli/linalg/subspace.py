@@ -1,0 +1,218 @@
+"""Where the small and the large singular vectors of a frame lie: three solvers, exact to their own floor.
+
+Shapes: k, l = short and long side of the frame, t = wanted, p ≥ t = kept with padding, b = block.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import scipy.linalg
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from kasa_cli.errors import NumericalError
+from kasa_cli.linalg import kernels
+from kasa_cli.linalg.frame import Frame
+from kasa_cli.linalg.lanczos import Doubt, Operator, dominant, start_block
+
+PADDING = 8
+"""Directions kept beyond the wanted ones: the last Rayleigh-Ritz step inside them removes most of the angle."""
+DENSE_SIDE = 512
+"""Below this a full eigendecomposition of the Gram matrix is the cheapest."""
+TOP_BLOCK = 8
+BOTTOM_STEPS = 48
+TOP_STEPS = 64
+SUBSPACE_TOLERANCE = 1e-8
+NEXT_TOLERANCE = 1e-5
+TOP_TOLERANCE = 1e-9
+LAPACK_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Orthonormal bases of both ends of the short side, with the name of the solver that found them.
+
+    `is_squared`: the solver saw squared singular values, so its angle is bound by the squared gap.
+    """
+
+    bottom: Float64[Tensor, "k p"]
+    top: Float64[Tensor, "k b"]
+    frobenius: float
+    solver: str
+    is_squared: bool
+
+
+Solver = Callable[[Frame, int], Directions | None]
+"""None: this solver cannot handle the matrix, take the next."""
+
+
+def gram(M: Frame) -> Float64[Tensor, "k k"]:
+    """The lower triangle of M M^T, summed over panels: its relative error is the unit roundoff of float64.
+
+    Raises:
+        NumericalError: the short side is beyond the 32-bit sizes of LAPACK.
+    """
+    if M.num_short**2 > LAPACK_LIMIT:
+        raise NumericalError(f"a side of {M.num_short} is beyond what LAPACK can index")
+    G = kernels.square(M.num_short, M.matrix)
+    for _, panel in M.panels():
+        kernels.add_panel(G, panel)
+    return G
+
+
+def gram_eigh(M: Frame, t: int) -> Directions:
+    """Eigenvectors of the Gram matrix by LAPACK: all of a small one, the wanted ones of a large one."""
+    G = gram(M)
+    frobenius = math.sqrt(float(G.trace()))
+    p = min(t + PADDING, M.num_short)
+    if M.num_short <= DENSE_SIDE or not G.is_cpu:
+        Z = torch.linalg.eigh(G)[1]
+        return Directions(Z[:, :p], Z[:, -TOP_BLOCK:], frobenius, "gram-eigh", is_squared=True)
+    top = leading(G)
+    Z = scipy.linalg.eigh(G.numpy(), lower=True, overwrite_a=True, subset_by_index=[0, p - 1], driver="evr")[
+        1
+    ]
+    return Directions(torch.from_numpy(Z), top, frobenius, "gram-eigh", is_squared=True)
+
+
+def gram_lanczos(M: Frame, t: int) -> Directions | None:
+    """Block Lanczos on the inverse of the Gram matrix, through its Cholesky factor."""
+    factored = _factored_gram(M)
+    if factored is None:
+        return None
+    top, frobenius, L = factored
+    Z = _smallest(lambda X: kernels.backward_solve(L, kernels.forward_solve(L, X)), L, t)
+    return None if Z is None else Directions(Z, top, frobenius, "gram-lanczos", is_squared=True)
+
+
+def cholesky_qr2(M: Frame, t: int) -> Directions | None:
+    """Block Lanczos on (R^T R)^-1 with R from a Cholesky QR done twice: no squared condition number.
+
+    Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, "Roundoff error analysis of the CholeskyQR2 algorithm", 2015.
+    """
+    factored = _factored_gram(M)
+    if factored is None:
+        return None
+    top, frobenius, L = factored
+    L2 = kernels.square(M.num_short, M.matrix)
+    for _, panel in M.panels():
+        kernels.add_panel(L2, kernels.forward_solve(L, panel))
+    if not kernels.factorise(L2):
+        return None
+
+    def inverse(X: Tensor) -> Tensor:
+        half = kernels.forward_solve(L2, kernels.forward_solve(L, X))
+        return kernels.backward_solve(L, kernels.backward_solve(L2, half))
+
+    Z = _smallest(inverse, L, t)
+    return None if Z is None else Directions(Z, top, frobenius, "cholesky-qr2", is_squared=False)
+
+
+def svd(M: Frame, t: int) -> Directions:
+    """The full singular value decomposition in float64: slow, and right for every condition number.
+
+    Raises:
+        NumericalError: LAPACK does not converge by either of its drivers, or cannot index the matrix.
+    """
+    k = M.num_short
+    if max(k * M.num_long, 4 * k * k + 7 * k) > LAPACK_LIMIT:
+        raise NumericalError(f"a full decomposition of {k} x {M.num_long} is beyond what LAPACK can index")
+    A = M.dense()
+    U = _left_vectors(A)
+    frobenius = float(torch.linalg.matrix_norm(A))
+    return Directions(U[:, -min(t + PADDING, k) :], U[:, :TOP_BLOCK], frobenius, "svd", is_squared=False)
+
+
+def leading(G: Float64[Tensor, "k k"]) -> Float64[Tensor, "k b"]:
+    """The dominant eigenvectors of G by block Lanczos in float32.
+
+    Half the memory traffic of float64, and enough: a value read off the weight itself in these directions is in
+    error by the square of their angle.
+    """
+    half = G.T.to(torch.float32).T
+    start, steps = start_block(len(G), TOP_BLOCK, half), max(1, min(TOP_STEPS, len(G) // TOP_BLOCK))
+    found = dominant(lambda X: kernels.symmetric_product(half, X), start, TOP_BLOCK, steps, _value_doubt)
+    Z: Tensor = torch.linalg.qr(found.vectors.to(torch.float64))[0]
+    return Z
+
+
+SOLVERS: dict[str, Solver] = {
+    "gram-eigh": gram_eigh,
+    "gram-lanczos": gram_lanczos,
+    "cholesky-qr2": cholesky_qr2,
+    "svd": svd,
+}
+
+
+def ladder(k: int, t: int) -> tuple[str, ...]:
+    """The solvers to try in turn: the cheapest for the shape first, the unconditional one last.
+
+    >>> ladder(384, 16)
+    ('gram-eigh', 'svd')
+    >>> ladder(4096, 16)
+    ('gram-lanczos', 'gram-eigh', 'cholesky-qr2', 'svd')
+    """
+    if k <= DENSE_SIDE or 8 * (t + PADDING) > k:
+        return ("gram-eigh", "svd")
+    return ("gram-lanczos", "gram-eigh", "cholesky-qr2", "svd")
+
+
+def _factored_gram(M: Frame) -> tuple[Tensor, float, Tensor] | None:
+    """Top directions and Frobenius norm of the frame, and the Cholesky factor of its Gram matrix.
+
+    A singular matrix is shifted: its eigenvectors stay.
+    """
+    G = gram(M)
+    top, trace = leading(G), float(G.trace())
+    if not kernels.factorise(G):
+        G = gram(M)
+        G.diagonal().add_(M.num_short * torch.finfo(torch.float64).eps * trace)
+        if not kernels.factorise(G):
+            return None
+    return top, math.sqrt(trace), G
+
+
+def _smallest(inverse: Operator, like: Tensor, t: int) -> Tensor | None:
+    """The padded bottom directions, or None when the Krylov space is spent before they settle."""
+    k, b = like.shape[0], t + PADDING
+    steps = min(BOTTOM_STEPS, 3 * k // (4 * b))
+    found = dominant(inverse, start_block(k, b, like), b, steps, _subspace_doubt(t))
+    # One more inverse step: what is left in directions of large σ weighs most in a residual, and it shrinks most.
+    return torch.linalg.qr(inverse(found.vectors))[0] if found.has_settled else None
+
+
+def _subspace_doubt(t: int) -> Doubt:
+    """Angle of the wanted subspace to the padded one (Davis and Kahan), in units of the tolerance.
+
+    The first pair kept must have come along too, its value being part of the answer.
+    """
+
+    def doubt(values: Tensor, residuals: Tensor) -> float:
+        reach = torch.cumsum(residuals.square(), 0).sqrt()[t - 1 : t + PADDING]
+        if float(reach[0]) <= 4 * torch.finfo(values.dtype).eps * float(values[0]):
+            return 0.0
+        gaps = (values[t - 1] - values[t : t + PADDING + 1]).clamp_min(torch.finfo(values.dtype).tiny)
+        next_one = float(residuals[t] / values[t])
+        return max(float((reach / gaps).min()) / SUBSPACE_TOLERANCE, next_one / NEXT_TOLERANCE)
+
+    return doubt
+
+
+def _value_doubt(values: Tensor, residuals: Tensor) -> float:
+    """Relative error of the largest value, quadratic in the residual over the gap (Kato and Temple)."""
+    reach = torch.cumsum(residuals.square(), 0)[:TOP_BLOCK]
+    gaps = (values[0] - values[1 : TOP_BLOCK + 1]).clamp_min(torch.finfo(values.dtype).tiny)
+    return float((reach / gaps).min() / values[0].clamp_min(torch.finfo(values.dtype).tiny)) / TOP_TOLERANCE
+
+
+def _left_vectors(A: Float64[Tensor, "k l"]) -> Float64[Tensor, "k k"]:
+    """Left singular vectors by divide and conquer, or by QR iteration where that does not converge."""
+    for driver in ("gesdd", "gesvd"):
+        try:
+            U = scipy.linalg.svd(A.cpu().numpy(), full_matrices=False, lapack_driver=driver)[0]
+        except scipy.linalg.LinAlgError:
+            continue
+        return torch.from_numpy(U).to(A)
+    raise NumericalError("LAPACK did not converge")

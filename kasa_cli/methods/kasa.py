@@ -1,0 +1,124 @@
+"""KaSA, arXiv 2412.06071:  W' = W - U_d S_d V_d^T,  h = W' x + (alpha/r) B diag(d) A x.
+
+The t smallest singular components of W are dropped; A (r x i), d (r) and B (o x r) are trained.
+
+Shapes: o = out_features, i = in_features, k = min(o, i), r = adapter rank, t = components dropped.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
+
+from kasa_cli.linalg.ends import Ends
+
+
+@dataclass(frozen=True)
+class Start:
+    """A KaSA adapter before its first step, as PEFT stores it: float32."""
+
+    A: Float32[Tensor, "r i"]
+    B: Float32[Tensor, "o r"]
+    diag: Float32[Tensor, " r"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters that the start of an adapter depends on."""
+
+    rank: int
+    scaling: float
+    seed: int
+
+
+DiagInit = Callable[[Ends, Recipe, torch.Generator], Start]
+
+
+def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
+    """The factor before B diag(d) A: alpha / r, or alpha / √r with rsLoRA (arXiv 2312.03732).
+
+    >>> scaling(32, 16, use_rslora=False), scaling(32, 16, use_rslora=True)
+    (2.0, 8.0)
+    """
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def start(ends: Ends, recipe: Recipe, init: str, module: str) -> Start:
+    """The adapter of one module; its random numbers depend on the seed and the module's name alone."""
+    return DIAG_INITS[init](ends, recipe, generator_for(recipe.seed, module))
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for every name: order and selection do not change a tensor's values."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def randn(ends: Ends, recipe: Recipe, generator: torch.Generator) -> Start:
+    """PEFT's and the published code's own: A Kaiming-uniform (a = √5), B zero, d standard normal."""
+    A, B = _lora(ends, recipe.rank, generator)
+    return Start(A, B, torch.randn(recipe.rank, generator=generator))
+
+
+def ones(ends: Ends, recipe: Recipe, generator: torch.Generator) -> Start:
+    """A plain LoRA at the first step: d = 1."""
+    A, B = _lora(ends, recipe.rank, generator)
+    return Start(A, B, torch.ones(recipe.rank))
+
+
+def residual(ends: Ends, recipe: Recipe, generator: torch.Generator) -> Start:
+    """Start from what was dropped: A = V_d^T, B = U_d, d = S_d / scaling, the largest r of the t.
+
+    Then W' + scaling B diag(d) A = W when r = t: the model starts where it was, and A and B are orthonormal.
+    """
+    r = recipe.rank
+    return Start(
+        ends.V.T[:r].to(torch.float32).contiguous(),
+        ends.U[:, :r].to(torch.float32).contiguous(),
+        (ends.S[:r] / recipe.scaling).to(torch.float32),
+    )
+
+
+DIAG_INITS: dict[str, DiagInit] = {"randn": randn, "ones": ones, "residual": residual}
+
+
+def _peft_rank(t: int, out_features: int, in_features: int) -> int:
+    """PEFT keeps the min(o, i) - t largest components."""
+    return t
+
+
+def _reference_rank(t: int, out_features: int, in_features: int) -> int:
+    """The published code keeps i - t components, so that a wide layer (i ≥ o + t) loses nothing.
+
+    >>> _reference_rank(4, 48, 64), _reference_rank(4, 64, 48), _reference_rank(4, 62, 64)
+    (0, 4, 2)
+    """
+    return max(0, min(out_features, in_features) - (in_features - t))
+
+
+COMPATS: dict[str, Callable[[int, int, int], int]] = {"peft": _peft_rank, "reference": _reference_rank}
+"""How many components a rule drops, from (t, out_features, in_features)."""
+
+
+def tail(ends: Ends) -> tuple[Float32[Tensor, "t i"], Float32[Tensor, "o t"]]:
+    """The truncation as a plain LoRA of rank t and scaling 1 on the untouched base: A = V_d^T, B = -U_d S_d."""
+    A = ends.V.T.to(torch.float32).contiguous()
+    return A, (ends.U * -ends.S).to(torch.float32).contiguous()
+
+
+def cut(ends: Ends) -> tuple[Float64[Tensor, "o t"], Float64[Tensor, "t i"]]:
+    """The term that truncates: W' = W + L R with L = -U_d S_d and R = V_d^T."""
+    return ends.U * -ends.S, ends.V.T
+
+
+def _lora(
+    ends: Ends, rank: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+    """LoRA's start: A uniform in ±1/√i (Kaiming with a = √5), B zero."""
+    in_features = len(ends.V)
+    A = torch.rand(rank, in_features, generator=generator).mul_(2).sub_(1).div_(math.sqrt(in_features))
+    return A, torch.zeros(len(ends.U), rank)

@@ -1,0 +1,102 @@
+"""Several tensors at once, one BLAS thread each: the bytes of a result do not depend on how many.
+
+Threads suffice, for LAPACK and file reads let go of the interpreter; the main thread only waits, so that Ctrl-C
+is answered at once.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from kasa_cli.errors import KasaError, NumericalError, ResourceError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Watcher(Protocol):
+    """Who wants to know how far a run has come. Called from the main thread only."""
+
+    def stage(self, title: str, num_items: int, work: float) -> None:
+        """A stage of so many items, and of so much work in all, begins."""
+
+    def finished(self, name: str, work: float) -> None:
+        """An item is done."""
+
+
+class Silent:
+    """Nobody watches."""
+
+    def stage(self, title: str, num_items: int, work: float) -> None:
+        """Not shown."""
+
+    def finished(self, name: str, work: float) -> None:
+        """Not shown."""
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def blas_threads(number: int) -> Iterator[None]:
+    """So many BLAS threads a matrix, in torch and in scipy, until the block ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        with threadpool_limits(limits=number):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(
+    task: Callable[[Item], Result],
+    items: Sequence[Item],
+    num_workers: int,
+    done: Callable[[Item], None],
+) -> list[Result]:
+    """Results of the task for all items, in their order; the first failure stops the rest.
+
+    `done` is called in this thread as each item ends. Large items should come first.
+
+    Raises:
+        ResourceError: there is not enough memory.
+    """
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="kasa")
+    try:
+        futures = {pool.submit(_guarded, task, item): item for item in items}
+        pending: set[Future[Result]] = set(futures)
+        while pending:
+            ended, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in ended:
+                future.result()
+                done(futures[future])
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _guarded(task: Callable[[Item], Result], item: Item) -> Result:
+    """Run a task, with the errors of memory and of LAPACK in kasa's own words."""
+    try:
+        with torch.inference_mode():
+            return task(item)
+    except KasaError:
+        raise
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(str(error).splitlines()[0], _name(item)) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise ResourceError("not enough memory", _name(item), "use fewer --workers") from error
+
+
+def _name(item: object) -> str:
+    return str(getattr(item, "name", item))
