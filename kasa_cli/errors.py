@@ -1,15 +1,15 @@
 """The tree of what can go wrong, each leaf with the exit code that scripts rely on.
 
-    KasaError
-    ├── UsageError           2   the command line asks for something impossible
-    ├── InvalidInput         3   a file is corrupt, incomplete or not what it claims to be
-    ├── UnsafeInput          4   a file is refused as unsafe
-    ├── IntegrityError       5   bytes are not the bytes that were promised
-    ├── OutputExists         6   the output is there already
-    ├── Locked               7   another run holds the output
-    ├── ResourceError        8   disk, memory or permission
-    ├── NumericalError       9   a decomposition that cannot be trusted
-    └── NetworkError        10   the Hub cannot be reached, or refuses
+KasaError
+├── UsageError           2   the command line asks for something impossible
+├── InvalidInput         3   a file is corrupt, incomplete or not what it claims to be
+├── UnsafeInput          4   a file is refused as unsafe
+├── IntegrityError       5   bytes are not the bytes that were promised
+├── OutputExists         6   the output is there already
+├── Locked               7   another run holds the output
+├── ResourceError        8   disk, memory or permission
+├── NumericalError       9   a decomposition that cannot be trusted
+└── NetworkError        10   the Hub cannot be reached, or refuses
 """
 
 from enum import IntEnum

@@ -144,4 +144,23 @@ class VerifyReport:
     compared: tuple[dict[str, Any], ...] = field(default=())
 
 
-Report = PlanReport | TruncateReport | VerifyReport
+@dataclass(frozen=True)
+class DemoReport:
+    """What `kasa demo` measured. `rounding` is by (dtype, rule): the least and median share of the cut left.
+
+    `similarity` is the cosine between the last hidden states of the original and of the truncated model, loaded
+    by transformers; `tail_difference` the largest difference between the truncated model and original plus tail,
+    None where PEFT is not installed.
+    """
+
+    command: str
+    model: str
+    is_generated: bool
+    truncated: TruncateReport
+    verified: VerifyReport
+    rounding: tuple[dict[str, Any], ...]
+    similarity: float
+    tail_difference: float | None
+
+
+Report = PlanReport | TruncateReport | VerifyReport | DemoReport

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from faults import shard_name, st, tensor, tiny_model, tree_hash, weight_map, write_index
 
-from kasa_cli.checkpoint.layout import check_shard_name, open_checkpoint
+from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.errors import InvalidInput, KasaError, UnsafeInput
 
 INDEX = "model.safetensors.index.json"
@@ -270,40 +269,6 @@ def test_what_is_no_directory_is_refused(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(InvalidInput, match="not a directory" if name else "no weights"):
         open_checkpoint(tmp_path / name)
-
-
-def test_a_canary_outside_is_never_opened(tmp_path):
-    folder = tiny_model(tmp_path / "m")
-    st(tmp_path / "secret.safetensors", {Q0: tensor(0, 16)}, b"\0" * 16)
-    write_index(folder, {Q0: "../secret.safetensors"})
-    opened: list[str] = []
-    watching = True
-    sys.addaudithook(
-        lambda event, args: opened.append(str(args[0])) if watching and event == "open" else None
-    )
-    with pytest.raises(UnsafeInput):
-        open_checkpoint(folder)
-    watching = False
-    assert opened and not [path for path in opened if "secret" in path]
-
-
-@pytest.mark.parametrize(
-    "name", ["x.safetensors", "model-00001-of-00002.safetensors", "..x.safetensors", "a b.safetensors"]
-)
-def test_a_plain_shard_name_passes(name):
-    check_shard_name(name, "index")
-
-
-def test_the_rule_for_shard_names_is_the_one_of_the_hub_library(tmp_path):
-    from huggingface_hub import load_torch_model
-    from torch import nn
-
-    for name in ("../x.safetensors", "/x.safetensors", "C:x.safetensors", "a/../b.safetensors", "x.bin"):
-        write_index(tmp_path, {"weight": name})
-        with pytest.raises((ValueError, OSError)):
-            load_torch_model(nn.Linear(1, 1), tmp_path)
-        with pytest.raises(UnsafeInput):
-            check_shard_name(name, "index")
 
 
 @pytest.mark.parametrize(

@@ -73,15 +73,15 @@ def test_two_runs_of_one_process_exclude_each_other(output):
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(output, monkeypatch):
-    sign, signed = RunLock._sign, []
+    guards, signed = RunLock._guards, []
 
-    def sign_too_late(lock, descriptor):
-        sign(lock, descriptor)
+    def guards_too_late(lock):
         if not signed:
             lock.path.unlink()
-        signed.append(descriptor)
+        signed.append(lock)
+        return guards(lock)
 
-    monkeypatch.setattr(RunLock, "_sign", sign_too_late)
+    monkeypatch.setattr(RunLock, "_guards", guards_too_late)
     with Staging(output, fingerprint={}):
         assert len(signed) == 2
         with pytest.raises(Locked):

@@ -137,13 +137,21 @@ def choose_weights(root: Path, top: Iterable[str], config: Mapping[str, Any]) ->
     named = [name for name in candidates if is_index(name) or name == SINGLE]
     variants = [name for name in candidates if fnmatchcase(name, "model.*.safetensors")]
     for choice in (named, variants):
-        if len(choice) > 1:
+        if len(choice) > 1 and not is_index_of_single(root, choice):
             raise InvalidInput(
                 f"{' and '.join(choice)} both claim the weights", str(root), "remove the stale one"
             )
         if choice:
-            return choice[0]
+            return min(choice, key=lambda name: not is_index(name))
     raise weightless(str(root), top)
+
+
+def is_index_of_single(root: Path, choice: list[str]) -> bool:
+    """Whether the two files are the weights and an index that names nothing else, as some converters write."""
+    indexes = [name for name in choice if is_index(name)]
+    if len(choice) != 2 or len(indexes) != 1:
+        return False
+    return set(read_index(root, indexes[0], None).values()) == {SINGLE}
 
 
 def is_index(name: str) -> bool:

@@ -11,14 +11,15 @@ from kasa_cli.errors import Locked
 
 
 class RunLock:
-    """A lock that names its holder, and whose file may be removed by the holder."""
+    """A lock that names its holder, and whose file may be removed by the holder.
+
+    The name stands in a file of its own, for merely trying a lock can empty the lock's file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._locked: os.stat_result | None = None
-        self._lock = FileLock(
-            path, timeout=0, thread_local=False, fallback_to_soft=False, on_acquired=self._sign
-        )
+        self.holder = path.with_name(f"{path.name}-holder")
+        self._lock = FileLock(path, timeout=0, thread_local=False)
 
     def acquire(self) -> bool:
         """Take the lock; False if its file was removed in the meantime, so that it guards nothing."""
@@ -28,7 +29,8 @@ class RunLock:
             where = f"{self.path.parent} ({self._holder()})"
             raise Locked("another run is building this output", where, "wait until it ends") from None
         try:
-            if self._locked and os.path.samestat(self.path.stat(), self._locked):
+            if self._guards():
+                self._sign()
                 return True
         except FileNotFoundError:
             pass
@@ -39,13 +41,21 @@ class RunLock:
         """Give the lock back, if it is held."""
         self._lock.release()
 
-    def _sign(self, descriptor: int) -> None:
+    def remove(self) -> None:
+        """Remove the lock's files, as their holder; the lock itself last."""
+        self.holder.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+    def _guards(self) -> bool:
+        """Whether the file that is locked is still the one of that name."""
+        locked = self._lock._context.lock_file_fd  # filelock has no public way to ask
+        return locked is not None and os.path.samestat(self.path.stat(), os.fstat(locked))
+
+    def _sign(self) -> None:
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename} since {since}\n".encode(), 0)
-        self._locked = os.fstat(descriptor)
+        self.holder.write_text(f"pid {os.getpid()} on {os.uname().nodename} since {since}\n")
 
     def _holder(self) -> str:
         with suppress(OSError):
-            return self.path.read_text(errors="replace")[:200].strip() or "just started"
+            return self.holder.read_text(errors="replace")[:200].strip() or "just started"
         return "just ended"

@@ -2,7 +2,7 @@
 
     OUT                      absent, the old one, or complete
     OUT.kasa-partial/        a sibling, hence on the same filesystem, where a rename is atomic
-        .lock                held for the whole run
+        .lock, .lock-holder  held for the whole run, and by whom
         job.json             what the bytes depend on: a different job does not resume this one
         parts/               finished pieces of work, each with its digest in its name
         out/                 the tree that becomes OUT
@@ -219,7 +219,7 @@ class Staging:
     def _remove_folder(self) -> None:
         # The lock goes last. Whoever creates the next one between these two lines keeps the folder.
         with suppress(OSError):
-            self._lock.path.unlink(missing_ok=True)
+            self._lock.remove()
             self._folder.rmdir()
 
 

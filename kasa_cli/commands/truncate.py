@@ -11,6 +11,7 @@ from kasa_cli.checkpoint import manifest, peft
 from kasa_cli.checkpoint.durable import make_folder
 from kasa_cli.checkpoint.sheets import Sheet, base_sheets, copy_companions, write_index
 from kasa_cli.checkpoint.staging import Staging, check_apart, require_space
+from kasa_cli.checkpoint.targets import Patterns
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline import planning
@@ -23,7 +24,7 @@ from kasa_cli.pipeline.planning import Plan
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
 from kasa_cli.report import PlanReport, TensorRow, TruncateReport
 
-__all__ = ["Options", "Where", "plan", "truncate"]
+__all__ = ["Options", "Patterns", "Where", "plan", "truncate"]
 
 
 def plan(where: Where, options: Options) -> PlanReport:

@@ -34,9 +34,7 @@ class Outcome:
     rounding_error: float
 
 
-def outcome(
-    stored: Stored, target: Target, V: Float64[Tensor, "i t"], S: Float64[Tensor, " t"]
-) -> Outcome:
+def outcome(stored: Stored, target: Target, V: Float64[Tensor, "i t"], S: Float64[Tensor, " t"]) -> Outcome:
     """Measure what was stored, in float64, a block of rows at a time."""
     live = V[:, S > 0]
     num_rows = len(target.W)

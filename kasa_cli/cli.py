@@ -1,0 +1,364 @@
+"""The command line: flags in, exit codes out. The only module that knows Typer.
+
+torch and transformers are imported inside the verbs, so that `--help` answers at once.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from kasa_cli import __version__
+from kasa_cli.errors import ExitCode, KasaError, printable
+
+if TYPE_CHECKING:
+    from kasa_cli.pipeline.workers import Watcher
+    from kasa_cli.report import Report
+
+app = typer.Typer(
+    help="Spectral surgery on Hugging Face checkpoints: offline KaSA, streamed, exact and verified.",
+    epilog="Exit codes and every option: see docs/cli.md.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Terminated(Exception):
+    """SIGTERM arrived."""
+
+
+class Format(StrEnum):
+    """How results are spelled on stdout."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    MD = "md"
+
+
+class Dtype(StrEnum):
+    """Dtype of the tensors operated on."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class RoundingName(StrEnum):
+    """How sums are rounded to the stored dtype."""
+
+    NEAREST = "nearest"
+    PRESERVE = "preserve"
+
+
+class DiagInit(StrEnum):
+    """Start of the diagonal."""
+
+    RANDN = "randn"
+    ONES = "ones"
+    RESIDUAL = "residual"
+
+
+class Compat(StrEnum):
+    """Whose rule says how many components are kept."""
+
+    PEFT = "peft"
+    REFERENCE = "reference"
+
+
+def _preset(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the defaults of a verb from a preset, before its flags are read."""
+    if path is not None:
+        from kasa_cli.presets import load
+
+        known = [
+            name for parameter in context.command.params if (name := parameter.name) and name != "config"
+        ]
+        context.default_map = {**(context.default_map or {}), **load(path, known)}
+    return path
+
+
+INPUT, OUTPUT, RUN, ABOUT = "Model and targets", "Output", "Run", "Reporting"
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id (org/name).")]
+OutputOption = Annotated[
+    Path, typer.Option("--output-dir", "-o", help="Must not exist, or be empty.", rich_help_panel=OUTPUT)
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=INPUT)
+]
+CacheDir = Annotated[Path | None, typer.Option(help="Cache of Hub downloads.", rich_help_panel=INPUT)]
+LocalOnly = Annotated[
+    bool, typer.Option("--local-files-only", help="Never ask the Hub.", rich_help_panel=INPUT)
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", metavar="PATTERN", help="Glob over module names, or a suffix.", rich_help_panel=INPUT
+    ),
+]
+Excludes = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="PATTERN", help="Leave these out.", rich_help_panel=INPUT),
+]
+TargetsFrom = Annotated[
+    Path | None, typer.Option("--targets-from", help="JSON with target_modules.", rich_help_panel=INPUT)
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="A YAML preset; flags win.", callback=_preset, is_eager=True, rich_help_panel=RUN
+    ),
+]
+Workers = Annotated[int, typer.Option(help="Matrices at once; 0: the cores.", rich_help_panel=RUN)]
+Threads = Annotated[int, typer.Option(help="BLAS threads a matrix; bytes depend on it.", rich_help_panel=RUN)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
+Seed = Annotated[int, typer.Option(help="Of the adapter's random start.", rich_help_panel=RUN)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output of kasa.", rich_help_panel=OUTPUT)
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Throw away what an interrupted run left.", rich_help_panel=OUTPUT)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only the plan; reads headers, writes nothing.", rich_help_panel=RUN)
+]
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="Spelling of the result.", rich_help_panel=ABOUT)
+]
+Json = Annotated[bool, typer.Option("--json", help="Short for --format json.", rich_help_panel=ABOUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel=ABOUT)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Tracebacks, and what is left alone.", rich_help_panel=ABOUT)
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kasa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Hold the options that need no verb."""
+
+
+@app.command(epilog="Example: kasa truncate org/model -o out -r 16 --rounding preserve")
+def truncate(
+    model: ModelArgument,
+    output_dir: OutputOption,
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Adapter rank.")] = 16,
+    truncation_rank: Annotated[
+        int | None, typer.Option(help="Components dropped; default: the rank.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Default: twice the rank.")] = None,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    emit: Annotated[str, typer.Option(help="What to write, joined by commas.")] = "base,adapter,tail",
+    dtype: Annotated[Dtype, typer.Option(help="Of the tensors operated on; auto keeps.")] = Dtype.AUTO,
+    rounding: Annotated[
+        RoundingName, typer.Option(help="preserve keeps the cut in half precision.")
+    ] = RoundingName.NEAREST,
+    min_realised: Annotated[float, typer.Option(help="Share of the cut that must be left.")] = 0.9,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 11 below --min-realised.")] = False,
+    diag_init: Annotated[DiagInit, typer.Option(help="Start of the diagonal.")] = DiagInit.RANDN,
+    beta: Annotated[float, typer.Option(help="Weight of KaSA's L2 loss.")] = 1e-4,
+    gamma: Annotated[float, typer.Option(help="Weight of KaSA's L3 loss.")] = 1e-3,
+    compat: Annotated[
+        Compat, typer.Option(help="reference: the published code's in_features rule.")
+    ] = Compat.PEFT,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help='Lay out shards anew, e.g. "5GB".', rich_help_panel=OUTPUT)
+    ] = None,
+    overwrite: Overwrite = False,
+    restart: Restart = False,
+    target: Targets = None,
+    exclude: Excludes = None,
+    targets_from: TargetsFrom = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+    config: Config = None,
+    workers: Workers = 0,
+    threads_per_worker: Threads = 1,
+    device: Device = "auto",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    output_format: FormatOption = Format.TABLE,
+    json_format: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Drop the smallest singular components; write base, fresh KaSA adapter and tail."""
+    from kasa_cli.commands import truncate as verb
+
+    where = verb.Where(model, revision, cache_dir, local_files_only)
+    options = verb.Options(
+        rank=rank,
+        truncation_rank=truncation_rank,
+        alpha=alpha,
+        use_rslora=use_rslora,
+        emit=tuple(part.strip() for part in emit.split(",") if part.strip()),
+        dtype=dtype,
+        rounding=rounding,
+        min_realised=min_realised,
+        diag_init=diag_init,
+        beta=beta,
+        gamma=gamma,
+        compat=compat,
+        max_shard_size=max_shard_size,
+        patterns=verb.Patterns(tuple(target or ()), tuple(exclude or ())),
+        targets_from=targets_from,
+        seed=seed,
+        workers=workers,
+        threads_per_worker=threads_per_worker,
+        device=device,
+        overwrite=overwrite,
+        restart=restart,
+    )
+    spelling = Format.JSON if json_format else output_format
+    if dry_run:
+        return _show(verb.plan(where, options), spelling)
+    with _watching(quiet) as watcher:
+        report = verb.truncate(where, output_dir, options, watcher)
+    _show(report, spelling)
+    is_weak = strict and report.totals["below_min_realised"] > 0
+    return ExitCode.BELOW_STANDARD if is_weak else ExitCode.DONE
+
+
+@app.command(epilog="Example: kasa verify out --read-data --against org/model")
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that kasa wrote.")],
+    read_data: Annotated[bool, typer.Option("--read-data", help="Hash every byte.")] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Recompute from the base and compare.")
+    ] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+    workers: Workers = 0,
+    output_format: FormatOption = Format.TABLE,
+    json_format: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Check an output against its manifest, and against its base. Never writes."""
+    from kasa_cli.commands import verify as verb
+
+    base = verb.Where(against, revision, cache_dir, local_files_only) if against else None
+    with _watching(quiet) as watcher:
+        report = verb.verify(output, read_data=read_data, against=base, workers=workers, watcher=watcher)
+    return _show(report, Format.JSON if json_format else output_format)
+
+
+@app.command(epilog="Example: kasa demo -o kasa-demo")
+def demo(
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Must not exist, or be empty.")
+    ] = Path("kasa-demo"),
+    overwrite: Overwrite = False,
+    workers: Workers = 0,
+    output_format: FormatOption = Format.TABLE,
+    json_format: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Walk the whole path on a small real model: plan, truncate, verify, load."""
+    from kasa_cli.commands import demo as verb
+
+    with _watching(quiet) as watcher:
+        report = verb.demo(output_dir, overwrite=overwrite, workers=workers, watcher=watcher)
+    return _show(report, Format.JSON if json_format else output_format)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code; every known error is one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    _leave(_guarded(arguments))
+
+
+def _guarded(arguments: list[str]) -> int:
+    """The exit code of a run."""
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except KasaError as error:
+        return _fail(error, error.exit_code, arguments)
+    except TyperException as error:
+        return _fail(_one_line(error), ExitCode.USAGE, arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted: run the same command again to go on", ExitCode.INTERRUPTED, arguments)
+    except Terminated:
+        return _fail("terminated: run the same command again to go on", ExitCode.TERMINATED, arguments)
+    except BrokenPipeError:
+        return ExitCode.DONE
+    except MemoryError as error:
+        return _fail(f"not enough memory: {error}: use fewer --workers", ExitCode.RESOURCE, arguments)
+    except Exception as error:  # the last line of defence: a bug must not look like a result
+        what = f"internal error: {type(error).__name__}: {error}: please report it, with --verbose"
+        return _fail(what, ExitCode.INTERNAL, arguments)
+
+
+def _fail(error: object, code: ExitCode, arguments: list[str]) -> int:
+    if {"-v", "--verbose"} & set(arguments):
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.write(f"kasa: {printable(str(error))}\n")
+    return code
+
+
+def _one_line(error: TyperException) -> str:
+    describe: Callable[[], str] = getattr(error, "format_message", lambda: str(error))
+    return f"{' '.join(describe().split())}: try --help"
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave at once: a thread deep in LAPACK cannot be asked to stop, and a crash is what staging is made for."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        pass
+    os._exit(code)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise Terminated
+
+
+def _show(report: "Report", spelling: Format) -> int:
+    from kasa_cli.render.formats import FORMATS
+
+    sys.stdout.write(f"{FORMATS[spelling](report)}\n")
+    return ExitCode.DONE
+
+
+@contextmanager
+def _watching(quiet: bool) -> Iterator["Watcher"]:
+    """A live view on a terminal, silence elsewhere."""
+    from kasa_cli.pipeline.workers import Silent
+
+    if quiet or not sys.stderr.isatty() or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        yield Silent()
+        return
+    from rich.console import Console
+
+    from kasa_cli.render.progress import Live
+
+    with Live(Console(stderr=True)) as live:
+        yield live

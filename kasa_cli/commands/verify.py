@@ -1,0 +1,62 @@
+"""`kasa verify`: is an output what its manifest says, and what its base gives? Never writes."""
+
+from pathlib import Path
+
+from kasa_cli.checkpoint import manifest
+from kasa_cli.checkpoint.layout import open_checkpoint
+from kasa_cli.checkpoint.source import resolve
+from kasa_cli.errors import InvalidInput
+from kasa_cli.pipeline import compare
+from kasa_cli.pipeline.job import Where
+from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, num_cores
+from kasa_cli.report import VerifyReport
+
+__all__ = ["Where", "verify"]
+
+
+def verify(
+    output: Path,
+    *,
+    read_data: bool = False,
+    against: Where | None = None,
+    workers: int = 0,
+    watcher: Watcher | None = None,
+) -> VerifyReport:
+    """Check files, headers, index and shapes; with `read_data` every byte; with `against` every number.
+
+    Raises:
+        IntegrityError: anything missing, extra or altered, by name.
+    """
+    if not output.is_dir():
+        raise InvalidInput("no such directory", str(output))
+    watcher, num_workers = watcher or Silent(), workers or num_cores()
+    found = manifest.load(output)
+    compare.check_files(output, found)
+    compare.check_structure(output, found)
+    num_bytes = compare.check_hashes(output, found, num_workers, watcher) if read_data else 0
+    compared: list[compare.Comparison] = []
+    if against:
+        with blas_threads(found["environment"]["threads_per_worker"]):
+            compared = _against(output, found, against, num_workers, watcher)
+    return VerifyReport(
+        command="verify",
+        output=str(output),
+        depth=("manifest", "files", "structure", *["data"] * read_data, *["base"] * bool(against)),
+        files=len(found["files"]) + 1,
+        tensors=len(found["tensors"]),
+        bytes_hashed=num_bytes,
+        compared=tuple(vars(one) for one in compared),
+    )
+
+
+def _against(
+    output: Path, found: compare.Manifest, where: Where, num_workers: int, watcher: Watcher
+) -> list[compare.Comparison]:
+    source = resolve(
+        where.model,
+        revision=where.revision,
+        cache_dir=where.cache_dir,
+        local_files_only=where.local_files_only,
+    )
+    base = open_checkpoint(source.root, hub_cache=source.hub_cache)
+    return compare.compare(output, found, base, num_workers, watcher)

@@ -1,0 +1,74 @@
+"""One report in four spellings. What goes to stdout is made here, and nothing else goes there."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kasa_cli.render import tables
+from kasa_cli.report import Report
+
+
+def as_json(report: Report) -> str:
+    """One JSON object, valid always."""
+    return json.dumps(finite(asdict(report)), indent=2, allow_nan=False)
+
+
+def as_csv(report: Report) -> str:
+    """One line a tensor, with a header."""
+    rows = [finite(row) for row in _rows(report)]
+    out = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().rstrip("\n")
+
+
+def as_markdown(report: Report) -> str:
+    """The summary as a Markdown table."""
+    return "\n\n".join(_markdown_table(*table) for table in tables.summary(report))
+
+
+def finite(value: Any) -> Any:
+    """The same data without NaN and infinity: null, and a field beside it that says which.
+
+    >>> finite({"kappa": math.inf})
+    {'kappa': None, 'kappa_is': 'inf'}
+    """
+    if isinstance(value, dict):
+        made: dict[str, Any] = {}
+        for key, item in value.items():
+            made[key] = finite(item)
+            if isinstance(item, float) and not math.isfinite(item):
+                made[f"{key}_is"] = str(item)
+        return made
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rows(report: Report) -> list[dict[str, Any]]:
+    data = asdict(report)
+    rows = data.get("tensors", data.get("compared", ()))
+    return [dict(row) for row in rows] if isinstance(rows, Sequence) else [data]
+
+
+def _markdown_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"**{title}**", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+FORMATS: dict[str, Callable[[Report], str]] = {
+    "table": tables.as_text,
+    "json": as_json,
+    "csv": as_csv,
+    "md": as_markdown,
+}

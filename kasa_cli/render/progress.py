@@ -1,0 +1,90 @@
+"""The live view of a run, on stderr and only on a terminal."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from kasa_cli.errors import printable
+from kasa_cli.render.units import duration
+
+TITLES = {
+    "measure": "decomposing",
+    "write": "writing base",
+    "adapter": "writing adapter",
+    "tail": "writing tail",
+    "hash": "hashing",
+    "compare": "recomputing",
+}
+NAME_WIDTH = 44
+
+
+class TimeLeft(TextColumn):
+    """Time left from the share of the work done: a wide layer counts for more than a narrow one."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        """The time left, once there is something to judge by."""
+        work, done = task.fields["work"], task.fields["done"]
+        if not done or task.elapsed is None or task.finished:
+            return Text("")
+        return Text(f"{duration(task.elapsed * (work - done) / done)} left", "cyan")
+
+
+class Live:
+    """A watcher that draws one line a stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}", style="bold"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[rate]}", style="dim"),
+            TimeLeft(),
+            TextColumn("{task.fields[name]}", style="dim"),
+            console=console,
+        )
+        self._task: TaskID | None = None
+        self._begun = 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def stage(self, title: str, num_items: int, work: float) -> None:
+        """Begin a line."""
+        described = TITLES.get(title, title)
+        self._task = self._progress.add_task(
+            described, total=num_items, name="", rate="", work=work or 1.0, done=0.0
+        )
+        self._begun = time.monotonic()
+
+    def finished(self, name: str, work: float) -> None:
+        """One item further."""
+        if self._task is None:
+            return
+        task = self._progress.tasks[self._task]
+        rate = (task.completed + 1) / max(time.monotonic() - self._begun, 1e-9)
+        is_last = task.completed + 1 >= (task.total or 0)
+        self._progress.update(
+            self._task,
+            advance=1,
+            done=task.fields["done"] + work,
+            rate=f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each",
+            name="" if is_last else _shortened(printable(name)),
+        )
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= NAME_WIDTH else f"…{name[-NAME_WIDTH:]}"

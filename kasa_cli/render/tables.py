@@ -1,0 +1,216 @@
+"""A report for a person: what was done by module type, what stands out, and what to do next."""
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from kasa_cli.errors import printable
+from kasa_cli.render.units import big, duration, number, percent
+from kasa_cli.report import (
+    DemoReport,
+    PlanReport,
+    Report,
+    Skipped,
+    Target,
+    TensorRow,
+    TruncateReport,
+    VerifyReport,
+)
+
+Summary = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+"""Title, columns, rows of cells."""
+
+WORST = 5
+
+
+def summary(report: Report) -> list[Summary]:
+    """The tables of a report, as text."""
+    if isinstance(report, TruncateReport):
+        return [by_type(report), worst(report), skipped(report.skipped)]
+    if isinstance(report, PlanReport):
+        return [planned(report.tensors), skipped(report.skipped)]
+    if isinstance(report, DemoReport):
+        return [by_type(report.truncated), checked(report.verified), roundings(report)]
+    return [checked(report)]
+
+
+def as_text(report: Report) -> str:
+    """The report for a terminal, with colour where there is one; code to paste is never wrapped."""
+    console = Console()
+    with console.capture() as captured:
+        for one in summary(report):
+            if one[2]:
+                console.print(_table(*one))
+        if isinstance(report, TruncateReport | PlanReport):
+            for note in report.notes:
+                console.print(Text(f"note: {printable(note)}", "yellow"))
+    return "\n".join([captured.get().rstrip("\n"), "", *_closing(report)])
+
+
+def by_type(report: TruncateReport) -> Summary:
+    """One row a module type: count, κ, energy, and how much of the cut is left after rounding."""
+    rows = []
+    for kind, members in grouped(report.tensors).items():
+        realised = [row.realised for row in members if row.realised is not None]
+        kappas = sorted(row.kappa for row in members)
+        rows.append(
+            (
+                kind,
+                str(len(members)),
+                " ".join(sorted({f"{row.shape[0]}×{row.shape[1]}" for row in members})),
+                f"{number(kappas[0])}–{number(kappas[-1])}",
+                percent(statistics.fmean(row.dropped_energy for row in members)),
+                number(min(realised)) if realised else "–",
+                number(statistics.median(realised)) if realised else "–",
+            )
+        )
+    title = f"{len(report.tensors)} weights truncated by their {report.truncation_rank} smallest components"
+    columns = ("module type", "n", "shape", "κ", "energy", "realised", "median")
+    return title, columns, rows
+
+
+def worst(report: TruncateReport) -> Summary:
+    """The tensors in which most of the cut came back when they were rounded."""
+    measured = [row for row in report.tensors if row.realised is not None]
+    measured.sort(key=lambda row: row.realised or 0.0)
+    rows = [
+        (row.name, number(row.realised or 0.0), percent(row.changed_fraction or 0.0))
+        for row in measured[:WORST]
+    ]
+    return "least realised", ("tensor", "realised", "changed"), rows
+
+
+def skipped(tensors: Iterable[Skipped]) -> Summary:
+    """How many tensors stay as they are, by reason."""
+    items = list(tensors)
+    counts = Counter(one.reason for one in items)
+    first = {one.reason: one.name for one in reversed(items)}
+    rows = [(reason, str(count), first[reason]) for reason, count in counts.most_common()]
+    return "left as they are", ("reason", "count", "for example"), rows
+
+
+def planned(targets: Sequence[Target]) -> Summary:
+    """One row a module type and shape."""
+    groups: dict[tuple[str, str, str, int], int] = Counter(
+        (module_type(t.module), f"{t.shape[0]}×{t.shape[1]}", t.dtype, t.dropped) for t in targets
+    )
+    rows = [(kind, str(n), shape, dtype, f"drop {t}") for (kind, shape, dtype, t), n in groups.items()]
+    return (
+        f"{len(targets)} weights to truncate",
+        ("module type", "count", "shape", "dtype", "operation"),
+        rows,
+    )
+
+
+def checked(report: VerifyReport) -> Summary:
+    """What was looked at."""
+    rows = [("files", str(report.files)), ("tensors", str(report.tensors))]
+    rows += [("bytes hashed", big(report.bytes_hashed))] if report.bytes_hashed else []
+    errors = [float(one["tail_error"]) for one in report.compared if one["tail_error"] is not None]
+    distances = [float(one["ulps"]) for one in report.compared if one["ulps"] is not None]
+    rows += [("recomputed from the base", str(len(report.compared)))] if report.compared else []
+    rows += [("furthest from exact, in last places", number(max(distances)))] if distances else []
+    rows += [("largest error of the tail / σ max", number(max(errors)))] if errors else []
+    return "verified", ("what", "found"), rows
+
+
+def roundings(report: DemoReport) -> Summary:
+    """What half precision leaves of the cut, by rounding."""
+    rows = [
+        (f"--rounding {one['rounding']}", number(one["realised_min"]), number(one["realised_median"]))
+        for one in report.rounding
+    ]
+    return "how much of the cut is left with --dtype bfloat16", ("options", "realised", "median"), rows
+
+
+def grouped(rows: Sequence[TensorRow]) -> dict[str, list[TensorRow]]:
+    """Rows by module type, in the order of the model."""
+    groups: dict[str, list[TensorRow]] = {}
+    for row in rows:
+        groups.setdefault(module_type(row.module), []).append(row)
+    return groups
+
+
+def module_type(module: str) -> str:
+    """What follows the number of the layer.
+
+    >>> module_type("model.layers.11.self_attn.q_proj")
+    'self_attn.q_proj'
+    """
+    return re.split(r"\.\d+\.", f".{module}")[-1].lstrip(".")
+
+
+def _closing(report: Report) -> list[str]:
+    if isinstance(report, TruncateReport):
+        return _next_steps(report)
+    if isinstance(report, PlanReport):
+        totals = report.totals
+        return [
+            f"would write {big(totals['bytes_to_write'])}, use about {big(totals['memory_bytes'])} of memory "
+            f"and take about {duration(totals['seconds'])}; nothing was written"
+        ]
+    if isinstance(report, DemoReport):
+        return _demo_closing(report)
+    return ["all is as the manifest says"]
+
+
+def _demo_closing(report: DemoReport) -> list[str]:
+    lines = [
+        f"model: {report.model}",
+        "transformers loads the truncated base; cosine of its hidden states with the original's: "
+        f"{report.similarity:.4f}",
+    ]
+    if report.tail_difference is not None:
+        lines.append(f"original + tail/ in PEFT differs from it by {number(report.tail_difference)} at most")
+    return [*lines, "", *_next_steps(report.truncated)]
+
+
+def _next_steps(report: TruncateReport) -> list[str]:
+    out, lines = report.output, []
+    weak = report.totals["below_min_realised"]
+    if weak:
+        lines.append(
+            f"{weak} of {len(report.tensors)} weights realised less than {report.totals['min_realised']} of the cut: "
+            "rounding brought the rest back. Try --rounding preserve or --dtype float32, or use tail/."
+        )
+    lines += ["", f"wrote {printable(out['directory'])}; next:", ""]
+    if "base" in out and "adapter" in out:
+        base = f'base = AutoModel.from_pretrained("{out["base"]}", dtype="auto")'
+        adapter = f'model = PeftModel.from_pretrained(base, "{out["adapter"]}", is_trainable=True)'
+        lines += _snippet("train the KaSA adapter", base, adapter)
+    if "tail" in out:
+        base = f'base = AutoModel.from_pretrained("{report.model}", dtype="auto")'
+        tail = f'model = PeftModel.from_pretrained(base, "{out["tail"]}")'
+        lines += _snippet("or leave the base alone: the truncation as a LoRA", base, tail)
+    return [*lines, f"  kasa verify {out['directory']} --read-data"]
+
+
+def _snippet(title: str, *code: str) -> list[str]:
+    return [f"  # {title}", *(f"  {printable(line)}" for line in code), ""]
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(
+        title=Text(title, "bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for position, column in enumerate(columns):
+        is_number = position > 0 and all(_looks_numeric(row[position]) for row in rows)
+        justify: JustifyMethod = "right" if is_number else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=position > 0)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
+
+
+def _looks_numeric(cell: str) -> bool:
+    return cell == "–" or cell[:1].isdigit()
