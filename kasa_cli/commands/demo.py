@@ -93,7 +93,7 @@ def _rounded(model: Path, options: Options, rounding: str, watcher: Watcher) -> 
 
 
 def _load(folder: Path) -> Any:
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     return AutoModel.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
