@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # the table that PEFT itself asks
+
 from kasa_cli.report import Target
 
 CONFIG = "adapter_config.json"
@@ -21,18 +23,14 @@ TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 
-SPLITTING = ("gate_proj", "up_proj", "down_proj", "gate")
-"""Last names that PEFT 0.21 takes for those of routed experts, in the families below (peft#3711)."""
-SPLITTING_FAMILIES = (
-    "deepseek",
-    "qwen3_moe",
-    "qwen3_next",
-    "glm4_moe",
-    "olmoe",
-    "ernie4_5_moe",
-    "dots1",
-    "hunyuan",
-)
+EXPERT_NAMES = {
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("gate", "w1", "w2", "w3"),
+}
+"""Last names that PEFT 0.21 takes for those of routed experts (peft#3711), by the layout of a family's files."""
+MAMBA_NAMES = ("out_proj", "conv1d")
+MAMBA_FAMILIES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Last names that PEFT 0.21 refuses in these families."""
 
 
 def lora_config(
@@ -101,18 +99,44 @@ def tensor_names(module: str) -> dict[str, str]:
     }
 
 
+def named(targets: Sequence[Target], last_names: Iterable[str]) -> list[str]:
+    """The modules among them whose last name is one of these."""
+    return [target.module for target in targets if target.module.split(".")[-1] in set(last_names)]
+
+
+def taken_for_experts(targets: Sequence[Target], config: Mapping[str, Any]) -> list[str]:
+    """The modules among them that PEFT 0.21 would replace by the routed experts of the model (peft#3711)."""
+    family = str(config.get("model_type", ""))
+    layout = "mixtral" if family == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(family, "")
+    return named(targets, EXPERT_NAMES.get(layout, ()))
+
+
+def by_parameter(lora: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """The same LoRA with these modules named by their weight, which PEFT does not replace (but bars in KaSA)."""
+    if not modules or isinstance(lora["target_modules"], str):
+        return dict(lora)
+    kept = [module for module in lora["target_modules"] if module not in set(modules)]
+    return {**lora, "target_modules": kept, "target_parameters": [f"{module}.weight" for module in modules]}
+
+
 def difficulties(targets: Sequence[Target], config: Mapping[str, Any]) -> list[str]:
-    """What PEFT 0.21 makes of this adapter, where that is not what one would expect."""
+    """What PEFT 0.21 makes of a KaSA adapter on them, where that is not what one would expect."""
     found = []
     if any(target.is_transposed for target in targets):
         found.append(
             "PEFT refuses KaSA on Conv1D layers: load tail/ on the original base, or train a plain LoRA on base/"
         )
-    family = str(config.get("model_type", ""))
-    rewritten = [target.module for target in targets if target.module.split(".")[-1] in SPLITTING]
-    if rewritten and family.startswith(SPLITTING_FAMILIES):
+    if experts := taken_for_experts(targets, config):
         found.append(
-            f"PEFT 0.21 takes {rewritten[0]} for routed experts (peft#3711) and refuses the adapter: "
-            "--exclude gate_proj --exclude up_proj --exclude down_proj, or train on base/ with other targets"
+            f"PEFT 0.21 takes {experts[0]} for routed experts (peft#3711) and refuses the adapter: "
+            f"{_excludes(experts)}, or train on base/ with other targets"
         )
+    mamba = named(targets, MAMBA_NAMES) if config.get("model_type") in MAMBA_FAMILIES else []
+    if mamba:
+        found.append(f"PEFT 0.21 refuses any LoRA, adapter/ and tail/, on {mamba[0]}: {_excludes(mamba)}")
     return found
+
+
+def _excludes(modules: Iterable[str]) -> str:
+    """The flags that leave modules of these last names out."""
+    return " ".join(f"--exclude {name}" for name in sorted({module.split(".")[-1] for module in modules}))

@@ -11,9 +11,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from kasa_cli.linalg.rounding import Target
-
-ROWS = 512
+from kasa_cli.linalg.rounding import Target, blocks
 
 Stored = Callable[[int, int], Float[Tensor, "j i"]]
 """Rows [start, stop) of the stored tensor."""
@@ -37,10 +35,8 @@ class Outcome:
 def outcome(stored: Stored, target: Target, V: Float64[Tensor, "i t"], S: Float64[Tensor, " t"]) -> Outcome:
     """Measure what was stored, in float64, a block of rows at a time."""
     live = V[:, S > 0]
-    num_rows = len(target.W)
     sums = V.new_zeros(5)
-    for start in range(0, num_rows, ROWS):
-        stop = min(start + ROWS, num_rows)
+    for start, stop in blocks(*target.W.shape):
         Q = stored(start, stop).to(torch.float64)
         W = target.W[start:stop].to(torch.float64)
         sums[0] += (Q @ live).square().sum()

@@ -3,14 +3,14 @@
 Shapes: o = out_features, i = in_features, t = components dropped, j = columns of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-BLOCK = 256
-"""Columns rounded between two looks at the exact target: bounds the memory of float64 work."""
+BLOCK_BYTES = 4 << 20
+"""Float64 bytes of the exact target looked at in one go: bounds the memory, and fits a cache."""
 ZERO_BITS: dict[torch.dtype, torch.dtype] = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
@@ -45,8 +45,8 @@ class Target:
 def nearest(target: Target, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> Float[Tensor, "o i"]:
     """Each entry to the nearest representable number, ties to even."""
     Q = torch.empty(target.W.shape, dtype=dtype, device=target.W.device)
-    for start in range(0, len(Q), BLOCK):
-        Q[start : start + BLOCK] = target.rows(start, min(start + BLOCK, len(Q)))
+    for start, stop in blocks(*Q.shape):
+        Q[start:stop] = target.rows(start, stop)
     return Q
 
 
@@ -62,8 +62,7 @@ def preserve(target: Target, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> F
     e = V.new_zeros(len(Q), V.shape[1])
     e_nearest = torch.zeros_like(e)
     price = V.square().sum(1) + CAUTION * V.shape[1] / len(V)
-    for start in range(0, len(V), BLOCK):
-        stop = min(start + BLOCK, len(V))
+    for start, stop in blocks(len(V), len(Q)):
         T = target.columns(start, stop)
         near = Q[:, start:stop]
         e_nearest += (near.to(torch.float64) - T) @ V[start:stop]
@@ -73,6 +72,16 @@ def preserve(target: Target, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> F
 
 
 ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "preserve": preserve}
+
+
+def blocks(length: int, width: int) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive slices of `length` rows, each row of `width` float64 numbers.
+
+    >>> list(blocks(100, 1 << 14))
+    [(0, 32), (32, 64), (64, 96), (96, 100)]
+    """
+    step = max(16, BLOCK_BYTES // (8 * max(width, 1)))
+    return ((start, min(start + step, length)) for start in range(0, length, step))
 
 
 def other_neighbour(Q: Float[Tensor, "..."], T: Float64[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -55,7 +55,9 @@ def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: 
         pad = torch.nn.functional.pad
         return {names["A"]: pad(A, (0, 0, 0, missing)), names["B"]: pad(B, (0, missing))}
 
-    config = _lora_config(made, [one.target for one in cut], rank, rank)
+    targets = [one.target for one in cut]
+    config = _lora_config(made, targets, rank, rank)
+    config = peft.by_parameter(config, peft.taken_for_experts(targets, made.checkpoint.config))
     _write_peft(staging.out / "tail", config, cut, make, rank, watcher)
 
 

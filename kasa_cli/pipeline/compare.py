@@ -1,7 +1,7 @@
 """VERIFY: read an output back, against its manifest, and against the base it was made from."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from kasa_cli.checkpoint.staging import MANIFEST
 from kasa_cli.errors import IntegrityError, InvalidInput
 from kasa_cli.linalg.ends import Ends, ends
 from kasa_cli.linalg.rounding import Target as Sum
-from kasa_cli.linalg.rounding import other_neighbour
+from kasa_cli.linalg.rounding import blocks, other_neighbour
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.measure import as_weight
 from kasa_cli.pipeline.workers import Watcher, run
@@ -27,8 +27,6 @@ from kasa_cli.report import Target
 SLACK = 1e-9
 """Of the largest entry: two machines agree on the exact target to far better than this."""
 TAIL_TOLERANCE = 1e-6
-ROWS = 512
-
 Manifest = Mapping[str, Any]
 
 
@@ -167,7 +165,7 @@ def _ulps(output: _Output, found: Ends, original: Tensor, target: Target) -> flo
     # A cast of float64 to half precision goes through float32: at a tie it may end one float32 step off.
     doubt = torch.finfo(torch.float32).eps if stored.element_size() == 2 else 0.0
     worst = 0.0
-    for start, stop in _blocks(len(Q)):
+    for start, stop in blocks(*Q.shape):
         T, rows = exact.rows(start, stop), Q[start:stop].contiguous()
         distance = (rows.to(torch.float64) - T).abs()
         step = (other_neighbour(rows, T).to(torch.float64) - rows.to(torch.float64)).abs()
@@ -290,7 +288,3 @@ def _hash(container: Container, name: str) -> str:
         for chunk in reader.chunks(name):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + ROWS, length)) for start in range(0, length, ROWS))

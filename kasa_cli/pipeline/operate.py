@@ -21,12 +21,15 @@ from kasa_cli.checkpoint.staging import Staging
 from kasa_cli.checkpoint.streaming import TORCH_DTYPES, Form, raw_bytes
 from kasa_cli.errors import NumericalError
 from kasa_cli.linalg import rounding
+from kasa_cli.linalg.ends import Ends
 from kasa_cli.linalg.outcome import Outcome, outcome
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.measure import Measured, as_weight, read_factors, read_target
 from kasa_cli.pipeline.workers import Watcher, run
+from kasa_cli.report import Target
 
 CHUNK = 16 << 20
+ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -49,32 +52,35 @@ class Surgeon:
     measured: Mapping[str, Measured]
     round_off: rounding.Rounding
 
-    def operate(self, entry: TensorEntry) -> Tensor:
-        """The new value of a target, in the dtype of `entry`: W plus its terms, rounded once."""
-        measured = self.measured[entry.name]
+    def prepare(self, name: str) -> "Patient":
+        """Read a target and its factors."""
+        measured = self.measured[name]
         factors = read_factors(self.staging, measured)
-        stored = self.read(measured)
-        L, R = kasa.cut(factors)
-        target = rounding.Target(as_weight(stored, measured.target), L, R)
-        Q = self.round_off(target, factors.V, TORCH_DTYPES[entry.dtype])
-        if not bool(torch.isfinite(Q).all()):
-            raise NumericalError(f"does not fit {entry.dtype}", entry.name, "choose a wider --dtype")
-        return as_weight(Q, measured.target).contiguous()
+        weight = as_weight(read_target(self.checkpoint, name), measured.target)
+        return Patient(measured.target, rounding.Target(weight, *kasa.cut(factors)), factors)
 
-    def read(self, measured: Measured) -> Tensor:
-        """The original of a target, which must be what was measured."""
-        return read_target(self.checkpoint, measured.target.name)
 
-    def examine(self, entry: TensorEntry, rows: Callable[[int, int], Tensor]) -> Outcome:
-        """Measure what was stored against the original. `rows` reads rows of the stored tensor."""
-        measured = self.measured[entry.name]
-        factors = read_factors(self.staging, measured)
-        L, R = kasa.cut(factors)
-        target = rounding.Target(as_weight(self.read(measured), measured.target), L, R)
-        if measured.target.is_transposed:
-            whole = rows(0, entry.shape[0]).T
-            return outcome(lambda start, stop: whole[start:stop], target, factors.V, factors.S)
-        return outcome(rows, target, factors.V, factors.S)
+@dataclass(frozen=True)
+class Patient:
+    """A target on the table: its exact new value, not yet computed, and the factors it is made with."""
+
+    target: Target
+    exact: rounding.Target
+    factors: Ends
+
+    def operate(self, round_off: rounding.Rounding, dtype: str) -> Tensor:
+        """The new value, W plus its terms, rounded once to `dtype`, in the layout of the file."""
+        Q = round_off(self.exact, self.factors.V, TORCH_DTYPES[dtype])
+        if not all(bool(torch.isfinite(Q[n : n + ROWS]).all()) for n in range(0, len(Q), ROWS)):
+            raise NumericalError(f"does not fit {dtype}", self.target.name, "choose a wider --dtype")
+        return as_weight(Q, self.target).contiguous()
+
+    def examine(self, rows: Callable[[int, int], Tensor]) -> Outcome:
+        """Measure what was stored. `rows` reads rows of the stored tensor."""
+        if self.target.is_transposed:
+            whole = rows(0, self.target.shape[0]).T
+            return outcome(lambda start, stop: whole[start:stop], self.exact, self.factors.V, self.factors.S)
+        return outcome(rows, self.exact, self.factors.V, self.factors.S)
 
 
 def write_base(
@@ -100,9 +106,10 @@ def _write_one(surgeon: Surgeon, file: str, descriptor: int, entry: TensorEntry)
     if entry.name not in surgeon.measured:
         digest = _copy(surgeon.checkpoint, entry, descriptor)
         return Written(entry.name, file, entry.dtype, digest, None)
-    pwrite_all(descriptor, raw_bytes(surgeon.operate(entry)), entry.begin)
-    measured = surgeon.examine(entry, lambda start, stop: _rows(descriptor, entry, start, stop))
-    return Written(entry.name, file, entry.dtype, _digest(descriptor, entry), measured)
+    patient = surgeon.prepare(entry.name)
+    pwrite_all(descriptor, raw_bytes(patient.operate(surgeon.round_off, entry.dtype)), entry.begin)
+    found = patient.examine(lambda start, stop: _rows(descriptor, entry, start, stop))
+    return Written(entry.name, file, entry.dtype, _digest(descriptor, entry), found)
 
 
 def _copy(checkpoint: Checkpoint, entry: TensorEntry, descriptor: int) -> str:
@@ -119,23 +126,24 @@ def _copy(checkpoint: Checkpoint, entry: TensorEntry, descriptor: int) -> str:
 def _rows(descriptor: int, entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a matrix in the file."""
     width = entry.num_bytes // entry.shape[0]
-    raw = bytearray(_pread(descriptor, (stop - start) * width, entry.begin + start * width))
+    raw = bytearray((stop - start) * width)
+    _read_into(descriptor, memoryview(raw), entry.begin + start * width)
     return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype]).view(stop - start, -1)
 
 
 def _digest(descriptor: int, entry: TensorEntry) -> str:
-    digest = hashlib.sha256()
+    digest, room = hashlib.sha256(), memoryview(bytearray(min(CHUNK, entry.num_bytes)))
     for offset in range(entry.begin, entry.end, CHUNK):
-        digest.update(_pread(descriptor, min(CHUNK, entry.end - offset), offset))
+        piece = room[: entry.end - offset]
+        _read_into(descriptor, piece, offset)
+        digest.update(piece)
     return digest.hexdigest()
 
 
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    parts = []
-    while size:
-        parts.append(os.pread(descriptor, size, offset))
-        size, offset = size - len(parts[-1]), offset + len(parts[-1])
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def _read_into(descriptor: int, room: memoryview, offset: int) -> None:
+    while room:
+        num_read = os.preadv(descriptor, [room], offset)
+        room, offset = room[num_read:], offset + num_read
 
 
 def write_tensors(

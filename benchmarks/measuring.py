@@ -1,0 +1,34 @@
+"""Whole processes, measured by the operating system: wall and processor seconds, peak resident memory."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Usage:
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def measured(command: Sequence[str], threads: int | None = None) -> Usage:
+    """Run a command to its end, output to stderr; what it used."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if threads:
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    seconds = time.perf_counter() - begun
+    return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
