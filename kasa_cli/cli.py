@@ -3,11 +3,13 @@
 torch and transformers are imported inside the verbs, so that `--help` answers at once.
 """
 
+import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -25,15 +27,18 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Spectral surgery on Hugging Face checkpoints: offline KaSA, streamed, exact and verified.",
     epilog="Exit codes and every option: see docs/cli.md.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-class Terminated(Exception):
-    """SIGTERM arrived."""
+MAX_WEIGHT = 1e30
+"""Of a loss: beyond it, infinity among them, nothing trains."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, it is nothing that an `except Exception` may take for a failure."""
 
 
 class Format(StrEnum):
@@ -76,14 +81,30 @@ class Compat(StrEnum):
     REFERENCE = "reference"
 
 
+SIZE = re.compile(r"\s*0*[1-9][0-9]*\s*[KMGT]B\s*", re.IGNORECASE)
+
+
+def _size(text: str | None) -> str | None:
+    """Take what the Hub's own plan of shards understands."""
+    if text is not None and not SIZE.fullmatch(text):
+        raise typer.BadParameter(f"{text!r} is not a size such as 5GB or 200MB")
+    return text
+
+
+NOT_IN_PRESETS = ("config", "help", "verbose")
+
+
 def _preset(context: typer.Context, path: Path | None) -> Path | None:
     """Take the defaults of a verb from a preset, before its flags are read."""
     if path is not None:
-        from kasa_cli.presets import load
+        from kasa_cli.presets import Option, load
 
-        known = [
-            name for parameter in context.command.params if (name := parameter.name) and name != "config"
-        ]
+        known = {
+            flag.lstrip("-").replace("-", "_"): Option(parameter.name, parameter.multiple)
+            for parameter in context.command.params
+            for flag in parameter.opts
+            if flag.startswith("--") and parameter.name and parameter.name not in NOT_IN_PRESETS
+        }
         context.default_map = {**(context.default_map or {}), **load(path, known)}
     return path
 
@@ -120,8 +141,10 @@ Config = Annotated[
         "--config", help="A YAML preset; flags win.", callback=_preset, is_eager=True, rich_help_panel=RUN
     ),
 ]
-Workers = Annotated[int, typer.Option(help="Matrices at once; 0: the cores.", rich_help_panel=RUN)]
-Threads = Annotated[int, typer.Option(help="BLAS threads a matrix; bytes depend on it.", rich_help_panel=RUN)]
+Workers = Annotated[int, typer.Option(min=0, help="Matrices at once; 0: the cores.", rich_help_panel=RUN)]
+Threads = Annotated[
+    int, typer.Option(min=1, help="BLAS threads a matrix; bytes depend on it.", rich_help_panel=RUN)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
 Seed = Annotated[int, typer.Option(help="Of the adapter's random start.", rich_help_panel=RUN)]
 Overwrite = Annotated[
@@ -139,8 +162,9 @@ FormatOption = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Short for --format json.", rich_help_panel=ABOUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel=ABOUT)]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Tracebacks, and what is left alone.", rich_help_panel=ABOUT)
+    bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=ABOUT)
 ]
+VERBOSE = re.compile(r"--verbose|-q*v[qv]*")
 
 
 def _version(wanted: bool) -> None:
@@ -162,27 +186,30 @@ def _root(
 def truncate(
     model: ModelArgument,
     output_dir: OutputOption,
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Adapter rank.")] = 16,
+    rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Adapter rank.")] = 16,
     truncation_rank: Annotated[
-        int | None, typer.Option(help="Components dropped; default: the rank.")
+        int | None, typer.Option(min=0, help="Components dropped; default: the rank.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Default: twice the rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(min=0, max=MAX_WEIGHT, help="Default: twice the rank.")] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
     emit: Annotated[str, typer.Option(help="What to write, joined by commas.")] = "base,adapter,tail",
     dtype: Annotated[Dtype, typer.Option(help="Of the tensors operated on; auto keeps.")] = Dtype.AUTO,
     rounding: Annotated[
         RoundingName, typer.Option(help="preserve keeps the cut in half precision.")
     ] = RoundingName.NEAREST,
-    min_realised: Annotated[float, typer.Option(help="Share of the cut that must be left.")] = 0.9,
+    min_realised: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the cut that must be left.")
+    ] = 0.9,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 11 below --min-realised.")] = False,
     diag_init: Annotated[DiagInit, typer.Option(help="Start of the diagonal.")] = DiagInit.RANDN,
-    beta: Annotated[float, typer.Option(help="Weight of KaSA's L2 loss.")] = 1e-4,
-    gamma: Annotated[float, typer.Option(help="Weight of KaSA's L3 loss.")] = 1e-3,
+    beta: Annotated[float, typer.Option(min=0, max=MAX_WEIGHT, help="Weight of KaSA's L2 loss.")] = 1e-4,
+    gamma: Annotated[float, typer.Option(min=0, max=MAX_WEIGHT, help="Weight of KaSA's L3 loss.")] = 1e-3,
     compat: Annotated[
         Compat, typer.Option(help="reference: the published code's in_features rule.")
     ] = Compat.PEFT,
     max_shard_size: Annotated[
-        str | None, typer.Option(help='Lay out shards anew, e.g. "5GB".', rich_help_panel=OUTPUT)
+        str | None,
+        typer.Option(help='Lay out shards anew, e.g. "5GB".', callback=_size, rich_help_panel=OUTPUT),
     ] = None,
     overwrite: Overwrite = False,
     restart: Restart = False,
@@ -232,10 +259,10 @@ def truncate(
     )
     spelling = Format.JSON if json_format else output_format
     if dry_run:
-        return _show(verb.plan(where, options), spelling)
+        return _show(verb.plan(where, options), spelling, quiet)
     with _watching(quiet) as watcher:
         report = verb.truncate(where, output_dir, options, watcher)
-    _show(report, spelling)
+    _show(report, spelling, quiet)
     is_weak = strict and report.totals["below_min_realised"] > 0
     return ExitCode.BELOW_STANDARD if is_weak else ExitCode.DONE
 
@@ -262,7 +289,7 @@ def verify(
     base = verb.Where(against, revision, cache_dir, local_files_only) if against else None
     with _watching(quiet) as watcher:
         report = verb.verify(output, read_data=read_data, against=base, workers=workers, watcher=watcher)
-    return _show(report, Format.JSON if json_format else output_format)
+    return _show(report, Format.JSON if json_format else output_format, quiet)
 
 
 @app.command(epilog="Example: kasa demo -o kasa-demo")
@@ -282,20 +309,33 @@ def demo(
 
     with _watching(quiet) as watcher:
         report = verb.demo(output_dir, overwrite=overwrite, workers=workers, watcher=watcher)
-    return _show(report, Format.JSON if json_format else output_format)
+    return _show(report, Format.JSON if json_format else output_format, quiet)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code; every known error is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
-    _leave(_guarded(arguments))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no κ shows how it is spelled
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _guarded(arguments)
+    except KeyboardInterrupt:  # once more, while the first is being reported
+        code = ExitCode.INTERRUPTED
+    except Terminated:
+        code = ExitCode.TERMINATED
+    except SystemExit as leaving:  # rich's way to say that nobody reads the help any more
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        code = ExitCode.DONE
+    _leave(code)
 
 
 def _guarded(arguments: list[str]) -> int:
     """The exit code of a run."""
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        return _run(arguments)
     except KasaError as error:
         return _fail(error, error.exit_code, arguments)
     except TyperException as error:
@@ -306,34 +346,49 @@ def _guarded(arguments: list[str]) -> int:
         return _fail("terminated: run the same command again to go on", ExitCode.TERMINATED, arguments)
     except BrokenPipeError:
         return ExitCode.DONE
-    except MemoryError as error:
-        return _fail(f"not enough memory: {error}: use fewer --workers", ExitCode.RESOURCE, arguments)
+    except (OSError, MemoryError) as error:
+        return _fail(_resource(error), ExitCode.RESOURCE, arguments)
     except Exception as error:  # the last line of defence: a bug must not look like a result
         what = f"internal error: {type(error).__name__}: {error}: please report it, with --verbose"
         return _fail(what, ExitCode.INTERNAL, arguments)
 
 
-def _fail(error: object, code: ExitCode, arguments: list[str]) -> int:
-    if {"-v", "--verbose"} & set(arguments):
-        import traceback
-
-        traceback.print_exc()
-    sys.stderr.write(f"kasa: {printable(str(error))}\n")
+def _run(arguments: list[str]) -> int:
+    code = int(app(arguments, prog_name="kasa", standalone_mode=False) or 0)
+    if code == ExitCode.INTERRUPTED:  # Typer's way to say that Ctrl-C was pressed
+        raise KeyboardInterrupt
     return code
 
 
+def _fail(error: object, code: ExitCode, arguments: list[str]) -> int:
+    if any(VERBOSE.fullmatch(argument) for argument in arguments):
+        import traceback
+
+        for line in traceback.format_exc().splitlines():
+            typer.echo(printable(line), err=True)
+    typer.echo(f"kasa: {printable(str(error))}", err=True)
+    return code
+
+
+def _resource(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}: use fewer --workers"
+    return f"{error.strerror or error}: {error.filename or 'the result'}: check disk and permissions"
+
+
 def _one_line(error: TyperException) -> str:
+    """Typer's own errors in the words of kasa's: what, where, what to do."""
     describe: Callable[[], str] = getattr(error, "format_message", lambda: str(error))
-    return f"{' '.join(describe().split())}: try --help"
+    what = " ".join(describe().split()).removesuffix(".").replace("Value error, ", "")
+    command = getattr(getattr(error, "ctx", None), "command_path", "kasa")
+    return f"{what}: {command}: see {command} --help"
 
 
 def _leave(code: int) -> NoReturn:
     """Leave at once: a thread deep in LAPACK cannot be asked to stop, and a crash is what staging is made for."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        pass
+    with suppress(OSError, KeyboardInterrupt, Terminated):
+        typer.echo(nl=False)
+        typer.echo(nl=False, err=True)
     os._exit(code)
 
 
@@ -341,10 +396,13 @@ def _terminate(*_: Any) -> NoReturn:
     raise Terminated
 
 
-def _show(report: "Report", spelling: Format) -> int:
+def _show(report: "Report", spelling: Format, quiet: bool) -> int:
+    """The result to stdout, what is worth knowing about it to stderr."""
     from kasa_cli.render.formats import FORMATS
 
-    sys.stdout.write(f"{FORMATS[spelling](report)}\n")
+    typer.echo(FORMATS[spelling](report), color=True)
+    for note in () if quiet else getattr(report, "notes", ()):
+        typer.echo(f"note: {printable(note)}", err=True)
     return ExitCode.DONE
 
 

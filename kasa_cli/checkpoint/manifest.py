@@ -19,6 +19,7 @@ from kasa_cli.checkpoint.untrusted import parse_json, read_small
 from kasa_cli.errors import IntegrityError, InvalidInput
 
 SCHEMA = 1
+SECTIONS = ("environment", "files", "options", "source", "tensors")
 MAX_MANIFEST = 1_000_000_000
 
 
@@ -48,26 +49,34 @@ def load(output: Path) -> dict[str, Any]:
     """The manifest of an output, itself unaltered.
 
     Raises:
-        InvalidInput: there is none.
-        IntegrityError: it is not as it was written.
+        InvalidInput: it is of a later kasa.
+        IntegrityError: there is none, or it is not as it was written.
     """
     path = output / MANIFEST
-    if not path.is_file():
-        raise InvalidInput(f"no {MANIFEST}: not a complete output of kasa", str(output))
-    raw = read_small(path, MAX_MANIFEST)
+    if path.is_symlink() or not path.is_file():
+        raise IntegrityError(f"no {MANIFEST}", str(output), "this is no complete output of kasa")
     try:
+        raw = read_small(path, MAX_MANIFEST)
         content = parse_json(raw, path)
     except InvalidInput as error:
         raise IntegrityError("altered: no longer JSON", str(path)) from error
     if not isinstance(content, dict) or "digest" not in content:
         raise IntegrityError("altered: no digest in it", str(path))
-    if seal({key: value for key, value in content.items() if key != "digest"}) != raw:
+    if not _is_sealed(content, raw):
         raise IntegrityError("altered: its digest does not fit", str(path))
-    if content["schema"] != SCHEMA:
-        raise InvalidInput(
-            f"schema {content['schema']} is not known to this kasa", str(path), "use a newer kasa"
-        )
+    if content.get("schema") != SCHEMA:
+        what = f"schema {content.get('schema')} is not known to this kasa"
+        raise InvalidInput(what, str(path), "use a newer kasa")
+    if not all(isinstance(content.get(section), dict) for section in SECTIONS):
+        raise IntegrityError("altered: a section is missing", str(path))
     return content
+
+
+def _is_sealed(content: Mapping[str, Any], raw: bytes) -> bool:
+    try:
+        return seal({key: value for key, value in content.items() if key != "digest"}) == raw
+    except ValueError:  # an infinity, which kasa never writes
+        return False
 
 
 def file_records(folder: Path) -> dict[str, dict[str, Any]]:

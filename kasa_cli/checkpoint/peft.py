@@ -14,14 +14,14 @@ PREFIX = "base_model.model."
 PEFT_VERSION = "0.21.2"
 """The release whose format this is."""
 
+TEXT_TO_TEXT = ("T5", "Bart", "Pegasus", "M2M100", "Blenderbot")
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
+    **{f"{family}ForConditionalGeneration": "SEQ_2_SEQ_LM" for family in TEXT_TO_TEXT},
 }
+"""PEFT's task, by the end of a class name. No task elsewhere: PEFT 0.21 would call speech and vision models as
+text ones, and with a classification task it fails unless the adapter holds a head (`modules_to_save`)."""
 
 EXPERT_NAMES = {
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -38,11 +38,11 @@ def lora_config(
     *,
     rank: int,
     alpha: float,
-    linear_modules: Iterable[str],
+    modules: Iterable[str],
     base: tuple[str | None, str | None],
     model_class: str | None,
 ) -> dict[str, Any]:
-    """A plain LoRA on exactly these modules. `base` is (Hub id, commit), None for a local model."""
+    """A plain LoRA on exactly these of all modules. `base` is (Hub id, commit), None for a local model."""
     repo, commit = base
     return {
         "alpha_pattern": {},
@@ -61,7 +61,7 @@ def lora_config(
         "r": rank,
         "rank_pattern": {},
         "revision": commit,
-        "target_modules": target_modules([target.module for target in targets], linear_modules),
+        "target_modules": target_modules([target.module for target in targets], modules),
         "target_parameters": None,
         "task_type": next((task for end, task in TASKS.items() if (model_class or "").endswith(end)), None),
         "use_dora": False,
@@ -74,7 +74,7 @@ def kasa_config(lora: Mapping[str, Any], *, beta: float, gamma: float, use_rslor
     return {**lora, "kasa_config": {"beta": beta, "gamma": gamma}, "use_rslora": use_rslora}
 
 
-def target_modules(chosen: Sequence[str], linear_modules: Iterable[str]) -> list[str] | str:
+def target_modules(chosen: Sequence[str], modules: Iterable[str]) -> list[str] | str:
     """Names that PEFT, which matches a list by the end of a name, takes for exactly these modules.
 
     >>> target_modules(["layers.0.fc"], ["layers.0.fc", "layers.1.fc"])
@@ -83,7 +83,7 @@ def target_modules(chosen: Sequence[str], linear_modules: Iterable[str]) -> list
     '(layers\\\\.0\\\\.fc)'
     """
     wanted = set(chosen)
-    for module in set(linear_modules) - wanted:
+    for module in set(modules) - wanted:
         parts = module.split(".")
         if any(".".join(parts[start:]) in wanted for start in range(1, len(parts))):
             return f"({'|'.join(re.escape(name) for name in chosen)})"

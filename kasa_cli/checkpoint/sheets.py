@@ -15,6 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from kasa_cli.checkpoint.durable import copy_file, make_folder, write_file
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.streaming import Form, form
+from kasa_cli.errors import UsageError
 
 CARD = "README.md"
 
@@ -28,7 +29,16 @@ class Sheet:
 
 
 def base_sheets(checkpoint: Checkpoint, dtypes: Mapping[str, str], max_shard_size: str | None) -> list[Sheet]:
-    """The files of the new base. `dtypes` names the stored dtype of every target that changes its own."""
+    """The files of the new base. `dtypes` names the stored dtype of every target that changes its own.
+
+    Raises:
+        UsageError: a shard size is asked for, but config.json names the files.
+    """
+    named = checkpoint.config.get("transformers_weights")
+    if max_shard_size is not None and named is not None:
+        raise UsageError(
+            "config.json names the files of the weights", str(named), "leave out --max-shard-size"
+        )
     if not dtypes and max_shard_size is None:
         return [
             Sheet(file, Form(_header(shard.path, shard.data_start), shard.tensors, shard.identity.size))
@@ -55,14 +65,14 @@ def copy_companions(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
 
 
 def write_index(checkpoint: Checkpoint, sheets: Sequence[Sheet], folder: Path) -> None:
-    """The index as it was where the layout is, else a new one; none for a single file."""
+    """The index as it was where the layout is, else a new one; none for a single file that had none."""
     is_as_before = all(
         checkpoint.shards.get(sheet.name) and sheet.form.tensors is checkpoint.shards[sheet.name].tensors
         for sheet in sheets
     )
     if is_as_before and checkpoint.index_name:
         copy_file(checkpoint.root / checkpoint.index_name, folder / checkpoint.index_name)
-    elif len(sheets) > 1:
+    elif len(sheets) > 1 or (checkpoint.index_name and checkpoint.shards.get(sheets[0].name)):
         name = checkpoint.index_name or "model.safetensors.index.json"
         write_file(folder / name, [(json.dumps(new_index(sheets), indent=2) + "\n").encode()])
 

@@ -6,7 +6,7 @@ from kasa_cli.checkpoint import manifest
 from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.checkpoint.source import resolve
 from kasa_cli.errors import InvalidInput
-from kasa_cli.pipeline import compare
+from kasa_cli.pipeline import compare, intact
 from kasa_cli.pipeline.job import Where
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, num_cores
 from kasa_cli.report import VerifyReport
@@ -31,9 +31,9 @@ def verify(
         raise InvalidInput("no such directory", str(output))
     watcher, num_workers = watcher or Silent(), workers or num_cores()
     found = manifest.load(output)
-    compare.check_files(output, found)
-    compare.check_structure(output, found)
-    num_bytes = compare.check_hashes(output, found, num_workers, watcher) if read_data else 0
+    intact.check_files(output, found)
+    num_bytes = intact.check_hashes(output, found, num_workers, watcher) if read_data else 0
+    intact.check_structure(output, found)
     compared: list[compare.Comparison] = []
     if against:
         with blas_threads(found["environment"]["threads_per_worker"]):
@@ -50,7 +50,7 @@ def verify(
 
 
 def _against(
-    output: Path, found: compare.Manifest, where: Where, num_workers: int, watcher: Watcher
+    output: Path, found: intact.Manifest, where: Where, num_workers: int, watcher: Watcher
 ) -> list[compare.Comparison]:
     source = resolve(
         where.model,

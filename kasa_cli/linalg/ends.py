@@ -10,6 +10,7 @@ Shapes: o = out_features, i = in_features, k = min(o, i), l = max(o, i), t = com
 import math
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -35,7 +36,7 @@ class Ends:
     `residual` is ‖M Mᵀ Z - Z S²‖_F / σ_max², measured on the weight in float64 (M: the weight or its transpose,
     whichever is wide; Z: the vectors of its short side). `angle` estimates the sine between the space found and
     the true one: the residual over the gap of squares (Davis and Kahan) for a solver that squares, float64
-    roundoff over the gap for one that does not. At a tie the gap counts as TIE.
+    roundoff over the gap for one that does not. At a tie the gap counts as TIE; where nothing is cut, as 1.
     """
 
     U: Float64[Tensor, "o t"]
@@ -68,15 +69,15 @@ class Ends:
     @property
     def dropped_energy(self) -> float:
         """Sum of the squared dropped values over the sum of all; 0 for a zero weight."""
-        return float(self.S.square().sum()) / self.frobenius**2 if self.frobenius else 0.0
+        return float((self.S / self.frobenius).square().sum()) if self.frobenius else 0.0
 
 
 def ends(W: Float[Tensor, "o i"], t: int) -> Ends:
     """The t smallest singular triplets of W, and the extremes of its spectrum.
 
-    Values are within float64 roundoff of σ_max. Singular values under max(o, i)·ε·σ_max are zero and reported
-    as such; their vectors are then any orthonormal completion. Signs: the largest entry of each left vector is
-    positive.
+    Values are within float64 roundoff of σ_max, and σ_max is to ten digits. Singular values that roundoff alone
+    explains are zero and reported as such; their vectors on the long side are then any orthonormal ones. Signs:
+    the largest entry of each left vector is positive.
 
     Raises:
         NumericalError: W is not finite, t is not below min(o, i), or no solver of the ladder converges.
@@ -86,7 +87,7 @@ def ends(W: Float[Tensor, "o i"], t: int) -> Ends:
     M = frame(W)
     found = None
     for name in ladder(M.num_short, max(t, 1)):
-        directions = SOLVERS[name](M, max(t, 1))
+        directions = _attempt(name, M, max(t, 1))
         if directions is None:
             continue
         found, next_residual = _read_off(M, directions, t)
@@ -98,6 +99,14 @@ def ends(W: Float[Tensor, "o i"], t: int) -> Ends:
     )
 
 
+def _attempt(name: str, M: Frame, t: int) -> Directions | None:
+    """What a solver finds; None when it cannot, or when LAPACK gives up under it."""
+    try:
+        return SOLVERS[name](M, t)
+    except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError):
+        return None
+
+
 def _read_off(M: Frame, directions: Directions, t: int) -> tuple[Ends, float]:
     """Rayleigh and Ritz on the weight itself, inside the directions found; with the next pair's residual."""
     p = directions.bottom.shape[1]
@@ -105,12 +114,14 @@ def _read_off(M: Frame, directions: Directions, t: int) -> tuple[Ends, float]:
     sigma_max = float(torch.linalg.svdvals(Y[:, p:])[0])
     X, S, Rh = torch.linalg.svd(Y[:, :p], full_matrices=False)
     sigma_max = max(sigma_max, float(S[0]))
-    S = S.where(sigma_max * EPS * M.num_long < S, 0.0)
     Z = directions.bottom @ Rh.T
     residuals = _residuals(M, Z, S, X) / (sigma_max**2 or 1.0)
+    noise = _noise(S / (sigma_max or 1.0), residuals, M.num_long, directions.is_squared)
+    S = S.where(sigma_max * noise < S, 0.0)
     cut, following = max(p - max(t, 1), 0), max(p - t - 1, 0)
     residual = float(torch.linalg.vector_norm(residuals[cut:]))
     sines = residual if directions.is_squared else 4 * EPS
+    gap = _relative_gap(S[following], S[cut], sigma_max, 1 + directions.is_squared) if t else 1.0
     U, V = _oriented(M, Z[:, p - t :], X[:, p - t :])
     found = Ends(
         U=U,
@@ -122,7 +133,7 @@ def _read_off(M: Frame, directions: Directions, t: int) -> tuple[Ends, float]:
         frobenius=directions.frobenius * M.scale,
         solver=directions.solver,
         residual=residual,
-        angle=sines / _relative_gap(S[following], S[cut], sigma_max, 1 + directions.is_squared),
+        angle=sines / gap,
     )
     share = float(S[following] / sigma_max) ** 2 if sigma_max else 0.0
     return found, float(residuals[following]) / share if share else 0.0
@@ -134,9 +145,22 @@ def _residuals(M: Frame, Z: Tensor, S: Tensor, X: Tensor) -> Tensor:
     return norms
 
 
+def _noise(S: Tensor, residuals: Tensor, num_long: int, is_squared: bool) -> Tensor:
+    """What each value of a singular weight could be while the true one is zero; all in units of σ_max.
+
+    A null vector taken from a Gram matrix is off by the residual over the square of the nearest other value,
+    S[0] or above, and the weight makes that value of it. Not asked where the two cannot be told apart.
+    """
+    noise = torch.full_like(S, EPS * num_long)
+    if not is_squared:
+        return noise
+    seen = 10 * residuals / S[0].clamp_min(torch.finfo(S.dtype).tiny)  # the residual itself is rounded
+    return torch.where(residuals <= ANGLE_TOLERANCE * S[0] ** 2, noise.maximum(seen), noise)
+
+
 def _relative_gap(kept: Tensor, cut: Tensor, sigma_max: float, power: int) -> float:
-    """The gap at the cut, of values or of squares, over that of σ_max; TIE of the kept one at the least."""
-    if sigma_max == 0 or float(cut) == 0:
+    """The gap at the cut, of values or of squares, over that of σ_max; TIE at a tie, 1 between zeros."""
+    if float(kept) == 0:
         return 1.0
     high, low = float(kept / sigma_max) ** power, float(cut / sigma_max) ** power
     return max(high - low, TIE * high)

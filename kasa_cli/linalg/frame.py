@@ -15,6 +15,8 @@ from kasa_cli.errors import NumericalError
 
 PANEL_BYTES = 32 << 20
 """A panel stays near the size of a last-level cache, so that peak memory does not grow with the weight."""
+LARGEST = 2.0**960
+"""Above it singular values may overflow; only float64 weights reach it."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,12 @@ def frame(W: Float[Tensor, "o i"]) -> Frame:
     """Turn a weight to its short side and find its scale.
 
     Raises:
-        NumericalError: an entry is NaN or infinite (LAPACK would answer with NaN and no error).
+        NumericalError: an entry is NaN or infinite (LAPACK would answer with NaN and no error), or so large that
+            a singular value may lie beyond float64.
     """
     largest = largest_entry(W)
+    if largest > LARGEST:
+        raise NumericalError(f"an entry of {largest:.3g} leaves no room to sum in float64")
     exponent = max(math.frexp(largest)[1], -1000) if largest else 0
     is_tall = W.shape[0] > W.shape[1]
     return Frame(W.T if is_tall else W, is_tall, exponent)

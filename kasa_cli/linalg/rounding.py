@@ -43,7 +43,7 @@ class Target:
 
 
 def nearest(target: Target, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> Float[Tensor, "o i"]:
-    """Each entry to the nearest representable number, ties to even."""
+    """Each entry to the nearest representable number, ties to even; to half precision by way of float32."""
     Q = torch.empty(target.W.shape, dtype=dtype, device=target.W.device)
     for start, stop in blocks(*Q.shape):
         Q[start:stop] = target.rows(start, stop)
@@ -87,7 +87,7 @@ def blocks(length: int, width: int) -> Iterator[tuple[int, int]]:
 def other_neighbour(Q: Float[Tensor, "..."], T: Float64[Tensor, "..."]) -> Float[Tensor, "..."]:
     """The representable number on the other side of T, for Q the nearest to it; Q where Q = T.
 
-    Steps through the bit pattern, whose magnitude orders as the numbers do; never steps to infinity.
+    Steps through the bit pattern, whose magnitude orders as the numbers do; neither to infinity nor back from it.
 
     >>> other_neighbour(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.001], dtype=torch.float64))
     tensor([1.0078], dtype=torch.bfloat16)
@@ -100,7 +100,7 @@ def other_neighbour(Q: Float[Tensor, "..."], T: Float64[Tensor, "..."]) -> Float
     stepped = torch.where(outward, bits + 1, bits - 1)
     smallest = torch.where(gap > 0, 1, sign + 1).to(bits.dtype)
     other = torch.where(is_zero, smallest, stepped).view(Q.dtype)
-    return torch.where((gap == 0) | ~torch.isfinite(other), Q, other)
+    return torch.where((gap == 0) | ~torch.isfinite(other) | ~torch.isfinite(Q), Q, other)
 
 
 def _choose(T: Tensor, near: Tensor, V: Tensor, price: Tensor, e: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Recipe:
 DiagInit = Callable[[Ends, Recipe, torch.Generator], Start]
 
 
-def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
+def scaling(alpha: int | float, rank: int, use_rslora: bool) -> float:
     """The factor before B diag(d) A: alpha / r, or alpha / √r with rsLoRA (arXiv 2312.03732).
 
     >>> scaling(32, 16, use_rslora=False), scaling(32, 16, use_rslora=True)
@@ -74,12 +74,15 @@ def residual(ends: Ends, recipe: Recipe, generator: torch.Generator) -> Start:
     """Start from what was dropped: A = V_d^T, B = U_d, d = S_d / scaling, the largest r of the t.
 
     Then W' + scaling B diag(d) A = W when r = t: the model starts where it was, and A and B are orthonormal.
+    Where fewer than r were dropped (a rule of `COMPATS`), the rest of the rank starts as `ones` does.
     """
-    r = recipe.rank
+    num_fresh = max(0, recipe.rank - len(ends.S))
+    r = recipe.rank - num_fresh
+    A, B = _lora(ends, num_fresh, generator)
     return Start(
-        ends.V.T[:r].to(torch.float32).contiguous(),
-        ends.U[:, :r].to(torch.float32).contiguous(),
-        (ends.S[:r] / recipe.scaling).to(torch.float32),
+        torch.cat([ends.V.T[:r].to(torch.float32), A]),
+        torch.cat([ends.U[:, :r].to(torch.float32), B], dim=1),
+        torch.cat([(ends.S[:r] / recipe.scaling).to(torch.float32), torch.ones(num_fresh)]),
     )
 
 

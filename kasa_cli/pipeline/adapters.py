@@ -28,7 +28,7 @@ def write_adapter(
 ) -> None:
     """The fresh KaSA adapter, as PEFT stores one."""
     recipe = kasa.Recipe(
-        options.rank, kasa.scaling(options.lora_alpha, options.rank, options.use_rslora), options.seed
+        options.rank, kasa.scaling(float(options.lora_alpha), options.rank, options.use_rslora), options.seed
     )
 
     def make(one: Measured) -> dict[str, Tensor]:
@@ -62,11 +62,12 @@ def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: 
 
 
 def _lora_config(made: Plan, targets: list[Target], rank: int, alpha: float) -> dict[str, Any]:
+    modules = {slot.module for slot in made.names.slots.values()}
     return peft.lora_config(
         targets,
         rank=rank,
         alpha=alpha,
-        linear_modules=made.names.linear_modules,
+        modules=modules.union(made.names.linear_modules),
         base=(made.source.repo, made.source.commit),
         model_class=made.names.model_class,
     )

@@ -1,4 +1,4 @@
-"""VERIFY: read an output back, against its manifest, and against the base it was made from."""
+"""VERIFY: is an output what the base it was made from gives? Every number of it, computed once more."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,12 +14,14 @@ from kasa_cli.checkpoint import peft
 from kasa_cli.checkpoint.container import Container, Reader, read_header
 from kasa_cli.checkpoint.durable import sha256_file
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
-from kasa_cli.checkpoint.staging import MANIFEST
-from kasa_cli.errors import IntegrityError, InvalidInput
+from kasa_cli.checkpoint.sheets import CARD
+from kasa_cli.checkpoint.streaming import raw_bytes
+from kasa_cli.errors import IntegrityError
 from kasa_cli.linalg.ends import Ends, ends
 from kasa_cli.linalg.rounding import Target as Sum
 from kasa_cli.linalg.rounding import blocks, other_neighbour
 from kasa_cli.methods import kasa
+from kasa_cli.pipeline.intact import Manifest, hash_tensor
 from kasa_cli.pipeline.measure import as_weight
 from kasa_cli.pipeline.workers import Watcher, run
 from kasa_cli.report import Target
@@ -27,63 +29,7 @@ from kasa_cli.report import Target
 SLACK = 1e-9
 """Of the largest entry: two machines agree on the exact target to far better than this."""
 TAIL_TOLERANCE = 1e-6
-Manifest = Mapping[str, Any]
-
-
-def check_files(output: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is there with its size, and no other.
-
-    Raises:
-        IntegrityError: naming every missing, extra or resized file.
-    """
-    expected = manifest["files"]
-    found = {p.relative_to(output).as_posix(): p for p in sorted(output.rglob("*")) if not p.is_dir()}
-    found.pop(MANIFEST, None)
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"extra {name}" for name in found if name not in expected]
-    problems += [
-        f"resized {name}"
-        for name, path in found.items()
-        if name in expected and (path.is_symlink() or path.stat().st_size != expected[name]["size"])
-    ]
-    if problems:
-        raise IntegrityError(", ".join(problems[:8]), str(output), "make it again, or fetch it again")
-
-
-def check_structure(output: Path, manifest: Manifest) -> None:
-    """Headers, index and shapes are what the manifest says, without reading a weight.
-
-    Raises:
-        IntegrityError: naming the first tensor that is not.
-    """
-    tensors = manifest["tensors"]
-    if (output / "base").is_dir():
-        base = _opened(output / "base")
-        present = {name: (entry.dtype, list(entry.shape)) for name, entry in base.tensors.items()}
-        recorded = {name: (one["dtype"], one["shape"]) for name, one in tensors.items()}
-        _require_equal(present, recorded, "base")
-    for folder, rank_key in (("adapter", "rank"), ("tail", None)):
-        if (output / folder).is_dir():
-            rank = manifest["options"][rank_key] if rank_key else None
-            _check_adapter(output / folder / peft.WEIGHTS, tensors, rank)
-
-
-def check_hashes(output: Path, manifest: Manifest, num_workers: int, watcher: Watcher) -> int:
-    """Hash every byte; the number of bytes hashed.
-
-    Raises:
-        IntegrityError: naming the file, and in a shard of the base the tensor.
-    """
-    records = manifest["files"]
-    total: int = sum(record["size"] for record in records.values())
-    watcher.stage("hash", len(records), total)
-    run(
-        partial(_check_hash, output, manifest),
-        sorted(records, key=lambda name: -records[name]["size"]),
-        num_workers,
-        lambda name: watcher.finished(name, records[name]["size"]),
-    )
-    return total
+REMEDY = "is this the base it was made from?"
 
 
 @dataclass(frozen=True)
@@ -105,15 +51,15 @@ def compare(
         IntegrityError: naming the first tensor that differs from what the base gives.
     """
     tensors = manifest["tensors"]
-    missing = [name for name in tensors if name not in base.tensors]
-    if missing:
-        raise IntegrityError("not a tensor of the base", missing[0], "is this the base it was made from?")
+    opened = _Output(output, manifest)
+    _check_names(opened, tensors, base)
+    _check_companions(opened, base)
     targets = [_target(name, one) for name, one in tensors.items() if one["role"] != "copied"]
     copied = [name for name, one in tensors.items() if one["role"] == "copied"]
     watcher.stage("compare", len(tensors), sum(target.work for target in targets))
-    run(partial(_check_copied, tensors, base), copied, num_workers, lambda name: watcher.finished(name, 0))
+    run(partial(_check_copied, opened, base), copied, num_workers, lambda name: watcher.finished(name, 0))
     return run(
-        partial(_compare_one, _Output(output, manifest), base),
+        partial(_compare_one, opened, base),
         sorted(targets, key=lambda target: -target.work),
         num_workers,
         lambda target: watcher.finished(target.name, target.work),
@@ -124,7 +70,7 @@ class _Output:
     """An output being read: its base and its small files."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.options = manifest["options"]
+        self.options, self.tensors = manifest["options"], manifest["tensors"]
         self.base = open_checkpoint(folder / "base") if (folder / "base").is_dir() else None
         self.small = {
             name: read_header(folder / name / peft.WEIGHTS)
@@ -145,8 +91,36 @@ class _Output:
         return {key: _read(container, name) for key, name in names.items() if name in container.tensors}
 
 
+def _check_names(output: _Output, tensors: Mapping[str, Any], base: Checkpoint) -> None:
+    """The base has the tensors of the output, in their shapes, and a whole output has all of the base's."""
+    for name, one in tensors.items():
+        if name not in base.tensors:
+            raise IntegrityError("not a tensor of the base", name, REMEDY)
+        if list(base.tensors[name].shape) != one["shape"]:
+            raise IntegrityError(
+                f"of shape {one['shape']}, in the base {base.tensors[name].shape}", name, REMEDY
+            )
+    absent = [name for name in base.tensors if name not in tensors]
+    if output.base and absent:
+        raise IntegrityError("a tensor of the base that the output lacks", absent[0], REMEDY)
+
+
+def _check_companions(output: _Output, base: Checkpoint) -> None:
+    """The files beside the weights are those of the base, but for the card and a dtype that config.json names."""
+    if output.base is None:
+        return
+    for name in base.companions:
+        theirs, ours = base.root / name, output.base.root / name
+        if name == CARD or (name == "config.json" and output.options["dtype"] != "auto"):
+            continue
+        if not ours.is_file() or sha256_file(ours) != sha256_file(theirs):
+            raise IntegrityError("not the bytes of the base", f"{ours}", REMEDY)
+
+
 def _compare_one(output: _Output, base: Checkpoint, target: Target) -> Comparison:
     original = _read(base.shards[base.shard_of(target.name)], target.name)
+    if hashlib.sha256(raw_bytes(original)).hexdigest() != output.tensors[target.name]["input_sha256"]:
+        raise IntegrityError("not made from this tensor of the base", target.name, REMEDY)
     found = ends(as_weight(original, target), target.dropped)
     _check_start(output, found, target)
     return Comparison(target.name, _ulps(output, found, original, target), _tail_error(output, found, target))
@@ -170,7 +144,7 @@ def _ulps(output: _Output, found: Ends, original: Tensor, target: Target) -> flo
         distance = (rows.to(torch.float64) - T).abs()
         step = (other_neighbour(rows, T).to(torch.float64) - rows.to(torch.float64)).abs()
         if bool((distance > allowed * step + doubt * T.abs() + slack).any()):
-            raise IntegrityError("not what its base gives", target.name, "is this the base it was made from?")
+            raise IntegrityError("not what its base gives", target.name, "make the output again")
         worst = max(worst, float((distance / step.clamp_min(slack or 1.0)).max()))
     return worst
 
@@ -194,7 +168,7 @@ def _check_start(output: _Output, found: Ends, target: Target) -> None:
     if not tensors:
         return
     options = output.options
-    scaling = kasa.scaling(options["alpha"], options["rank"], options["use_rslora"])
+    scaling = kasa.scaling(float(options["alpha"]), options["rank"], options["use_rslora"])
     recipe = kasa.Recipe(options["rank"], scaling, options["seed"])
     start = kasa.start(found, recipe, options["diag_init"], target.module)
     given = (tensors["B"] * tensors["diag"]) @ tensors["A"]
@@ -206,68 +180,11 @@ def _check_start(output: _Output, found: Ends, target: Target) -> None:
         raise IntegrityError("the adapter is not what seed and options give", target.module)
 
 
-def _check_copied(tensors: Mapping[str, Any], base: Checkpoint, name: str) -> None:
-    if _hash(base.shards[base.shard_of(name)], name) != tensors[name]["sha256"]:
-        raise IntegrityError("not the bytes of the base", name, "is this the base it was made from?")
-
-
-def _check_hash(output: Path, manifest: Manifest, name: str) -> None:
-    if sha256_file(output / name) != manifest["files"][name]["sha256"]:
-        raise IntegrityError("altered", f"{output / name}{_altered_tensor(output, manifest, name)}")
-
-
-def _altered_tensor(output: Path, manifest: Manifest, name: str) -> str:
-    """The first tensor of a shard whose bytes are not those recorded, for the message."""
-    if not name.startswith("base/") or not name.endswith(".safetensors"):
-        return ""
-    try:
-        container = read_header(output / name)
-    except InvalidInput:
-        return " (its header)"
-    for tensor in container.tensors:
-        if _hash(container, tensor) != manifest["tensors"].get(tensor, {}).get("sha256"):
-            return f" (tensor {tensor})"
-    return " (its header)"
-
-
-def _check_adapter(path: Path, tensors: Mapping[str, Any], rank: int | None) -> None:
-    """The small tensors fit the weights they belong to."""
-    by_module = {one["module"]: one for one in tensors.values() if "module" in one}
-    entries = _header(path).tensors
-    for module, one in by_module.items():
-        outs, ins = reversed(one["shape"]) if one["is_transposed"] else one["shape"]
-        names = peft.tensor_names(module)
-        A, B = entries.get(names["A"]), entries.get(names["B"])
-        if A is None and B is None and rank is None and not one["truncation_rank"]:
-            continue
-        if A is None or B is None:
-            raise IntegrityError("no tensors for a module", f"{path}: {module}")
-        if (
-            (A.shape[1], B.shape[0]) != (ins, outs)
-            or A.shape[0] != B.shape[1]
-            or rank not in (None, A.shape[0])
-        ):
-            raise IntegrityError(f"shapes {A.shape} and {B.shape} do not fit", f"{path}: {module}")
-
-
-def _require_equal(present: Mapping[str, Any], recorded: Mapping[str, Any], where: str) -> None:
-    for name in (*recorded, *present):
-        if present.get(name) != recorded.get(name):
-            raise IntegrityError("missing, extra or of another shape", f"{where}: {name}")
-
-
-def _opened(folder: Path) -> Checkpoint:
-    try:
-        return open_checkpoint(folder)
-    except InvalidInput as error:
-        raise IntegrityError(f"altered ({error})", str(folder)) from error
-
-
-def _header(path: Path) -> Container:
-    try:
-        return read_header(path)
-    except InvalidInput as error:
-        raise IntegrityError(f"altered ({error})", str(path)) from error
+def _check_copied(output: _Output, base: Checkpoint, name: str) -> None:
+    copies = [checkpoint for checkpoint in (base, output.base) if checkpoint]
+    hashes = {hash_tensor(one.shards[one.shard_of(name)], name) for one in copies}
+    if hashes != {output.tensors[name]["sha256"]}:
+        raise IntegrityError("not the bytes of the base", name, REMEDY)
 
 
 def _target(name: str, one: Mapping[str, Any]) -> Target:
@@ -280,11 +197,3 @@ def _target(name: str, one: Mapping[str, Any]) -> Target:
 def _read(container: Container, name: str) -> Tensor:
     with Reader(container) as reader:
         return reader.tensor(name)
-
-
-def _hash(container: Container, name: str) -> str:
-    digest = hashlib.sha256()
-    with Reader(container) as reader:
-        for chunk in reader.chunks(name):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,6 +1,7 @@
 """What is asked for: the options of `truncate`, checked, and the record of those that bytes depend on."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from kasa_cli.methods import kasa
 from kasa_cli.pipeline.workers import num_cores
 
 PARTS = ("base", "adapter", "tail")
+SHARD_SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s?[KMGT]B", re.IGNORECASE)
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -86,6 +88,8 @@ def check(options: Options) -> None:
         raise UsageError("workers and threads must be positive")
     if not 0 < options.lora_alpha < math.inf:
         raise UsageError("alpha must be positive and finite")
+    if options.max_shard_size is not None and not SHARD_SIZE.fullmatch(options.max_shard_size):
+        raise UsageError(f"no size of a shard: {options.max_shard_size!r}", "", "give one like 5GB or 500MB")
     _check_names(options)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kasa_cli.render import tables
-from kasa_cli.report import Report
+from kasa_cli.report import DemoReport, Report, VerifyReport
 
 
 def as_json(report: Report) -> str:
@@ -19,7 +19,7 @@ def as_json(report: Report) -> str:
 
 def as_csv(report: Report) -> str:
     """One line a tensor, with a header."""
-    rows = [finite(row) for row in _rows(report)]
+    rows = [{key: _cell(value) for key, value in finite(row).items()} for row in _rows(report)]
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(out, columns, lineterminator="\n")
@@ -52,9 +52,17 @@ def finite(value: Any) -> Any:
 
 
 def _rows(report: Report) -> list[dict[str, Any]]:
-    data = asdict(report)
-    rows = data.get("tensors", data.get("compared", ()))
-    return [dict(row) for row in rows] if isinstance(rows, Sequence) else [data]
+    """What a report is a list of: tensors, or what was recomputed of them; else the report itself."""
+    if isinstance(report, VerifyReport):
+        figures = {**asdict(report), "depth": " ".join(report.depth)}
+        return [dict(one) for one in report.compared] or [figures | {"compared": 0}]
+    rows = report.truncated.tensors if isinstance(report, DemoReport) else report.tensors
+    return [asdict(row) for row in rows]
+
+
+def _cell(value: Any) -> Any:
+    """A shape as 64x48: a cell holds no list."""
+    return "x".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _markdown_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

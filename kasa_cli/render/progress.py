@@ -47,7 +47,7 @@ class Live:
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[rate]}", style="dim"),
             TimeLeft(),
-            TextColumn("{task.fields[name]}", style="dim"),
+            TextColumn("{task.fields[name]}", style="dim", markup=False),
             console=console,
         )
         self._task: TaskID | None = None

@@ -1,6 +1,8 @@
 """A report for a person: what was done by module type, what stands out, and what to do next."""
 
+import json
 import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -47,9 +49,6 @@ def as_text(report: Report) -> str:
         for one in summary(report):
             if one[2]:
                 console.print(_table(*one))
-        if isinstance(report, TruncateReport | PlanReport):
-            for note in report.notes:
-                console.print(Text(f"note: {printable(note)}", "yellow"))
     return "\n".join([captured.get().rstrip("\n"), "", *_closing(report)])
 
 
@@ -181,14 +180,19 @@ def _next_steps(report: TruncateReport) -> list[str]:
         )
     lines += ["", f"wrote {printable(out['directory'])}; next:", ""]
     if "base" in out and "adapter" in out:
-        base = f'base = AutoModel.from_pretrained("{out["base"]}", dtype="auto")'
-        adapter = f'model = PeftModel.from_pretrained(base, "{out["adapter"]}", is_trainable=True)'
+        base = f'base = AutoModel.from_pretrained({_quoted(out["base"])}, dtype="auto")'
+        adapter = f"model = PeftModel.from_pretrained(base, {_quoted(out['adapter'])}, is_trainable=True)"
         lines += _snippet("train the KaSA adapter", base, adapter)
     if "tail" in out:
-        base = f'base = AutoModel.from_pretrained("{report.model}", dtype="auto")'
-        tail = f'model = PeftModel.from_pretrained(base, "{out["tail"]}")'
+        base = f'base = AutoModel.from_pretrained({_quoted(report.model)}, dtype="auto")'
+        tail = f"model = PeftModel.from_pretrained(base, {_quoted(out['tail'])})"
         lines += _snippet("or leave the base alone: the truncation as a LoRA", base, tail)
-    return [*lines, f"  kasa verify {out['directory']} --read-data"]
+    return [*lines, f"  kasa verify {printable(shlex.quote(out['directory']))} --read-data"]
+
+
+def _quoted(path: str) -> str:
+    """A path as Python spells it in double quotes."""
+    return printable(json.dumps(path, ensure_ascii=False))
 
 
 def _snippet(title: str, *code: str) -> list[str]:

@@ -1,0 +1,153 @@
+"""VERIFY: is an output what its manifest says? Files, hashes, and the shapes in every header."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.checkpoint import peft
+from kasa_cli.checkpoint.container import Container, Reader, read_header
+from kasa_cli.checkpoint.durable import sha256_file
+from kasa_cli.checkpoint.layout import open_checkpoint
+from kasa_cli.checkpoint.staging import MANIFEST
+from kasa_cli.errors import IntegrityError, InvalidInput, UnsafeInput
+from kasa_cli.pipeline.workers import Watcher, run
+
+Manifest = Mapping[str, Any]
+Form = tuple[str, list[int]]
+"""Dtype and shape of a tensor on disk."""
+
+
+def check_files(output: Path, manifest: Manifest) -> None:
+    """Every file of the manifest is there with its size, and no other.
+
+    Raises:
+        IntegrityError: naming every missing, extra, resized or replaced file.
+    """
+    expected = manifest["files"]
+    found = {
+        path.relative_to(output).as_posix(): path.lstat()
+        for path in sorted(output.rglob("*"))
+        if path.is_symlink() or not path.is_dir()
+    }
+    found.pop(MANIFEST, None)
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"extra {name}" for name in found if name not in expected]
+    for name, state in found.items():
+        if name in expected and not _fits(state, expected[name]["size"]):
+            problems.append(f"{'resized' if stat.S_ISREG(state.st_mode) else 'not a regular file'} {name}")
+    if problems:
+        rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        remedy = "make it again, or fetch it again"
+        raise IntegrityError(f"{', '.join(problems[:8])}{rest}", str(output), remedy)
+
+
+def check_hashes(output: Path, manifest: Manifest, num_workers: int, watcher: Watcher) -> int:
+    """Hash every byte; the number of bytes hashed.
+
+    Raises:
+        IntegrityError: naming the file, and in a shard of the base the tensor.
+    """
+    records = manifest["files"]
+    total: int = sum(record["size"] for record in records.values())
+    watcher.stage("hash", len(records), total)
+    run(
+        partial(_check_hash, output, manifest),
+        sorted(records, key=lambda name: -records[name]["size"]),
+        num_workers,
+        lambda name: watcher.finished(name, records[name]["size"]),
+    )
+    return total
+
+
+def check_structure(output: Path, manifest: Manifest) -> None:
+    """Headers, index and shapes are what the manifest says, without reading a weight.
+
+    Raises:
+        IntegrityError: naming the first tensor that is not.
+    """
+    tensors = manifest["tensors"]
+    if (output / "base").is_dir():
+        recorded = {name: (one["dtype"], one["shape"]) for name, one in tensors.items()}
+        _require_equal(_base_forms(output / "base"), recorded, str(output / "base"))
+    targets = [one for one in tensors.values() if "module" in one]
+    if (output / "adapter").is_dir():
+        rank = manifest["options"]["rank"]
+        _check_small(output / "adapter", targets, rank, with_diag=True)
+    if (output / "tail").is_dir():
+        cut = [one for one in targets if one["truncation_rank"]]
+        rank = max((one["truncation_rank"] for one in cut), default=0)
+        _check_small(output / "tail", cut, rank, with_diag=False)
+
+
+def hash_tensor(container: Container, name: str) -> str:
+    """SHA-256 of the bytes of one tensor."""
+    digest = hashlib.sha256()
+    with Reader(container) as reader:
+        for chunk in reader.chunks(name):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fits(state: os.stat_result, size: int) -> bool:
+    return stat.S_ISREG(state.st_mode) and state.st_size == size
+
+
+def _check_hash(output: Path, manifest: Manifest, name: str) -> None:
+    if sha256_file(output / name) != manifest["files"][name]["sha256"]:
+        raise IntegrityError("altered", f"{output / name}{_altered_tensor(output, manifest, name)}")
+
+
+def _altered_tensor(output: Path, manifest: Manifest, name: str) -> str:
+    """The first tensor of a shard whose bytes are not those recorded, for the message."""
+    if not name.startswith("base/") or not name.endswith(".safetensors"):
+        return ""
+    try:
+        container = read_header(output / name)
+    except (InvalidInput, UnsafeInput):
+        return " (its header)"
+    for tensor in container.tensors:
+        if hash_tensor(container, tensor) != manifest["tensors"].get(tensor, {}).get("sha256"):
+            return f" (tensor {tensor})"
+    return " (its header)"
+
+
+def _check_small(folder: Path, targets: list[dict[str, Any]], rank: int, *, with_diag: bool) -> None:
+    """The small tensors are those of the targets, and fit the weights they belong to."""
+    expected: dict[str, Form] = {}
+    for one in targets:
+        outs, ins = reversed(one["shape"]) if one["is_transposed"] else one["shape"]
+        names = peft.tensor_names(one["module"])
+        expected |= {names["A"]: ("F32", [rank, ins]), names["B"]: ("F32", [outs, rank])}
+        expected |= {names["diag"]: ("F32", [rank])} if with_diag else {}
+    path = folder / peft.WEIGHTS
+    try:
+        present = _forms(read_header(path))
+    except (InvalidInput, UnsafeInput) as error:
+        raise IntegrityError(f"altered ({error})", str(path)) from error
+    _require_equal(present, expected, str(path))
+
+
+def _base_forms(folder: Path) -> dict[str, Form]:
+    try:
+        shards = open_checkpoint(folder).shards
+    except (InvalidInput, UnsafeInput) as error:
+        raise IntegrityError(f"altered ({error})", str(folder)) from error
+    return {name: form for shard in shards.values() for name, form in _forms(shard).items()}
+
+
+def _forms(container: Container) -> dict[str, Form]:
+    return {name: (entry.dtype, list(entry.shape)) for name, entry in container.tensors.items()}
+
+
+def _require_equal(present: Mapping[str, Form], recorded: Mapping[str, Form], where: str) -> None:
+    for name in sorted({*present, *recorded}):
+        if name not in present:
+            raise IntegrityError("missing tensor", f"{where}: {name}")
+        if name not in recorded:
+            raise IntegrityError("extra tensor", f"{where}: {name}")
+        if present[name] != recorded[name]:
+            raise IntegrityError(f"is {present[name]}, was {recorded[name]}", f"{where}: {name}")
