@@ -190,7 +190,9 @@ def truncate(
     truncation_rank: Annotated[
         int | None, typer.Option(min=0, help="Components dropped; default: the rank.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(min=0, max=MAX_WEIGHT, help="Default: twice the rank.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(min=0, max=MAX_WEIGHT, help="Default: twice the rank.")
+    ] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
     emit: Annotated[str, typer.Option(help="What to write, joined by commas.")] = "base,adapter,tail",
     dtype: Annotated[Dtype, typer.Option(help="Of the tensors operated on; auto keeps.")] = Dtype.AUTO,

@@ -1,5 +1,6 @@
 """What comes out: JSON to the contract's letter, nothing a terminal obeys, progress only for who watches."""
 
+import io
 import os
 import pty
 import re
@@ -10,10 +11,13 @@ import threading
 import pytest
 import torch
 from faults import st, tensor
+from rich.console import Console
+from rich.text import Text
 from runs import TOKEN, changed, command, environment, inside, outside, plain_model
 from safetensors.torch import load_file
 
 from kasa_cli.errors import ExitCode
+from kasa_cli.render.progress import Live
 
 Q0 = "model.layers.0.self_attn.q_proj"
 EVIL = "\x1b]52;c;cm0gLXJm\x07\x1b[2J[red]x[bold]\u202egnp\x9b31m"
@@ -159,7 +163,6 @@ def on_a_terminal(*arguments, **env):
 
 
 def test_a_terminal_shows_progress_and_no_name_is_obeyed(tmp_path):
-    """The names in the progress line are those of the model: markup in them is text."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "none-of-these"}')
@@ -172,6 +175,19 @@ def test_a_terminal_shows_progress_and_no_name_is_obeyed(tmp_path):
     assert MARKUP in text
     assert not re.search(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|9[0-7]|38|48)(;[0-9;]*)?m", text)
     assert "\x1b]" not in text
+
+
+def test_the_progress_line_shows_a_name_as_text():
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=200)
+    with Live(console) as live:
+        live.stage("measure", 3, 3.0)
+        for name in (f"layers.0.{MARKUP}", f"layers.1.{EVIL}"):
+            live.finished(name, 1.0)
+            console.print(live._progress.get_renderable())
+    plain = Text.from_ansi(drawn.getvalue()).plain
+    assert "decomposing" in plain and "2/3" in plain and MARKUP in plain
+    assert "[2J[red]x[bold]" in plain and "\x1b]52" not in drawn.getvalue() and "\u202e" not in plain
 
 
 def test_quiet_on_a_terminal_is_quiet(model, tmp_path):

@@ -36,9 +36,8 @@ def model(tmp_path_factory):
 def reference(model):
     """An output made with umask 022 by one worker."""
     output = model.parent / "reference"
-    done = outside(
-        "truncate", model, "-o", output, *RUN, "--workers", 1, "--json", env={"PYTHONHASHSEED": "0"}
-    )
+    command = ("truncate", model, "-o", output, *RUN, "--workers", 1, "--json")
+    done = outside(*command, env={"PYTHONHASHSEED": "0"}, umask=0o022)
     assert done.code == 0, done.err
     return output, done.json
 

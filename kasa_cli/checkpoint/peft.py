@@ -131,10 +131,13 @@ def difficulties(targets: Sequence[Target], config: Mapping[str, Any]) -> list[s
             f"PEFT 0.21 takes {experts[0]} for routed experts (peft#3711) and refuses the adapter: "
             f"{_excludes(experts)}, or train on base/ with other targets"
         )
-    mamba = named(targets, MAMBA_NAMES) if config.get("model_type") in MAMBA_FAMILIES else []
-    if mamba:
-        found.append(f"PEFT 0.21 refuses any LoRA, adapter/ and tail/, on {mamba[0]}: {_excludes(mamba)}")
     return found
+
+
+def refusals(targets: Sequence[Target], config: Mapping[str, Any]) -> list[str]:
+    """What PEFT 0.21 refuses of them whatever the kind of LoRA, KaSA or plain."""
+    mamba = named(targets, MAMBA_NAMES) if config.get("model_type") in MAMBA_FAMILIES else []
+    return [f"PEFT 0.21 refuses any LoRA on {mamba[0]}: {_excludes(mamba)}"] if mamba else []
 
 
 def _excludes(modules: Iterable[str]) -> str:

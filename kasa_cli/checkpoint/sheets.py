@@ -18,6 +18,8 @@ from kasa_cli.checkpoint.streaming import Form, form
 from kasa_cli.errors import UsageError
 
 CARD = "README.md"
+HALVES = ("float16", "bfloat16")
+WIDE = "float32"
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,13 @@ def base_sheets(checkpoint: Checkpoint, dtypes: Mapping[str, str], max_shard_siz
 def copy_companions(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     """Copy every non-weight file of the model but its card, which speaks of the original.
 
-    With another dtype than `auto`, config.json names it: loaders would else round the new tensors again.
+    Where a target becomes wider than the dtype that config.json names, it names a wide enough one: loaders would
+    else round the new tensors again.
     """
     for name in checkpoint.companions:
         make_folder((folder / name).parent)
-        if name == "config.json" and dtype != "auto":
-            write_file(folder / name, [_retyped(checkpoint, dtype)])
+        if name == "config.json" and (retyped := _retyped(checkpoint, dtype)):
+            write_file(folder / name, [retyped])
         elif name != CARD:
             copy_file(checkpoint.root / name, folder / name)
 
@@ -86,10 +89,14 @@ def new_index(sheets: Iterable[Sheet]) -> dict[str, Any]:
     }
 
 
-def _retyped(checkpoint: Checkpoint, dtype: str) -> bytes:
+def _retyped(checkpoint: Checkpoint, dtype: str) -> bytes | None:
+    """config.json with a dtype that holds old and new tensors; None where the one it names does."""
     config = json.loads((checkpoint.root / "config.json").read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return (json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n").encode()
+    named = config.get(key)
+    if dtype == "auto" or named == dtype or (named not in HALVES and dtype in HALVES):
+        return None
+    return (json.dumps({**config, key: WIDE}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _header(path: Path, size: int) -> bytes:

@@ -156,13 +156,16 @@ def _write_parts(
 def _notes(made: Plan, options: Options) -> tuple[str, ...]:
     """What a user should know before trusting the output to another tool."""
     notes = [made.names.note] if made.names.note else []
+    targets, config = made.selection.targets, made.checkpoint.config
+    if {"adapter", "tail"} & set(options.emit):
+        notes += peft.refusals(targets, config)
     if "adapter" in options.emit:
-        notes += peft.difficulties(made.selection.targets, made.checkpoint.config)
-        if options.dropped != options.rank or options.compat != "peft":
-            notes.append(
-                f"PEFT drops the {options.rank} smallest components of whatever base it loads this adapter on: "
-                "its base then differs from base/; load tail/ on the original instead where that matters"
-            )
+        notes += peft.difficulties(targets, config)
+    if "adapter" in options.emit and (options.dropped != options.rank or options.compat != "peft"):
+        notes.append(
+            f"PEFT drops the {options.rank} smallest components of whatever base it loads this adapter on: "
+            "its base then differs from base/; load tail/ on the original instead where that matters"
+        )
     if options.compat == "reference":
         notes.append(
             "compat reference: the published code's in_features - r rule; wide layers lose less or nothing"

@@ -1,13 +1,14 @@
 """Block Lanczos with full reorthogonalisation: the dominant end of a symmetric operator.
 
 Golub and Underwood, "The block Lanczos method for computing eigenvalues", 1977.
-Shapes: k = size of the operator, b = block, m = basis (a multiple of b), p = Ritz pairs.
+Shapes: k = size of the operator, b = block, m = basis (a multiple of b), p = Ritz pairs, n ≥ p.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,15 +17,17 @@ START_SEED = 20260
 """The start block is the same for every matrix of a size: same input, same bytes."""
 
 FIRST_LOOK = 3
+MOST_PASSES = 4
+MUCH_IS_LEFT = 0.7
 
 
 @dataclass(frozen=True)
 class Ritz:
     """Ritz pairs, dominant first, each with the norm of its residual."""
 
-    values: Float[Tensor, " m"]
+    values: Float[Tensor, " n"]
     vectors: Float[Tensor, "k p"]
-    residuals: Float[Tensor, " m"]
+    residuals: Float[Tensor, " n"]
     has_settled: bool
 
 
@@ -48,10 +51,10 @@ def dominant(
     past: tuple[int, float] | None = None
     for step in range(1, num_steps + 1):
         m = step * b
-        Q, R, coefficients = _orthogonalise(operator(basis[m - b : m].T), basis[:m])
+        Q, R, coefficients = _orthogonalise(operator(basis[m - b : m].T), basis[:m], 2 * b)
         projected[:m, m - b : m] = coefficients
         if step >= look or step == num_steps:
-            values, S = _eigh(projected[:m, :m])
+            values, S = _largest(projected[:m, :m], b + 1)
             residuals = torch.linalg.vector_norm(R @ S[-b:], dim=0)
             worry = doubt(values, residuals)
             if worry <= 1 or step == num_steps:
@@ -67,22 +70,37 @@ def start_block(k: int, b: int, like: Tensor) -> Float[Tensor, "k b"]:
     return torch.randn(k, b, generator=generator, dtype=torch.float64).to(like)
 
 
-def _orthogonalise(Z: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _orthogonalise(Z: Tensor, basis: Tensor, recent: int) -> tuple[Tensor, Tensor, Tensor]:
     """Z = basis.T @ coefficients + Q R, with Q orthonormal and orthogonal to the basis.
 
-    Twice is enough (Kahan and Parlett), if normalised in between: at an invariant subspace the first remainder is
-    nothing but roundoff.
+    First against the two last blocks, which is all there is in exact arithmetic (three-term recurrence); then,
+    normalised, against all. That is done again where it took much away (Daniel, Gragg, Kaufman and Stewart): at an
+    invariant subspace the first remainder is nothing but roundoff.
     """
-    first = basis @ Z
-    Q1, R1 = torch.linalg.qr(Z - basis.T @ first)
-    second = basis @ Q1
-    Q2, R2 = torch.linalg.qr(Q1 - basis.T @ second)
-    return Q2, R2 @ R1, first + second @ R1
+    near = basis[-recent:]
+    first = near @ Z
+    Q, R = torch.linalg.qr(Z - near.T @ first)
+    coefficients = Z.new_zeros(len(basis), Z.shape[1])
+    coefficients[-recent:] = first
+    for _ in range(MOST_PASSES):
+        part = basis @ Q
+        coefficients += part @ R
+        Q, left = torch.linalg.qr(Q - basis.T @ part)
+        R = left @ R
+        if float(left.diagonal().abs().min()) > MUCH_IS_LEFT:
+            break
+    return Q, R, coefficients
 
 
-def _eigh(projected: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of the projected operator (upper triangle given), largest first."""
-    values, S = torch.linalg.eigh(projected, UPLO="U")
+def _largest(projected: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenpairs of the projected operator (upper triangle given), largest first."""
+    m = len(projected)
+    if not projected.is_cpu or m <= 4 * number:
+        values, S = torch.linalg.eigh(projected, UPLO="U")
+    else:
+        bounds = [m - number, m - 1]
+        found = scipy.linalg.eigh(projected.numpy(), lower=False, subset_by_index=bounds, driver="evr")
+        values, S = (torch.from_numpy(part) for part in found)
     return values.flip(0), S.flip(1)
 
 

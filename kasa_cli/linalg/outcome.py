@@ -37,13 +37,14 @@ def outcome(stored: Stored, target: Target, V: Float64[Tensor, "i t"], S: Float6
     live = V[:, S > 0]
     sums = V.new_zeros(5)
     for start, stop in blocks(*target.W.shape):
-        Q = stored(start, stop).to(torch.float64)
-        W = target.W[start:stop].to(torch.float64)
-        sums[0] += (Q @ live).square().sum()
-        sums[1] += (Q - W).square().sum()
-        sums[2] += (Q - target.rows(start, stop)).square().sum()
-        sums[3] += W.square().sum()
+        Q, W = stored(start, stop), target.W[start:stop]
         sums[4] += (Q != W).sum()
+        Q, W = Q.to(torch.float64), W.to(torch.float64)
+        sums[0] += _squares(Q @ live)
+        sums[3] += _squares(W)
+        difference = Q - W
+        sums[1] += _squares(difference)
+        sums[2] += _squares(difference.addmm_(target.L[start:stop], target.R, alpha=-1))
     left, moved, off, whole, changed = (float(value) for value in sums)
     dropped = float(torch.linalg.vector_norm(S))
     norm = math.sqrt(whole) or 1.0
@@ -53,3 +54,8 @@ def outcome(stored: Stored, target: Target, V: Float64[Tensor, "i t"], S: Float6
         relative_error=math.sqrt(moved) / norm,
         rounding_error=math.sqrt(off) / norm,
     )
+
+
+def _squares(A: Float64[Tensor, "a b"]) -> Tensor:
+    flat = A.reshape(-1)
+    return torch.dot(flat, flat)
