@@ -11,7 +11,7 @@ from matrices import gaussian, orthonormal, same_bytes
 
 from kasa_cli.linalg import rounding
 from kasa_cli.linalg.ends import ends
-from kasa_cli.linalg.rounding import ROUNDINGS, Target, nearest, other_neighbour, preserve
+from kasa_cli.linalg.rounding import ROUNDINGS, Target, nearest, other_neighbour, preserve, rounded
 from kasa_cli.methods import kasa
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -233,3 +233,14 @@ def test_rows_and_columns_of_a_target_are_of_the_same_sum():
     T = target.W.to(FP64) + target.L @ target.R
     assert torch.allclose(target.rows(3, 17), T[3:17], atol=1e-14)
     assert torch.allclose(target.columns(5, 60), T[:, 5:], atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_sum_just_beyond_a_tie_is_rounded_once(dtype, sign):
+    half_step = torch.finfo(dtype).eps / 2
+    T = sign * torch.tensor(
+        [1 + half_step + 2.0**-40, 1 + half_step, 1 + half_step - 2.0**-40], dtype=torch.float64
+    )
+    up, even, down = rounded(T, dtype).to(torch.float64).tolist()
+    assert (up, even, down) == (sign * (1 + 2 * half_step), sign, sign)

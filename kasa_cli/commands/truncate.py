@@ -3,7 +3,7 @@
 import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from kasa_cli.checkpoint.durable import make_folder
 from kasa_cli.checkpoint.sheets import Sheet, base_sheets, copy_companions, write_index
 from kasa_cli.checkpoint.staging import Staging, check_apart, require_space
 from kasa_cli.checkpoint.targets import Patterns
+from kasa_cli.linalg.outcome import Outcome
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline import planning
@@ -210,7 +211,8 @@ def _report(
 
 
 def _row(one: Measured, written: Written | None) -> TensorRow:
-    found, outcome = one.facts, written.outcome if written else None
+    found = {name: value for name, value in asdict(one.facts).items() if name != "angle"}
+    outcome = written.outcome if written else None
     return TensorRow(
         name=one.target.name,
         module=one.target.module,
@@ -218,19 +220,8 @@ def _row(one: Measured, written: Written | None) -> TensorRow:
         dtype=one.target.dtype,
         stored_dtype=written.dtype if written else one.target.dtype,
         truncation_rank=one.target.dropped,
-        sigma_max=found.sigma_max,
-        sigma_min=found.sigma_min,
-        kappa=found.kappa,
-        sigma_cut=found.sigma_cut,
-        sigma_next=found.sigma_next,
-        dropped_energy=found.dropped_energy,
-        relative_error=outcome.relative_error if outcome else None,
-        realised=outcome.realised if outcome else None,
-        changed_fraction=outcome.changed_fraction if outcome else None,
-        rounding_error=outcome.rounding_error if outcome else None,
-        solver=found.solver,
-        residual=found.residual,
-        is_tied=found.is_tied,
+        **found,
+        **(asdict(outcome) if outcome else {name.name: None for name in fields(Outcome)}),
     )
 
 

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from kasa_cli.checkpoint import manifest
-from kasa_cli.checkpoint.layout import open_checkpoint
-from kasa_cli.checkpoint.source import resolve
 from kasa_cli.errors import InvalidInput
 from kasa_cli.pipeline import compare, intact
 from kasa_cli.pipeline.job import Where
+from kasa_cli.pipeline.planning import find
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, num_cores
 from kasa_cli.report import VerifyReport
 
@@ -37,7 +36,8 @@ def verify(
     compared: list[compare.Comparison] = []
     if against:
         with blas_threads(found["environment"]["threads_per_worker"]):
-            compared = _against(output, found, against, num_workers, watcher)
+            _, base = find(against)
+            compared = compare.compare(output, found, base, num_workers, watcher)
     return VerifyReport(
         command="verify",
         output=str(output),
@@ -47,16 +47,3 @@ def verify(
         bytes_hashed=num_bytes,
         compared=tuple(vars(one) for one in compared),
     )
-
-
-def _against(
-    output: Path, found: intact.Manifest, where: Where, num_workers: int, watcher: Watcher
-) -> list[compare.Comparison]:
-    source = resolve(
-        where.model,
-        revision=where.revision,
-        cache_dir=where.cache_dir,
-        local_files_only=where.local_files_only,
-    )
-    base = open_checkpoint(source.root, hub_cache=source.hub_cache)
-    return compare.compare(output, found, base, num_workers, watcher)

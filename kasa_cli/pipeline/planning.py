@@ -41,16 +41,21 @@ def make_plan(where: Where, patterns: Patterns, from_file: Path | None, rank_rul
 
 def survey(where: Where) -> tuple[Source, Checkpoint, NameMap]:
     """The model behind a name: its files, checked, and the modules its tensors belong to."""
+    source, checkpoint = find(where)
+    refuse_quantised(checkpoint.config, checkpoint.tensors, where.model)
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    return source, checkpoint, map_names(checkpoint.config, shapes)
+
+
+def find(where: Where) -> tuple[Source, Checkpoint]:
+    """The model's files, every header checked."""
     source = resolve(
         where.model,
         revision=where.revision,
         cache_dir=where.cache_dir,
         local_files_only=where.local_files_only,
     )
-    checkpoint = open_checkpoint(source.root, hub_cache=source.hub_cache)
-    refuse_quantised(checkpoint.config, checkpoint.tensors, where.model)
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    return source, checkpoint, map_names(checkpoint.config, shapes)
+    return source, open_checkpoint(source.root, hub_cache=source.hub_cache)
 
 
 def require_rank(targets: tuple[Target, ...], rank: int, what: str) -> None:
