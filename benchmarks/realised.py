@@ -104,7 +104,7 @@ def cautions() -> None:
         rounding.CAUTION = caution
         left, error = look("preserve")
         print(
-            f"{caution:5}  left over {inside / left:5.1f} times smaller, rounding error {error / whole:.2f} times larger"
+            f"{caution:5}  left over {inside / left:5.1f} times smaller, error {error / whole:.2f} times larger"
         )
 
 
