@@ -188,22 +188,42 @@ def test_a_wrong_answer_is_noticed(is_squared, monkeypatch):
 
 
 def test_one_failing_lapack_driver_is_survived_and_two_are_an_error(monkeypatch):
-    real, seen = scipy.linalg.svd, []
+    real, asked = scipy.linalg.svd, []
 
-    def failing(*args, lapack_driver, **kwargs):
-        seen.append(lapack_driver)
-        if lapack_driver in broken:
-            raise scipy.linalg.LinAlgError("SVD did not converge")
+    def counted(*args, lapack_driver, **kwargs):
+        asked.append(lapack_driver)
         return real(*args, lapack_driver=lapack_driver, **kwargs)
 
     alone(monkeypatch, "svd")
-    monkeypatch.setattr(scipy.linalg, "svd", failing)
-    broken = {"gesdd"}
-    check(gaussian(40, 30), 8)
-    assert seen == ["gesdd", "gesvd"]
-    broken = {"gesdd", "gesvd"}
+    W = gaussian(40, 30)
+    monkeypatch.setattr(torch.linalg, "svd", once_then_right(torch.linalg.svd))
+    monkeypatch.setattr(scipy.linalg, "svd", counted)
+    check(W, 8)
+    assert asked == ["gesvd"]
+    monkeypatch.setattr(torch.linalg, "svd", never_right(torch.linalg.LinAlgError))
+    monkeypatch.setattr(scipy.linalg, "svd", never_right(scipy.linalg.LinAlgError))
     with pytest.raises(NumericalError, match="did not converge"):
-        ends(gaussian(40, 30), 8)
+        ends(W, 8)
+
+
+def never_right(error):
+    def svd(*args, **kwargs):
+        raise error("no convergence")
+
+    return svd
+
+
+def once_then_right(real):
+    """Divide and conquer that does not converge the first time it is asked."""
+    asked = []
+
+    def svd(*args, **kwargs):
+        asked.append(args)
+        if len(asked) == 1:
+            raise torch.linalg.LinAlgError("no convergence")
+        return real(*args, **kwargs)
+
+    return svd
 
 
 def test_beyond_what_lapack_can_index_is_refused_before_it_is_called(monkeypatch):

@@ -1,20 +1,17 @@
-"""The five dense kernels, in place on one symmetric float64 (or float32) matrix.
+"""The dense kernels, in place on one symmetric float64 (or float32) matrix.
 
-On a CPU scipy's BLAS is called on Fortran-ordered memory, because torch has no rank-k update (half the work of
-a product) and no in-place Cholesky factorisation (half the memory); elsewhere torch does the same.
+On a CPU they are BLAS and LAPACK on Fortran-ordered memory, because torch has no rank-k update (half the work of a
+product) and no in-place Cholesky factorisation (half the memory); elsewhere torch does the same.
 
-Shapes: k = short side, w = panel width, b = block. Only the lower triangle of a symmetric matrix is kept.
+Shapes: k = short side, w = panel width, b = block, n = eigenpairs. Only the lower triangle of a symmetric matrix is
+kept.
 """
 
-from typing import Any
-
-import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from scipy.linalg import blas, lapack
 from torch import Tensor
 
-Array = np.ndarray[tuple[Any, ...], np.dtype[Any]]
+from kasa_cli.linalg import blas
 
 
 def square(k: int, like: Tensor) -> Float64[Tensor, "k k"]:
@@ -24,21 +21,18 @@ def square(k: int, like: Tensor) -> Float64[Tensor, "k k"]:
 
 def add_panel(G: Float64[Tensor, "k k"], panel: Float64[Tensor, "k w"]) -> None:
     """Add panel @ panel.T to the lower triangle of G, in place (BLAS `syrk`)."""
-    if not G.is_cpu:
+    if G.is_cpu:
+        blas.syrk(G, panel)
+    else:
         G.addmm_(panel, panel.T)
-        return
-    rows = panel.numpy()
-    a, trans = (rows.T, 1) if panel.is_contiguous() else (np.asfortranarray(rows), 0)
-    blas.dsyrk(1.0, a, beta=1.0, c=G.numpy(), trans=trans, lower=1, overwrite_c=1)
 
 
 def factorise(G: Float64[Tensor, "k k"]) -> bool:
     """Overwrite G by its lower Cholesky factor; False when G is not positive definite (G is then spent)."""
-    if not G.is_cpu:
-        L, info = torch.linalg.cholesky_ex(G)
-        G.copy_(L)
-        return int(info) == 0
-    _, info = lapack.dpotrf(G.numpy(), lower=1, clean=0, overwrite_a=1)
+    if G.is_cpu:
+        return blas.potrf(G) == 0
+    L, info = torch.linalg.cholesky_ex(G)
+    G.copy_(L)
     return int(info) == 0
 
 
@@ -47,7 +41,9 @@ def forward_solve(L: Float64[Tensor, "k k"], X: Float64[Tensor, "k w"]) -> Float
     if not L.is_cpu:
         below: Tensor = torch.linalg.solve_triangular(L, X, upper=False)
         return below
-    return _tensor(blas.dtrsm(1.0, L.numpy(), _fortran(X), lower=1, overwrite_b=1))
+    Y = blas.fortran(X)
+    blas.trsm(L, Y, transposed=False)
+    return Y
 
 
 def backward_solve(L: Float64[Tensor, "k k"], X: Float64[Tensor, "k w"]) -> Float64[Tensor, "k w"]:
@@ -55,7 +51,9 @@ def backward_solve(L: Float64[Tensor, "k k"], X: Float64[Tensor, "k w"]) -> Floa
     if not L.is_cpu:
         above: Tensor = torch.linalg.solve_triangular(L.T, X, upper=True)
         return above
-    return _tensor(blas.dtrsm(1.0, L.numpy(), _fortran(X), lower=1, trans_a=1, overwrite_b=1))
+    Y = blas.fortran(X)
+    blas.trsm(L, Y, transposed=True)
+    return Y
 
 
 def symmetric_product(G: Float[Tensor, "k k"], X: Float[Tensor, "k b"]) -> Float[Tensor, "k b"]:
@@ -63,15 +61,30 @@ def symmetric_product(G: Float[Tensor, "k k"], X: Float[Tensor, "k b"]) -> Float
     if not G.is_cpu:
         full = torch.tril(G) + torch.tril(G, -1).T
         return full @ X
-    symm = blas.dsymm if G.dtype == torch.float64 else blas.ssymm
-    return _tensor(symm(1.0, G.numpy(), _fortran(X), lower=1))
+    X = blas.fortran(X)
+    Y = torch.empty_like(X)
+    blas.symm(G, X, Y)
+    return Y
 
 
-def _tensor(A: Array) -> Tensor:
-    tensor: Tensor = torch.from_numpy(A)
-    return tensor
+def smallest_pairs(G: Float64[Tensor, "k k"], n: int) -> tuple[Float64[Tensor, " n"], Float64[Tensor, "k n"]]:
+    """The n smallest eigenvalues, ascending, and their vectors, from the lower triangle of G, which is spent."""
+    if not G.is_cpu:
+        values, Z = torch.linalg.eigh(G)
+        return values[:n], Z[:, :n]
+    return blas.syevr(G, b"L", 0, n - 1)
 
 
-def _fortran(X: Tensor) -> Array:
-    """A Fortran-ordered copy that BLAS may overwrite."""
-    return np.array(X.numpy(), order="F", copy=True)
+def largest_pairs(A: Float[Tensor, "k k"], n: int) -> tuple[Float[Tensor, " n"], Float[Tensor, "k n"]]:
+    """The n largest eigenvalues, descending, and their vectors, from the upper triangle of A."""
+    values, Z = _some_pairs(A, n) if A.is_cpu else torch.linalg.eigh(A, UPLO="U")
+    return values[-n:].flip(0), Z[:, -n:].flip(1)
+
+
+def _some_pairs(A: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest pairs, ascending; or all, where bisection for some does not converge (many equal values)."""
+    try:
+        return blas.syevr(blas.fortran(A), b"U", len(A) - n, len(A) - 1)
+    except torch.linalg.LinAlgError:
+        values, Z = torch.linalg.eigh(A, UPLO="U")
+        return values, Z

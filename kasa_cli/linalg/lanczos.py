@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from kasa_cli.linalg import kernels
 
 START_SEED = 20260
 """The start block is the same for every matrix of a size: same input, same bytes."""
@@ -54,7 +55,7 @@ def dominant(
         Q, R, coefficients = _orthogonalise(operator(basis[m - b : m].T), basis[:m], 2 * b)
         projected[:m, m - b : m] = coefficients
         if step >= look or step == num_steps:
-            values, S = _largest(projected[:m, :m], b + 1)
+            values, S = kernels.largest_pairs(projected[:m, :m], min(b + 1, m))
             residuals = torch.linalg.vector_norm(R @ S[-b:], dim=0)
             worry = doubt(values, residuals)
             if worry <= 1 or step == num_steps:
@@ -90,18 +91,6 @@ def _orthogonalise(Z: Tensor, basis: Tensor, recent: int) -> tuple[Tensor, Tenso
         if float(left.diagonal().abs().min()) > MUCH_IS_LEFT:
             break
     return Q, R, coefficients
-
-
-def _largest(projected: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenpairs of the projected operator (upper triangle given), largest first."""
-    m = len(projected)
-    if not projected.is_cpu or m <= 4 * number:
-        values, S = torch.linalg.eigh(projected, UPLO="U")
-    else:
-        bounds = [m - number, m - 1]
-        found = scipy.linalg.eigh(projected.numpy(), lower=False, subset_by_index=bounds, driver="evr")
-        values, S = (torch.from_numpy(part) for part in found)
-    return values.flip(0), S.flip(1)
 
 
 def _wait(step: int, worry: float, past: tuple[int, float] | None) -> int:

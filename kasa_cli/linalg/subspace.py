@@ -67,14 +67,11 @@ def gram_eigh(M: Frame, t: int) -> Directions:
     G = gram(M)
     frobenius = math.sqrt(float(G.trace()))
     p = min(t + PADDING, M.num_short)
-    if M.num_short <= DENSE_SIDE or not G.is_cpu:
+    if M.num_short <= DENSE_SIDE:
         Z = torch.linalg.eigh(G)[1]
         return Directions(Z[:, :p], Z[:, -TOP_BLOCK:], frobenius, "gram-eigh", is_squared=True)
     top = leading(G)
-    Z = scipy.linalg.eigh(G.numpy(), lower=True, overwrite_a=True, subset_by_index=[0, p - 1], driver="evr")[
-        1
-    ]
-    return Directions(torch.from_numpy(Z), top, frobenius, "gram-eigh", is_squared=True)
+    return Directions(kernels.smallest_pairs(G, p)[1], top, frobenius, "gram-eigh", is_squared=True)
 
 
 def gram_lanczos(M: Frame, t: int) -> Directions | None:
@@ -209,10 +206,12 @@ def _value_doubt(values: Tensor, residuals: Tensor) -> float:
 
 def _left_vectors(A: Float64[Tensor, "k l"]) -> Float64[Tensor, "k k"]:
     """Left singular vectors by divide and conquer, or by QR iteration where that does not converge."""
-    for driver in ("gesdd", "gesvd"):
+    try:
+        U: Tensor = torch.linalg.svd(A, full_matrices=False)[0]
+    except torch.linalg.LinAlgError:
         try:
-            U = scipy.linalg.svd(A.cpu().numpy(), full_matrices=False, lapack_driver=driver)[0]
-        except scipy.linalg.LinAlgError:
-            continue
-        return torch.from_numpy(U).to(A)
-    raise NumericalError("LAPACK did not converge")
+            found = scipy.linalg.svd(A.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+        except scipy.linalg.LinAlgError as error:
+            raise NumericalError("LAPACK did not converge") from error
+        U = torch.from_numpy(found[0]).to(A)
+    return U
