@@ -106,3 +106,15 @@ def test_both_roads_lead_every_solver_to_the_same_ends(solver, monkeypatch):
     assert torch.allclose(by_scipy.S, by_torch.S, atol=1e-12 * by_scipy.sigma_max)
     assert distance(by_scipy.U, by_torch.U) <= 1e-6
     assert distance(by_scipy.V, by_torch.V) <= 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 5, 300, 600])
+def test_a_matrix_is_kept_above_its_factor_and_can_be_restored(k, road):
+    A = positive(k)
+    G = fortran(torch.tril(A))
+    diagonal = kernels.keep(G)
+    assert kernels.factorise(G)
+    assert torch.allclose(torch.tril(G) @ torch.tril(G).T, A, atol=1e-9)
+    kernels.restore(G, diagonal + 1)
+    assert torch.equal(torch.tril(G, -1), torch.tril(A, -1))
+    assert torch.equal(G.diagonal(), diagonal + 1)

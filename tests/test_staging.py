@@ -228,3 +228,10 @@ def test_a_lack_of_space_is_told_in_numbers_before_the_work(tmp_path):
         ResourceError, match=r"needs 1,152,921,504,606,846,976 bytes and [\d,]+ are available"
     ):
         require_space(tmp_path / "not" / "yet", 1 << 60)
+
+
+def test_a_model_where_the_staging_would_be_is_refused(tmp_path):
+    model = tmp_path / "X.kasa-partial"
+    model.mkdir()
+    with pytest.raises(OutputExists, match="input"):
+        check_apart(tmp_path / "X", [model])

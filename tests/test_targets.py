@@ -28,6 +28,7 @@ from peft import PeftModel
 
 from kasa_cli.commands.truncate import Options, Patterns, Where, plan
 from kasa_cli.errors import InvalidInput, UsageError
+from kasa_cli.pipeline.job import check
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -180,3 +181,11 @@ def test_the_published_rule_keeps_in_features_less_the_rank(tmp_path: Path) -> N
         assert np.abs(stored.numpy() - kept(W, in_features - RANK)).max() < 1e-6 * row.sigma_max
         assert torch.equal(W, stored) == (in_features - RANK >= min(W.shape))
     assert any("wide layers" in note for note in case.report.notes)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"beta": float("nan")}, {"gamma": float("inf")}, {"beta": -1.0}, {"alpha": 0.0}]
+)
+def test_weights_of_losses_are_finite_and_alpha_positive(wrong):
+    with pytest.raises(UsageError, match="finite"):
+        check(Options(**wrong))

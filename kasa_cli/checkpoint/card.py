@@ -20,7 +20,7 @@ def source_facts(root: Path, companions: tuple[str, ...]) -> dict[str, Any]:
     try:
         text = read_small(root / "README.md", MAX_CARD).decode("utf-8", errors="replace")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (yaml.YAMLError, InvalidInput, IndexError):
+    except (yaml.YAMLError, InvalidInput, IndexError, ValueError, RecursionError):  # dates, nesting
         return {}
     return {key: front[key] for key in CARRIED if key in front} if isinstance(front, Mapping) else {}
 

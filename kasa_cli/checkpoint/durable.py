@@ -172,8 +172,11 @@ def _created(path: Path) -> Iterator[int]:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         yield file
-    finally:
+    except Exception:
         os.close(file)
+        raise
+    # Not after Ctrl-C: a worker may still write to it, and the number of a closed file is soon that of another.
+    os.close(file)
 
 
 def _sync_name(path: Path) -> None:

@@ -94,7 +94,8 @@ def first_line(error: Exception) -> str:
     >>> first_line(ValueError("no such size\\nlong story"))
     'ValueError: no such size'
     """
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else ''}".rstrip(" :")[:200]
 
 
 # --- what a config may say ---

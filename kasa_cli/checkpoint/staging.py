@@ -38,6 +38,7 @@ from kasa_cli.checkpoint.lock import RunLock
 from kasa_cli.errors import IntegrityError, Locked, OutputExists, ResourceError, UnsafeInput, UsageError
 
 MANIFEST = "kasa.manifest.json"
+STAGING, OLD = "kasa-partial", "kasa-old"
 _KEY = re.compile(r"[0-9A-Za-z_-]{1,128}")
 _PATIENCE = 5
 _REPLACE = b"replace\n"
@@ -65,8 +66,8 @@ class Staging:
         self._fingerprint = canonical_json(dict(fingerprint))
         self._overwrite = overwrite
         self._restart = restart
-        self._old = self._beside("kasa-old")
-        self._folder = self._beside("kasa-partial")
+        self._old = self._beside(OLD)
+        self._folder = self._beside(STAGING)
         self._job = self._folder / "job.json"
         self._parts = self._folder / "parts"
         self._marker = self._folder / "publishing"
@@ -226,8 +227,9 @@ class Staging:
 def check_apart(output: Path, inputs: Iterable[Path]) -> None:
     """Refuse an output that is, contains or lies inside one of the inputs, by whatever path it is named."""
     around_output = _identities(output)
+    working = [output.with_name(f"{output.name}.{suffix}") for suffix in (STAGING, OLD)]
     for path in inputs:
-        if _identity(output) in _identities(path):
+        if {_identity(place) for place in (output, *working)} & _identities(path):
             raise OutputExists("the output is, or contains, an input", str(output), "choose another")
         if _identity(path) in around_output:
             raise UsageError("the output lies inside an input", str(output), "choose another")

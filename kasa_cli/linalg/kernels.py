@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kasa_cli.linalg import blas
 
+STRIPE = 256
+
 
 def square(k: int, like: Tensor) -> Float64[Tensor, "k k"]:
     """A zero matrix in Fortran order, the order that BLAS updates in place."""
@@ -28,12 +30,35 @@ def add_panel(G: Float64[Tensor, "k k"], panel: Float64[Tensor, "k w"]) -> None:
 
 
 def factorise(G: Float64[Tensor, "k k"]) -> bool:
-    """Overwrite G by its lower Cholesky factor; False when G is not positive definite (G is then spent)."""
+    """Overwrite the lower triangle of G by its Cholesky factor; False when G is not positive definite.
+
+    What is above the diagonal stays.
+    """
     if G.is_cpu:
         return blas.potrf(G) == 0
     L, info = torch.linalg.cholesky_ex(G)
-    G.copy_(L)
+    G.copy_(torch.tril(L) + torch.triu(G, 1))
     return int(info) == 0
+
+
+def keep(G: Float64[Tensor, "k k"]) -> Float64[Tensor, " k"]:
+    """Copy the lower triangle above the diagonal, where a factorisation leaves it; the diagonal."""
+    for start in range(0, len(G), STRIPE):
+        here, after = slice(start, start + STRIPE), slice(start + STRIPE, None)
+        corner = torch.tril(G[here, here])
+        G[here, here] = corner + torch.tril(corner, -1).T
+        G[here, after] = G[after, here].T
+    return G.diagonal().clone()
+
+
+def restore(G: Float64[Tensor, "k k"], diagonal: Float64[Tensor, " k"]) -> None:
+    """Put back the lower triangle that `keep` saved, with this diagonal."""
+    for start in range(0, len(G), STRIPE):
+        here, after = slice(start, start + STRIPE), slice(start + STRIPE, None)
+        corner = torch.triu(G[here, here])
+        G[here, here] = corner + torch.triu(corner, 1).T
+        G[after, here] = G[here, after].T
+    G.diagonal().copy_(diagonal)
 
 
 def forward_solve(L: Float64[Tensor, "k k"], X: Float64[Tensor, "k w"]) -> Float64[Tensor, "k w"]:

@@ -38,7 +38,7 @@ def outcome(stored: Stored, target: Target, V: Float64[Tensor, "i t"], S: Float6
     sums = V.new_zeros(5)
     for start, stop in blocks(*target.W.shape):
         Q, W = stored(start, stop), target.W[start:stop]
-        sums[4] += (Q != W).sum()
+        sums[4] += torch.count_nonzero(Q != W)
         Q, W = Q.to(torch.float64), W.to(torch.float64)
         sums[0] += _squares(Q @ live)
         sums[3] += _squares(W)

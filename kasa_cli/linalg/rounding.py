@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-BLOCK_BYTES = 4 << 20
-"""Float64 bytes of the exact target looked at in one go: bounds the memory, and fits a cache."""
+BLOCK_BYTES = 512 << 10
+"""Float64 bytes of the exact target looked at in one go: bounds the memory, and fits the cache of one core."""
+COLUMNS = 128
+"""Columns that `preserve` looks at in one go, whatever their length."""
 ZERO_BITS: dict[torch.dtype, torch.dtype] = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
@@ -62,7 +64,7 @@ def preserve(target: Target, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> F
     e = V.new_zeros(len(Q), V.shape[1])
     e_nearest = torch.zeros_like(e)
     price = V.square().sum(1) + CAUTION * V.shape[1] / len(V)
-    for start, stop in blocks(len(V), len(Q)):
+    for start, stop in blocks(len(V), len(Q), COLUMNS):
         T = target.columns(start, stop)
         near = Q[:, start:stop]
         e_nearest += (near.to(torch.float64) - T) @ V[start:stop]
@@ -91,13 +93,13 @@ def rounded(T: Float64[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "...
     return (bits | (back != T).to(torch.int32)).view(torch.float32).to(dtype)
 
 
-def blocks(length: int, width: int) -> Iterator[tuple[int, int]]:
+def blocks(length: int, width: int, least: int = 16) -> Iterator[tuple[int, int]]:
     """Bounds of consecutive slices of `length` rows, each row of `width` float64 numbers.
 
-    >>> list(blocks(100, 1 << 14))
+    >>> list(blocks(100, 1 << 11))
     [(0, 32), (32, 64), (64, 96), (96, 100)]
     """
-    step = max(16, BLOCK_BYTES // (8 * max(width, 1)))
+    step = max(least, BLOCK_BYTES // (8 * max(width, 1)))
     return ((start, min(start + step, length)) for start in range(0, length, step))
 
 

@@ -21,6 +21,9 @@ PADDING = 8
 """Directions kept beyond the wanted ones: the last Rayleigh-Ritz step inside them removes most of the angle."""
 DENSE_SIDE = 512
 """Below this a full eigendecomposition of the Gram matrix is the cheapest."""
+DENSE_EDGE = 1.2
+"""From this ratio of sides the small singular values of a random weight lie away from zero, and close together."""
+SCOUT_STEPS = 7
 TOP_BLOCK = 8
 BOTTOM_STEPS = 48
 TOP_STEPS = 64
@@ -79,8 +82,9 @@ def gram_lanczos(M: Frame, t: int) -> Directions | None:
     factored = _factored_gram(M)
     if factored is None:
         return None
-    top, frobenius, L = factored
-    Z = _smallest(lambda X: kernels.backward_solve(L, kernels.forward_solve(L, X)), L, t)
+    top, frobenius, L, diagonal = factored
+    has_dense_edge = M.num_long >= DENSE_EDGE * M.num_short
+    Z = _at_dense_edge(L, diagonal, t) if has_dense_edge else _smallest(_inverse(L), L, t)
     return None if Z is None else Directions(Z, top, frobenius, "gram-lanczos", is_squared=True)
 
 
@@ -92,7 +96,7 @@ def cholesky_qr2(M: Frame, t: int) -> Directions | None:
     factored = _factored_gram(M)
     if factored is None:
         return None
-    top, frobenius, L = factored
+    top, frobenius, L, _ = factored
     L2 = kernels.square(M.num_short, M.matrix)
     for _, panel in M.panels():
         kernels.add_panel(L2, kernels.forward_solve(L, panel))
@@ -156,26 +160,48 @@ def ladder(k: int, t: int) -> tuple[str, ...]:
     return ("gram-lanczos", "gram-eigh", "cholesky-qr2", "svd")
 
 
-def _factored_gram(M: Frame) -> tuple[Tensor, float, Tensor] | None:
-    """Top directions and Frobenius norm of the frame, and the Cholesky factor of its Gram matrix.
+def _factored_gram(M: Frame) -> tuple[Tensor, float, Tensor, Tensor] | None:
+    """Top directions and Frobenius norm of the frame; the Cholesky factor of its Gram matrix, and its diagonal.
 
-    A singular matrix is shifted: its eigenvectors stay.
+    Above the diagonal of the factor is the matrix itself. A singular matrix is shifted: its eigenvectors stay.
     """
     G = gram(M)
     top, trace = leading(G), float(G.trace())
+    diagonal = kernels.keep(G)
     if not kernels.factorise(G):
-        G = gram(M)
-        G.diagonal().add_(M.num_short * torch.finfo(torch.float64).eps * trace)
+        diagonal += M.num_short * torch.finfo(torch.float64).eps * trace
+        kernels.restore(G, diagonal)
         if not kernels.factorise(G):
             return None
-    return top, math.sqrt(trace), G
+    return top, math.sqrt(trace), G, diagonal
 
 
-def _smallest(inverse: Operator, like: Tensor, t: int) -> Tensor | None:
+def _inverse(L: Tensor) -> Operator:
+    return lambda X: kernels.backward_solve(L, kernels.forward_solve(L, X))
+
+
+def _at_dense_edge(L: Tensor, diagonal: Tensor, t: int) -> Tensor | None:
+    """The padded bottom directions where the spectrum begins away from zero, and densely.
+
+    Zero is then no good place to invert at. A few steps tell where the spectrum begins; from a factor shifted to just
+    below, and from the directions found, half as many steps are enough (shift and invert, Ericsson and Ruhe, 1980).
+    """
+    k, b = len(L), t + PADDING
+    scout = dominant(_inverse(L), start_block(k, b, L), b, SCOUT_STEPS, _subspace_doubt(t))
+    shift = 1 / float(scout.values[0] + scout.residuals[0])
+    kernels.restore(L, diagonal - shift)
+    if kernels.factorise(L):
+        return _smallest(_inverse(L), L, t, scout.vectors)
+    kernels.restore(L, diagonal)
+    return _smallest(_inverse(L), L, t, scout.vectors) if kernels.factorise(L) else None
+
+
+def _smallest(inverse: Operator, like: Tensor, t: int, start: Tensor | None = None) -> Tensor | None:
     """The padded bottom directions, or None when the Krylov space is spent before they settle."""
     k, b = like.shape[0], t + PADDING
     steps = min(BOTTOM_STEPS, 3 * k // (4 * b))
-    found = dominant(inverse, start_block(k, b, like), b, steps, _subspace_doubt(t))
+    block = start_block(k, b, like) if start is None else start
+    found = dominant(inverse, block, b, steps, _subspace_doubt(t))
     # One more inverse step: what is left in directions of large σ weighs most in a residual, and it shrinks most.
     return torch.linalg.qr(inverse(found.vectors))[0] if found.has_settled else None
 

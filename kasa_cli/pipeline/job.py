@@ -82,8 +82,8 @@ def check(options: Options) -> None:
         raise UsageError("a rank must be positive, a truncation rank not negative")
     if not options.emit:
         raise UsageError("nothing to emit", "", f"give some of {', '.join(PARTS)}")
-    if options.beta < 0 or options.gamma < 0:
-        raise UsageError("beta and gamma must not be negative")
+    if not (0 <= options.beta < math.inf and 0 <= options.gamma < math.inf):
+        raise UsageError("beta and gamma must not be negative, and finite")
     if options.workers < 0 or options.threads_per_worker < 1:
         raise UsageError("workers and threads must be positive")
     if not 0 < options.lora_alpha < math.inf:
@@ -125,5 +125,7 @@ def _check_names(options: Options) -> None:
                 raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
     if options.diag_init == "residual" and options.dropped < options.rank:
         raise UsageError(
-            "the residual init needs as many dropped components as the rank", "", "raise -T or lower -r"
+            "the residual init needs as many dropped components as the rank",
+            "",
+            "raise --truncation-rank or lower --rank",
         )

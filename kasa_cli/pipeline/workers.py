@@ -79,6 +79,10 @@ def run(
                 future.result()
                 done(futures[future])
         return [future.result() for future in futures]
+    except Exception:
+        # What a worker still writes to must not be closed under it. Ctrl-C alone does not wait.
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
