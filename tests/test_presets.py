@@ -10,10 +10,14 @@ import typer
 import yaml
 from runs import ROOT, inside, plain_model
 
-from kasa_cli import cli
+from kasa_cli import cli, flags
 from kasa_cli.commands import truncate as verb
 from kasa_cli.errors import ExitCode, InvalidInput, UsageError
+from kasa_cli.linalg.rounding import ROUNDINGS
+from kasa_cli.methods import kasa
+from kasa_cli.pipeline import job
 from kasa_cli.presets import Option, load
+from kasa_cli.render.formats import FORMATS
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 DEFAULT = ROOT / "configs" / "default.yaml"
@@ -217,3 +221,17 @@ def test_exit_codes(preset, model, capsys, text, code, said):
     assert len(done.err.splitlines()) == 1
     assert inside(capsys, "truncate", model, "-o", "out", "--config", "nowhere.yaml").code == ExitCode.USAGE
     assert inside(capsys, "truncate", model, "-o", "out", "--config", "x" * 300).code == ExitCode.RESOURCE
+
+
+@pytest.mark.parametrize(
+    ("choice", "table"),
+    [
+        (flags.Dtype, job.DTYPES),
+        (flags.RoundingName, ROUNDINGS),
+        (flags.DiagInit, kasa.DIAG_INITS),
+        (flags.Compat, kasa.COMPATS),
+        (flags.Format, FORMATS),
+    ],
+)
+def test_the_choices_of_a_flag_are_the_rows_of_its_table(choice, table):
+    assert {str(one) for one in choice} == set(table)

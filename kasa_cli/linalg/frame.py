@@ -13,8 +13,10 @@ from torch import Tensor
 
 from kasa_cli.errors import NumericalError
 
-PANEL_BYTES = 32 << 20
-"""A panel stays near the size of a last-level cache, so that peak memory does not grow with the weight."""
+PANEL_BYTES = 4 << 20
+"""A panel stays in the cache of one core, so that peak memory does not grow with the weight either."""
+PANEL_WIDTH = 512
+"""At least: each panel costs a pass over the Gram matrix."""
 LARGEST = 2.0**960
 """Above it singular values may overflow; only float64 weights reach it."""
 
@@ -52,7 +54,7 @@ class Frame:
         Every panel lies in the same memory: use it before you ask for the next. Fresh memory for each would cost
         more than the arithmetic (page faults).
         """
-        k, width = self.num_short, max(64, PANEL_BYTES // (8 * self.num_short))
+        k, width = self.num_short, max(PANEL_WIDTH, PANEL_BYTES // (8 * self.num_short))
         room = torch.empty(k * width, dtype=torch.float64, device=self.matrix.device)
         for start in range(0, self.num_long, width):
             columns = self.matrix[:, start : start + width]
