@@ -14,6 +14,7 @@ from kasa_cli.checkpoint.staging import MANIFEST
 from kasa_cli.commands.truncate import Options, Where, truncate
 from kasa_cli.commands.verify import verify
 from kasa_cli.errors import IntegrityError
+from kasa_cli.pipeline.papers import file_records
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -42,7 +43,7 @@ def reseal(output, **tensors):
     content = json.loads(path.read_text())
     content.pop("digest")
     path.unlink()
-    content["files"] = manifest.file_records(output)
+    content["files"] = file_records(output, 1)
     base = read_header(output / "base" / "model.safetensors")
     for name, one in content["tensors"].items():
         entry = base.tensors[name]

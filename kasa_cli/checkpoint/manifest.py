@@ -79,13 +79,9 @@ def _is_sealed(content: Mapping[str, Any], raw: bytes) -> bool:
         return False
 
 
-def file_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below a folder, by relative POSIX path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in files
-    }
+def file_record(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def fingerprint(tensors: Mapping[str, Mapping[str, Any]]) -> str:

@@ -227,7 +227,7 @@ class Staging:
 def check_apart(output: Path, inputs: Iterable[Path]) -> None:
     """Refuse an output that is, contains or lies inside one of the inputs, by whatever path it is named."""
     around_output = _identities(output)
-    working = [output.with_name(f"{output.name}.{suffix}") for suffix in (STAGING, OLD)]
+    working = [output.parent / f"{output.name}.{suffix}" for suffix in (STAGING, OLD)]
     for path in inputs:
         if {_identity(place) for place in (output, *working)} & _identities(path):
             raise OutputExists("the output is, or contains, an input", str(output), "choose another")

@@ -6,7 +6,8 @@ What is reported of a tensor was measured on what the file holds.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ from kasa_cli.pipeline.workers import Watcher, run
 from kasa_cli.report import Target
 
 CHUNK = 16 << 20
+OPEN_FILES = 64
+"""Shards written at once: enough to keep all workers busy, far below what a process may have open."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +93,46 @@ def write_base(
     total = sum(sheet.form.size for sheet in sheets)
     watcher.stage("write", sum(len(sheet.form.tensors) for sheet in sheets), total)
     written: list[Written] = []
-    for sheet in sheets:
-        with new_file(folder / sheet.name, sheet.form.size) as descriptor:
-            pwrite_all(descriptor, memoryview(sheet.form.header), 0)
+    for start in range(0, len(sheets), OPEN_FILES):
+        with ExitStack() as files:
+            places = [
+                Place(sheet.name, descriptor, entry)
+                for sheet in sheets[start : start + OPEN_FILES]
+                for descriptor in [files.enter_context(_headed(folder, sheet))]
+                for entry in sheet.form.tensors.values()
+            ]
+            places.sort(key=lambda place: -place.entry.num_bytes)
+            task = partial(_write_one, surgeon)
             written += run(
-                partial(_write_one, surgeon, sheet.name, descriptor),
-                sorted(sheet.form.tensors.values(), key=lambda entry: -entry.num_bytes),
-                num_workers,
-                lambda entry: watcher.finished(entry.name, entry.num_bytes),
+                task, places, num_workers, lambda one: watcher.finished(one.name, one.entry.num_bytes)
             )
     return written
 
 
-def _write_one(surgeon: Surgeon, file: str, descriptor: int, entry: TensorEntry) -> Written:
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor goes."""
+
+    file: str
+    descriptor: int
+    entry: TensorEntry
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor."""
+        return self.entry.name
+
+
+@contextmanager
+def _headed(folder: Path, sheet: Sheet) -> Iterator[int]:
+    """A new file of the base with its header in place, to be filled."""
+    with new_file(folder / sheet.name, sheet.form.size) as descriptor:
+        pwrite_all(descriptor, memoryview(sheet.form.header), 0)
+        yield descriptor
+
+
+def _write_one(surgeon: Surgeon, place: Place) -> Written:
+    file, descriptor, entry = place.file, place.descriptor, place.entry
     if entry.name not in surgeon.measured:
         digest = _copy(surgeon.checkpoint, entry, descriptor)
         return Written(entry.name, file, entry.dtype, digest, None)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from kasa_cli.checkpoint import card, manifest
@@ -13,6 +14,7 @@ from kasa_cli.pipeline.job import Options, recorded
 from kasa_cli.pipeline.measure import Measured
 from kasa_cli.pipeline.operate import Written
 from kasa_cli.pipeline.planning import Plan
+from kasa_cli.pipeline.workers import run
 
 
 def write_papers(
@@ -34,7 +36,7 @@ def write_papers(
         "schema": manifest.SCHEMA,
         "command": "truncate",
         "environment": dict(environment),
-        "files": manifest.file_records(staging.out),
+        "files": file_records(staging.out, options.num_workers),
         "left_out": {left.name: left.reason for left in made.checkpoint.left_out},
         "model_class": made.names.model_class,
         "options": recorded(options),
@@ -44,6 +46,13 @@ def write_papers(
     sealed = manifest.seal(_finite(content))
     write_file(staging.out / MANIFEST, [sealed])
     return sealed
+
+
+def file_records(folder: Path, num_workers: int) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below a folder, by relative POSIX path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = run(manifest.file_record, files, num_workers, lambda path: None)
+    return {path.relative_to(folder).as_posix(): record for path, record in zip(files, found, strict=True)}
 
 
 def _tensor_records(made: Plan, measured: list[Measured], written: list[Written]) -> dict[str, Any]:
