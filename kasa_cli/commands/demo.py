@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -110,5 +111,7 @@ def _tail_difference(model: Path, output: Path, truncated: Tensor) -> float | No
         return None
     from peft import PeftModel
 
-    tailed = PeftModel.from_pretrained(_load(model), output / "tail")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers' advice to PEFT, not to us
+        tailed = PeftModel.from_pretrained(_load(model), output / "tail")
     return float((_hidden(tailed) - truncated).abs().max())

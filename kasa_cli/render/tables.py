@@ -125,7 +125,7 @@ def roundings(report: DemoReport) -> Summary:
         (f"--rounding {one['rounding']}", number(one["realised_min"]), number(one["realised_median"]))
         for one in report.rounding
     ]
-    return "how much of the cut is left with --dtype bfloat16", ("options", "realised", "median"), rows
+    return "what bfloat16 leaves of the cut", ("options", "realised", "median"), rows
 
 
 def grouped(rows: Sequence[TensorRow]) -> dict[str, list[TensorRow]]:
