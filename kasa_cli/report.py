@@ -114,10 +114,11 @@ class PlanReport:
 
 @dataclass(frozen=True)
 class TruncateReport:
-    """What `kasa truncate` did."""
+    """What `kasa truncate` did. `model_class` is the class whose module names the adapters use, if known."""
 
     command: str
     model: str
+    model_class: str | None
     rank: int
     truncation_rank: int
     alpha: float

@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,8 @@ def test_every_preset_but_the_default_is_in_the_readme():
 def test_every_dependency_is_pinned():
     pins = (ROOT / "configs" / "constraints.txt").read_text(encoding="utf-8")
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in pins.splitlines() if "==" in line}
-    wanted = [
-        *PROJECT["project"]["dependencies"],
-        *sum(PROJECT["project"]["optional-dependencies"].values(), []),
-    ]
+    project = PROJECT["project"]
+    wanted = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
     names = {re.split(r"[\[>=<]", one)[0].lower().replace("_", "-") for one in wanted} - {"kasa-cli"}
     assert names <= pinned
 

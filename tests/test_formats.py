@@ -51,6 +51,7 @@ def row(layer: int, module: str, **figures) -> TensorRow:
 TRUNCATED = TruncateReport(
     command="truncate",
     model="org/model",
+    model_class="LlamaForCausalLM",
     rank=4,
     truncation_rank=4,
     alpha=8,
@@ -137,12 +138,15 @@ left as they are
 
 wrote out; next:
 
+  from peft import PeftModel
+  from transformers import LlamaForCausalLM
+
   # train the KaSA adapter
-  base = AutoModel.from_pretrained("out/base", dtype="auto")
+  base = LlamaForCausalLM.from_pretrained("out/base", dtype="auto")
   model = PeftModel.from_pretrained(base, "out/adapter", is_trainable=True)
 
   # or leave the base alone: the truncation as a LoRA
-  base = AutoModel.from_pretrained("org/model", dtype="auto")
+  base = LlamaForCausalLM.from_pretrained("org/model", dtype="auto")
   model = PeftModel.from_pretrained(base, "out/tail")
 
   kasa verify out --read-data"""

@@ -121,7 +121,7 @@ def test_nothing_of_the_machine_is_in_a_file(model, reference, tmp_path):
         for name in names:
             assert name.encode() not in content, (path, name)
         if path.suffix in {".json", ".md"}:
-            assert not re.search(rb"20[2-9]\d-[01]\d-[0-3]\d|\d\d:\d\d:\d\d|/home/|/tmp/|/root/", content), (
+            assert not re.search(rb"20[2-9]\d-[01]\d-[0-3]\d|\d\d:\d\d:\d\d|/(?:home|tmp|root)/", content), (
                 path
             )
 

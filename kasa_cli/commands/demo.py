@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from kasa_cli.checkpoint.durable import make_folder
@@ -43,7 +44,7 @@ def demo(
     options = Options(rank=RANK, workers=workers, overwrite=overwrite)
     done = truncate(Where(str(model)), output, options, watcher)
     verified = verify(output, read_data=True, against=Where(str(model)), workers=workers, watcher=watcher)
-    original, changed = _hidden(_load(model)), _hidden(_load(output / "base"))
+    original, changed = (_hidden(_load(folder, done.model_class)) for folder in (model, output / "base"))
     return DemoReport(
         command="demo",
         model=MODEL_NAME if packaged else GENERATED_NAME,
@@ -52,7 +53,7 @@ def demo(
         verified=verified,
         rounding=tuple(_rounded(model, options, rounding, watcher) for rounding in ("nearest", "preserve")),
         similarity=float(torch.nn.functional.cosine_similarity(original, changed, dim=-1).mean()),
-        tail_difference=_tail_difference(model, output, changed),
+        tail_difference=_tail_difference(model, done, output / "tail", changed),
     )
 
 
@@ -93,25 +94,27 @@ def _rounded(model: Path, options: Options, rounding: str, watcher: Watcher) -> 
     }
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, model_class: str | None) -> Any:
+    """The model in the class that its config names: adapters are named after the modules of that one."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    return AutoModel.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    kind = getattr(transformers, model_class or "AutoModel")
+    return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 @torch.inference_mode()
 def _hidden(model: Any) -> Tensor:
     """The last hidden states for fixed tokens."""
     tokens = torch.arange(100, 132).unsqueeze(0)
-    hidden: Tensor = model(input_ids=tokens).last_hidden_state
+    hidden: Tensor = model(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
     return hidden
 
 
-def _tail_difference(model: Path, output: Path, truncated: Tensor) -> float | None:
+def _tail_difference(model: Path, done: TruncateReport, tail: Path, truncated: Tensor) -> float | None:
     if importlib.util.find_spec("peft") is None:
         return None
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers' advice to PEFT, not to us
-        tailed = PeftModel.from_pretrained(_load(model), output / "tail")
+        tailed = PeftModel.from_pretrained(_load(model, done.model_class), tail)
     return float((_hidden(tailed) - truncated).abs().max())

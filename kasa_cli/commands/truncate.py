@@ -196,6 +196,7 @@ def _report(
     return TruncateReport(
         command="truncate",
         model=where.model,
+        model_class=made.names.model_class,
         rank=options.rank,
         truncation_rank=options.dropped,
         alpha=options.lora_alpha,

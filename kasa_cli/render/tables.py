@@ -179,12 +179,15 @@ def _next_steps(report: TruncateReport) -> list[str]:
             "rounding brought the rest back. Try --rounding preserve or --dtype float32, or use tail/."
         )
     lines += ["", f"wrote {printable(out['directory'])}; next:", ""]
+    kind = report.model_class or "AutoModel"
+    if {"base", "tail"} & set(out):
+        lines += ["  from peft import PeftModel", f"  from transformers import {kind}", ""]
     if "base" in out and "adapter" in out:
-        base = f'base = AutoModel.from_pretrained({_quoted(out["base"])}, dtype="auto")'
+        base = f'base = {kind}.from_pretrained({_quoted(out["base"])}, dtype="auto")'
         adapter = f"model = PeftModel.from_pretrained(base, {_quoted(out['adapter'])}, is_trainable=True)"
         lines += _snippet("train the KaSA adapter", base, adapter)
     if "tail" in out:
-        base = f'base = AutoModel.from_pretrained({_quoted(report.model)}, dtype="auto")'
+        base = f'base = {kind}.from_pretrained({_quoted(report.model)}, dtype="auto")'
         tail = f"model = PeftModel.from_pretrained(base, {_quoted(out['tail'])})"
         lines += _snippet("or leave the base alone: the truncation as a LoRA", base, tail)
     return [*lines, f"  kasa verify {printable(shlex.quote(out['directory']))} --read-data"]
