@@ -101,7 +101,8 @@ def test_what_exists_but_is_no_directory_is_invalid(tmp_path, kind):
         "a\0b",
     ],
 )
-def test_what_is_neither_directory_nor_hub_id_is_a_usage_error(model, capfd):
+def test_what_is_neither_directory_nor_hub_id_is_a_usage_error(model, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # so that nobody's folder is two levels up
     with pytest.raises(UsageError, match="no such directory, and not a Hub id") as caught:
         resolve(model)
     assert str(caught.value).isprintable()

@@ -89,7 +89,9 @@ def check(options: Options) -> None:
     if not 0 < options.lora_alpha < math.inf:
         raise UsageError("alpha must be positive and finite")
     if options.max_shard_size is not None and not SHARD_SIZE.fullmatch(options.max_shard_size):
-        raise UsageError(f"no size of a shard: {options.max_shard_size!r}", "", "give one such as 5GB or 500MB")
+        raise UsageError(
+            f"no size of a shard: {options.max_shard_size!r}", "", "give one such as 5GB or 500MB"
+        )
     _check_names(options)
 
 
