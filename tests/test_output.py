@@ -24,7 +24,7 @@ EVIL = "\x1b]52;c;cm0gLXJm\x07\x1b[2J[red]x[bold]\u202egnp\x9b31m"
 MARKUP = "[red]x[/bold] [link=file:///etc]"
 RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 REPORT = "command model rank truncation_rank alpha dtype rounding tensors skipped totals output"
-REPORT_ADDS = " compat notes"
+REPORT_ADDS = " compat notes model_class"
 TENSOR = (
     "name module shape dtype sigma_max sigma_min kappa sigma_cut sigma_next dropped_energy relative_error "
     "realised changed_fraction solver residual"

@@ -75,7 +75,7 @@ def test_a_directory_is_taken_as_it_is(tmp_path):
 def test_a_directory_wins_over_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert resolve("org/name", revision="main").repo is None
+    assert resolve("org/name").repo is None
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
@@ -235,3 +235,8 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path):
     assert {token for _, _, token in hub.requests} == {f"Bearer {CANARY}"}
     kept = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
     assert kept and not [path for path in kept if CANARY.encode() in path.read_bytes()]
+
+
+def test_a_directory_has_no_revision(tmp_path):
+    with pytest.raises(UsageError, match="has no revision"):
+        resolve(str(tmp_path), revision="main")

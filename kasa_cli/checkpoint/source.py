@@ -63,6 +63,8 @@ def resolve(
     Nothing of the network is touched for a directory, with `local_files_only`, or with `HF_HUB_OFFLINE=1`.
     """
     if is_directory(model):
+        if revision is not None:
+            raise UsageError("a directory has no revision", model, "leave out --revision, or name a Hub id")
         return Source(Path(model), None, None, None)
     require_repo_id(model)
     from huggingface_hub import constants
