@@ -20,7 +20,7 @@ from kasa_cli.checkpoint.durable import new_file, pwrite_all
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.sheets import Sheet
 from kasa_cli.checkpoint.staging import Staging
-from kasa_cli.checkpoint.streaming import TORCH_DTYPES, Form, raw_bytes
+from kasa_cli.checkpoint.streaming import TORCH_DTYPES, Form, filling, raw_bytes
 from kasa_cli.errors import NumericalError
 from kasa_cli.linalg import rounding
 from kasa_cli.linalg.ends import Ends
@@ -191,9 +191,8 @@ def write_tensors(
     """Fill a file of small tensors, those of one target after another."""
     items = list(measured)
     watcher.stage(path.parent.name, len(items), len(items))
-    with new_file(path, layout.size) as descriptor:
-        pwrite_all(descriptor, memoryview(layout.header), 0)
+    with filling(path, layout) as file:
         for one in items:
             for name, tensor in make(one).items():
-                pwrite_all(descriptor, raw_bytes(tensor), layout.tensors[name].begin)
+                file.put(name, tensor)
             watcher.finished(one.target.name, 1)
