@@ -38,9 +38,9 @@ def bound(model: str, workers: int) -> None:
     """Gram matrices and Cholesky factors of every target, and nothing else."""
     from kasa_cli.linalg import kernels
     from kasa_cli.linalg.frame import frame
-    from kasa_cli.linalg.subspace import gram
+    from kasa_cli.linalg.gram import gram
     from kasa_cli.pipeline.job import Where
-    from kasa_cli.pipeline.measure import read_target
+    from kasa_cli.pipeline.weights import read_target
     from kasa_cli.pipeline.planning import survey
     from kasa_cli.pipeline.workers import blas_threads, run
 

@@ -156,12 +156,12 @@ def test_solvers_agree(monkeypatch):
     assert max(float((one - products[0]).abs().max()) for one in products) <= 1e-10
 
 
-def refuse(M, t):
+def refuse(gram, t):
     return None
 
 
 def fail(error):
-    def solver(M, t):
+    def solver(gram, t):
         raise error
 
     return solver
@@ -179,8 +179,8 @@ def test_a_solver_that_cannot_makes_room_for_the_next(first, monkeypatch):
 
 @pytest.mark.parametrize("is_squared", [True, False])
 def test_a_wrong_answer_is_noticed(is_squared, monkeypatch):
-    def wrong(M, t):
-        Q = orthonormal(M.num_short, M.num_short)
+    def wrong(gram, t):
+        Q = orthonormal(gram.frame.num_short, gram.frame.num_short)
         return Directions(Q[:, : t + 8], Q[:, -8:], 1.0, "wrong", is_squared)
 
     monkeypatch.setitem(SOLVERS, "gram-eigh", wrong)
@@ -228,6 +228,7 @@ def once_then_right(real):
 
 def test_beyond_what_lapack_can_index_is_refused_before_it_is_called(monkeypatch):
     monkeypatch.setattr("kasa_cli.linalg.subspace.LAPACK_LIMIT", 1000)
+    monkeypatch.setattr("kasa_cli.linalg.gram.LAPACK_LIMIT", 1000)
     with pytest.raises(NumericalError, match="a side of 40 is beyond"):
         ends(gaussian(40, 50), 8)
     alone(monkeypatch, "svd")

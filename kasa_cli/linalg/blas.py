@@ -87,6 +87,27 @@ def syevr(A: Tensor, uplo: bytes, first: int, last: int) -> tuple[Tensor, Tensor
     return w[:m], Z
 
 
+def syevd(A: Tensor, uplo: bytes) -> Tensor:
+    """All eigenvalues of the triangle of A, ascending; A is spent.
+
+    Raises:
+        torch.linalg.LinAlgError: no convergence.
+    """
+    k = len(A)
+    w, info = A.new_empty(k), ctypes.c_int(0)
+
+    def run(work: Tensor, num_work: int, iwork: Tensor, num_iwork: int) -> None:
+        _call("syevd", A.dtype, b"N", uplo, k, A, max(k, 1), w, work, num_work, iwork, num_iwork, info)
+
+    query, iquery = A.new_empty(1), torch.empty(1, dtype=torch.int32)
+    run(query, -1, iquery, -1)
+    size, isize = int(query[0]), int(iquery[0])
+    run(A.new_empty(size), size, torch.empty(isize, dtype=torch.int32), isize)
+    if info.value:
+        raise torch.linalg.LinAlgError("syevd did not converge")
+    return w
+
+
 def fortran(X: Tensor) -> Tensor:
     """A copy in Fortran order."""
     return torch.empty(X.shape[1], X.shape[0], dtype=X.dtype).copy_(X.T).T

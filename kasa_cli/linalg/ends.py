@@ -8,7 +8,7 @@ Shapes: o = out_features, i = in_features, k = min(o, i), l = max(o, i), t = com
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import scipy.linalg
 import torch
@@ -16,7 +16,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg.frame import Frame, frame
+from kasa_cli.linalg.frame import Frame, Rows, frame
+from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.subspace import SOLVERS, Directions, ladder
 
 EPS = torch.finfo(torch.float64).eps
@@ -25,6 +26,7 @@ RESIDUAL_LIMIT = 1e-12
 """What a solver that does not square must reach: some thousand times float64 roundoff."""
 NEXT_LIMIT = 1e-4
 """Relative residual of the first pair kept: its value is in error by the square of it."""
+LEVEL = 16
 TIE = 1e-6
 """A relative gap below this makes the cut arbitrary: the product is still a best one, the factors are not."""
 
@@ -33,10 +35,9 @@ TIE = 1e-6
 class Ends:
     """The t smallest singular triplets, largest of them first, and what is known around them.
 
-    `residual` is ‖M Mᵀ Z - Z S²‖_F / σ_max², measured on the weight in float64 (M: the weight or its transpose,
-    whichever is wide; Z: the vectors of its short side). `angle` estimates the sine between the space found and
-    the true one: the residual over the gap of squares (Davis and Kahan) for a solver that squares, float64
-    roundoff over the gap for one that does not. At a tie the gap counts as TIE; where nothing is cut, as 1.
+    `residuals` are the norms of the columns of M Mᵀ Z - Z S², over σ_max², measured on the weight in float64 (M: the
+    weight or its transpose, whichever is wide; Z: the vectors of its short side); one at least, though t be 0.
+    `is_squared`: the solver saw squared singular values.
     """
 
     U: Float64[Tensor, "o t"]
@@ -47,8 +48,36 @@ class Ends:
     sigma_next: float
     frobenius: float
     solver: str
-    residual: float
-    angle: float
+    residuals: Float64[Tensor, " n"]
+    is_squared: bool
+
+    def cut(self, t: int) -> "Ends":
+        """The same for fewer components: the smallest of the smallest."""
+        kept = len(self.S) - t
+        if not kept:
+            return self
+        U, S, V = self.U[:, kept:].contiguous(), self.S[kept:].clone(), self.V[:, kept:].contiguous()
+        sigma_next = float(self.S[max(kept - 1, 0) if t else -1])
+        return replace(
+            self, U=U, S=S, V=V, sigma_next=sigma_next, residuals=self.residuals[-max(t, 1) :].clone()
+        )
+
+    @property
+    def residual(self) -> float:
+        """‖M Mᵀ Z - Z S²‖_F / σ_max²."""
+        return float(torch.linalg.vector_norm(self.residuals))
+
+    @property
+    def angle(self) -> float:
+        """The sine between the space found and the true one, estimated.
+
+        The residual over the gap of squares (Davis and Kahan) for a solver that squares, float64 roundoff over the
+        gap for one that does not. At a tie the gap counts as TIE; where nothing is cut, as 1.
+        """
+        sines = self.residual if self.is_squared else 4 * EPS
+        if self.sigma_cut is None:
+            return sines
+        return sines / _relative_gap(self.sigma_next, self.sigma_cut, self.sigma_max, 1 + self.is_squared)
 
     @property
     def sigma_cut(self) -> float | None:
@@ -72,8 +101,27 @@ class Ends:
         return float((self.S / self.frobenius).square().sum()) if self.frobenius else 0.0
 
 
-def ends(W: Float[Tensor, "o i"], t: int) -> Ends:
-    """The t smallest singular triplets of W, and the extremes of its spectrum.
+def ends(W: Float[Tensor, "o i"] | Rows, t: int) -> Ends:
+    """The t smallest singular triplets of W, and the extremes of its spectrum; see `ends_of`."""
+    return ends_of(Gram(frame(W)), t)
+
+
+def level(k: int, t: int) -> int:
+    """How many components are computed when t of k are asked for: 16, 64, 256 and so on, below k.
+
+    One decomposition then answers every smaller question, and a question has one answer, whatever was asked before.
+
+    >>> [level(4096, t) for t in (0, 8, 16, 17, 100)], level(10, 4)
+    ([16, 16, 16, 64, 256], 9)
+    """
+    wanted = LEVEL
+    while wanted < t:
+        wanted *= 4
+    return min(wanted, k - 1)
+
+
+def ends_of(gram: Gram, t: int) -> Ends:
+    """The t smallest singular triplets of a weight, and the extremes of its spectrum.
 
     Values are within float64 roundoff of σ_max, and σ_max is to ten digits. Singular values that roundoff alone
     explains are zero and reported as such; their vectors on the long side are then any orthonormal ones. Signs:
@@ -82,12 +130,12 @@ def ends(W: Float[Tensor, "o i"], t: int) -> Ends:
     Raises:
         NumericalError: W is not finite, t is not below min(o, i), or no solver of the ladder converges.
     """
-    if not 0 <= t < min(W.shape):
-        raise NumericalError(f"cannot drop {t} of {min(W.shape)} components")
-    M = frame(W)
+    M = gram.frame
+    if not 0 <= t < M.num_short:
+        raise NumericalError(f"cannot drop {t} of {M.num_short} components")
     found = None
     for name in ladder(M.num_short, max(t, 1)):
-        directions = _attempt(name, M, max(t, 1))
+        directions = _attempt(name, gram, max(t, 1))
         if directions is None:
             continue
         found, next_residual = _read_off(M, directions, t)
@@ -99,10 +147,10 @@ def ends(W: Float[Tensor, "o i"], t: int) -> Ends:
     )
 
 
-def _attempt(name: str, M: Frame, t: int) -> Directions | None:
+def _attempt(name: str, gram: Gram, t: int) -> Directions | None:
     """What a solver finds; None when it cannot, or when LAPACK gives up under it."""
     try:
-        return SOLVERS[name](M, t)
+        return SOLVERS[name](gram, t)
     except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError):
         return None
 
@@ -119,10 +167,7 @@ def _read_off(M: Frame, directions: Directions, t: int) -> tuple[Ends, float]:
     noise = _noise(S / (sigma_max or 1.0), residuals, M.num_long, directions.is_squared)
     S = S.where(sigma_max * noise < S, 0.0)
     cut, following = max(p - max(t, 1), 0), max(p - t - 1, 0)
-    residual = float(torch.linalg.vector_norm(residuals[cut:]))
-    sines = residual if directions.is_squared else 4 * EPS
-    gap = _relative_gap(S[following], S[cut], sigma_max, 1 + directions.is_squared) if t else 1.0
-    U, V = _oriented(M, Z[:, p - t :], X[:, p - t :])
+    U, V = oriented(M, Z[:, p - t :], X[:, p - t :])
     found = Ends(
         U=U,
         S=S[p - t :] * M.scale,
@@ -132,8 +177,8 @@ def _read_off(M: Frame, directions: Directions, t: int) -> tuple[Ends, float]:
         sigma_next=float(S[following]) * M.scale,
         frobenius=directions.frobenius * M.scale,
         solver=directions.solver,
-        residual=residual,
-        angle=sines / gap,
+        residuals=residuals[cut:],
+        is_squared=directions.is_squared,
     )
     share = float(S[following] / sigma_max) ** 2 if sigma_max else 0.0
     return found, float(residuals[following]) / share if share else 0.0
@@ -158,15 +203,15 @@ def _noise(S: Tensor, residuals: Tensor, num_long: int, is_squared: bool) -> Ten
     return torch.where(residuals <= ANGLE_TOLERANCE * S[0] ** 2, noise.maximum(seen), noise)
 
 
-def _relative_gap(kept: Tensor, cut: Tensor, sigma_max: float, power: int) -> float:
+def _relative_gap(kept: float, cut: float, sigma_max: float, power: int) -> float:
     """The gap at the cut, of values or of squares, over that of σ_max; TIE at a tie, 1 between zeros."""
-    if float(kept) == 0:
+    if kept == 0:
         return 1.0
-    high, low = float(kept / sigma_max) ** power, float(cut / sigma_max) ** power
+    high, low = (kept / sigma_max) ** power, (cut / sigma_max) ** power
     return max(high - low, TIE * high)
 
 
-def _oriented(M: Frame, Z: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+def oriented(M: Frame, Z: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     """Short- and long-side vectors as (left, right) of the weight, with canonical signs."""
     U, V = (X, Z) if M.is_transposed else (Z, X)
     largest = U.gather(0, U.abs().argmax(0, keepdim=True))

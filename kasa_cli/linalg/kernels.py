@@ -16,9 +16,9 @@ from kasa_cli.linalg import blas
 STRIPE = 256
 
 
-def square(k: int, like: Tensor) -> Float64[Tensor, "k k"]:
+def square(k: int, device: torch.device) -> Float64[Tensor, "k k"]:
     """A zero matrix in Fortran order, the order that BLAS updates in place."""
-    return torch.zeros(k, k, dtype=torch.float64, device=like.device).T
+    return torch.zeros(k, k, dtype=torch.float64, device=device).T
 
 
 def add_panel(G: Float64[Tensor, "k k"], panel: Float64[Tensor, "k w"]) -> None:
@@ -90,6 +90,19 @@ def symmetric_product(G: Float[Tensor, "k k"], X: Float[Tensor, "k b"]) -> Float
     Y = torch.empty_like(X)
     blas.symm(G, X, Y)
     return Y
+
+
+def eigenvalues(G: Float64[Tensor, "k k"]) -> Float64[Tensor, " k"]:
+    """All eigenvalues, ascending, from the lower triangle of G, which is spent."""
+    return blas.syevd(G, b"L") if G.is_cpu else torch.linalg.eigvalsh(G)
+
+
+def top_pairs(G: Float64[Tensor, "k k"], n: int) -> tuple[Float64[Tensor, " n"], Float64[Tensor, "k n"]]:
+    """The n largest eigenvalues, ascending, and their vectors, from the lower triangle of G, which is spent."""
+    if not G.is_cpu:
+        values, Z = torch.linalg.eigh(G)
+        return values[-n:], Z[:, -n:]
+    return blas.syevr(G, b"L", len(G) - n, len(G) - 1)
 
 
 def smallest_pairs(G: Float64[Tensor, "k k"], n: int) -> tuple[Float64[Tensor, " n"], Float64[Tensor, "k n"]]:

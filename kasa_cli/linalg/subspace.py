@@ -3,7 +3,6 @@
 Shapes: k, l = short and long side of the frame, t = wanted, p ≥ t = kept with padding, b = block.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from kasa_cli.errors import NumericalError
 from kasa_cli.linalg import kernels
-from kasa_cli.linalg.frame import Frame
+from kasa_cli.linalg.gram import LAPACK_LIMIT, TOP_BLOCK, Gram
 from kasa_cli.linalg.lanczos import Doubt, Operator, dominant, start_block
 
 PADDING = 8
@@ -24,13 +23,9 @@ DENSE_SIDE = 512
 DENSE_EDGE = 1.2
 """From this ratio of sides the small singular values of a random weight lie away from zero, and close together."""
 SCOUT_STEPS = 7
-TOP_BLOCK = 8
 BOTTOM_STEPS = 48
-TOP_STEPS = 64
 SUBSPACE_TOLERANCE = 1e-8
 NEXT_TOLERANCE = 1e-5
-TOP_TOLERANCE = 1e-9
-LAPACK_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -47,57 +42,45 @@ class Directions:
     is_squared: bool
 
 
-Solver = Callable[[Frame, int], Directions | None]
+Solver = Callable[[Gram, int], Directions | None]
 """None: this solver cannot handle the matrix, take the next."""
 
 
-def gram(M: Frame) -> Float64[Tensor, "k k"]:
-    """The lower triangle of M M^T, summed over panels: its relative error is the unit roundoff of float64.
-
-    Raises:
-        NumericalError: the short side is beyond the 32-bit sizes of LAPACK.
-    """
-    if M.num_short**2 > LAPACK_LIMIT:
-        raise NumericalError(f"a side of {M.num_short} is beyond what LAPACK can index")
-    G = kernels.square(M.num_short, M.matrix)
-    for _, panel in M.panels():
-        kernels.add_panel(G, panel)
-    return G
-
-
-def gram_eigh(M: Frame, t: int) -> Directions:
+def gram_eigh(gram: Gram, t: int) -> Directions:
     """Eigenvectors of the Gram matrix by LAPACK: all of a small one, the wanted ones of a large one."""
-    G = gram(M)
-    frobenius = math.sqrt(float(G.trace()))
-    p = min(t + PADDING, M.num_short)
-    if M.num_short <= DENSE_SIDE:
-        Z = torch.linalg.eigh(G)[1]
-        return Directions(Z[:, :p], Z[:, -TOP_BLOCK:], frobenius, "gram-eigh", is_squared=True)
-    top = leading(G)
-    return Directions(kernels.smallest_pairs(G, p)[1], top, frobenius, "gram-eigh", is_squared=True)
+    k = gram.frame.num_short
+    p = min(t + PADDING, k)
+    if k <= DENSE_SIDE:
+        Z = torch.linalg.eigh(gram.lend())[1]
+        return Directions(Z[:, :p], Z[:, -TOP_BLOCK:], gram.frobenius, "gram-eigh", is_squared=True)
+    top = gram.leading
+    Z = kernels.smallest_pairs(gram.lend(), p)[1]
+    return Directions(Z, top, gram.frobenius, "gram-eigh", is_squared=True)
 
 
-def gram_lanczos(M: Frame, t: int) -> Directions | None:
+def gram_lanczos(gram: Gram, t: int) -> Directions | None:
     """Block Lanczos on the inverse of the Gram matrix, through its Cholesky factor."""
-    factored = _factored_gram(M)
+    top, M = gram.leading, gram.frame
+    factored = _factored(gram)
     if factored is None:
         return None
-    top, frobenius, L, diagonal = factored
+    L, diagonal = factored
     has_dense_edge = M.num_long >= DENSE_EDGE * M.num_short
     Z = _at_dense_edge(L, diagonal, t) if has_dense_edge else _smallest(_inverse(L), L, t)
-    return None if Z is None else Directions(Z, top, frobenius, "gram-lanczos", is_squared=True)
+    return None if Z is None else Directions(Z, top, gram.frobenius, "gram-lanczos", is_squared=True)
 
 
-def cholesky_qr2(M: Frame, t: int) -> Directions | None:
+def cholesky_qr2(gram: Gram, t: int) -> Directions | None:
     """Block Lanczos on (R^T R)^-1 with R from a Cholesky QR done twice: no squared condition number.
 
     Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, "Roundoff error analysis of the CholeskyQR2 algorithm", 2015.
     """
-    factored = _factored_gram(M)
+    top, M = gram.leading, gram.frame
+    factored = _factored(gram)
     if factored is None:
         return None
-    top, frobenius, L, _ = factored
-    L2 = kernels.square(M.num_short, M.matrix)
+    L, _ = factored
+    L2 = kernels.square(M.num_short, M.device)
     for _, panel in M.panels():
         kernels.add_panel(L2, kernels.forward_solve(L, panel))
     if not kernels.factorise(L2):
@@ -108,15 +91,16 @@ def cholesky_qr2(M: Frame, t: int) -> Directions | None:
         return kernels.backward_solve(L, kernels.backward_solve(L2, half))
 
     Z = _smallest(inverse, L, t)
-    return None if Z is None else Directions(Z, top, frobenius, "cholesky-qr2", is_squared=False)
+    return None if Z is None else Directions(Z, top, gram.frobenius, "cholesky-qr2", is_squared=False)
 
 
-def svd(M: Frame, t: int) -> Directions:
+def svd(gram: Gram, t: int) -> Directions:
     """The full singular value decomposition in float64: slow, and right for every condition number.
 
     Raises:
         NumericalError: LAPACK does not converge by either of its drivers, or cannot index the matrix.
     """
+    M = gram.frame
     k = M.num_short
     if max(k * M.num_long, 4 * k * k + 7 * k) > LAPACK_LIMIT:
         raise NumericalError(f"a full decomposition of {k} x {M.num_long} is beyond what LAPACK can index")
@@ -124,19 +108,6 @@ def svd(M: Frame, t: int) -> Directions:
     U = _left_vectors(A)
     frobenius = float(torch.linalg.matrix_norm(A))
     return Directions(U[:, -min(t + PADDING, k) :], U[:, :TOP_BLOCK], frobenius, "svd", is_squared=False)
-
-
-def leading(G: Float64[Tensor, "k k"]) -> Float64[Tensor, "k b"]:
-    """The dominant eigenvectors of G by block Lanczos in float32.
-
-    Half the memory traffic of float64, and enough: a value read off the weight itself in these directions is in
-    error by the square of their angle.
-    """
-    half = G.T.to(torch.float32).T
-    start, steps = start_block(len(G), TOP_BLOCK, half), max(1, min(TOP_STEPS, len(G) // TOP_BLOCK))
-    found = dominant(lambda X: kernels.symmetric_product(half, X), start, TOP_BLOCK, steps, _value_doubt)
-    Z: Tensor = torch.linalg.qr(found.vectors.to(torch.float64))[0]
-    return Z
 
 
 SOLVERS: dict[str, Solver] = {
@@ -160,20 +131,18 @@ def ladder(k: int, t: int) -> tuple[str, ...]:
     return ("gram-lanczos", "gram-eigh", "cholesky-qr2", "svd")
 
 
-def _factored_gram(M: Frame) -> tuple[Tensor, float, Tensor, Tensor] | None:
-    """Top directions and Frobenius norm of the frame; the Cholesky factor of its Gram matrix, and its diagonal.
+def _factored(gram: Gram) -> tuple[Tensor, Tensor] | None:
+    """The Cholesky factor of the Gram matrix, and the diagonal it was made with.
 
     Above the diagonal of the factor is the matrix itself. A singular matrix is shifted: its eigenvectors stay.
     """
-    G = gram(M)
-    top, trace = leading(G), float(G.trace())
-    diagonal = kernels.keep(G)
+    G, diagonal = gram.lend(), gram.diagonal
     if not kernels.factorise(G):
-        diagonal += M.num_short * torch.finfo(torch.float64).eps * trace
+        diagonal = diagonal + len(G) * torch.finfo(torch.float64).eps * gram.trace
         kernels.restore(G, diagonal)
         if not kernels.factorise(G):
             return None
-    return top, math.sqrt(trace), G, diagonal
+    return G, diagonal
 
 
 def _inverse(L: Tensor) -> Operator:
@@ -187,7 +156,7 @@ def _at_dense_edge(L: Tensor, diagonal: Tensor, t: int) -> Tensor | None:
     below, and from the directions found, half as many steps are enough (shift and invert, Ericsson and Ruhe, 1980).
     """
     k, b = len(L), t + PADDING
-    scout = dominant(_inverse(L), start_block(k, b, L), b, SCOUT_STEPS, _subspace_doubt(t))
+    scout = dominant(_inverse(L), start_block(k, b, L), b, SCOUT_STEPS, subspace_doubt(t))
     shift = 1 / float(scout.values[0] + scout.residuals[0])
     kernels.restore(L, diagonal - shift)
     if kernels.factorise(L):
@@ -201,12 +170,12 @@ def _smallest(inverse: Operator, like: Tensor, t: int, start: Tensor | None = No
     k, b = like.shape[0], t + PADDING
     steps = min(BOTTOM_STEPS, 3 * k // (4 * b))
     block = start_block(k, b, like) if start is None else start
-    found = dominant(inverse, block, b, steps, _subspace_doubt(t))
+    found = dominant(inverse, block, b, steps, subspace_doubt(t))
     # One more inverse step: what is left in directions of large σ weighs most in a residual, and it shrinks most.
     return torch.linalg.qr(inverse(found.vectors))[0] if found.has_settled else None
 
 
-def _subspace_doubt(t: int) -> Doubt:
+def subspace_doubt(t: int) -> Doubt:
     """Angle of the wanted subspace to the padded one (Davis and Kahan), in units of the tolerance.
 
     The first pair kept must have come along too, its value being part of the answer.
@@ -221,13 +190,6 @@ def _subspace_doubt(t: int) -> Doubt:
         return max(float((reach / gaps).min()) / SUBSPACE_TOLERANCE, next_one / NEXT_TOLERANCE)
 
     return doubt
-
-
-def _value_doubt(values: Tensor, residuals: Tensor) -> float:
-    """Relative error of the largest value, quadratic in the residual over the gap (Kato and Temple)."""
-    reach = torch.cumsum(residuals.square(), 0)[:TOP_BLOCK]
-    gaps = (values[0] - values[1 : TOP_BLOCK + 1]).clamp_min(torch.finfo(values.dtype).tiny)
-    return float((reach / gaps).min() / values[0].clamp_min(torch.finfo(values.dtype).tiny)) / TOP_TOLERANCE
 
 
 def _left_vectors(A: Float64[Tensor, "k l"]) -> Float64[Tensor, "k k"]:
