@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from kasa_cli.checkpoint import families
+from kasa_cli.checkpoint.experts import Landing, Origin, origins
 from kasa_cli.checkpoint.families import Shapes, UnknownFamily
 from kasa_cli.errors import InvalidInput, printable
 
@@ -51,13 +53,35 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A matrix in memory, or a stack of them, and the tensors on disk that it is made of.
+
+    `label` is what PEFT calls it: a module's path, or a parameter's full name.
+    """
+
+    label: str
+    shape: tuple[int, ...]
+    kind: Kind
+    is_module: bool
+    is_linear: bool
+    in_block: bool
+    tied_with: str | None
+    made_of: Origin
+
+
+@dataclass(frozen=True)
 class NameMap:
-    """Every tensor on disk with its slot, and what the model in memory could be targeted at."""
+    """Every tensor on disk with its slot, and what the model in memory could be targeted at.
+
+    `weights` holds every linear map and embedding in the order of `named_modules`, whatever class it has, and
+    after them every parameter of three dimensions in the order of `named_parameters`.
+    """
 
     model_class: str | None
     note: str | None
     slots: Mapping[str, Slot]
     linear_modules: tuple[str, ...]
+    weights: tuple[Weight, ...] = ()
 
 
 def map_names(config: Mapping[str, Any], shapes: Shapes) -> NameMap:
@@ -69,13 +93,15 @@ def map_names(config: Mapping[str, Any], shapes: Shapes) -> NameMap:
         model = families.build(config, shapes)
     except UnknownFamily as reason:
         note = f"names in memory are taken to be those on disk: {printable(str(reason))}"
-        return NameMap(None, note, assumed_slots(shapes), ())
+        slots = assumed_slots(shapes)
+        return NameMap(None, note, slots, (), assumed_weights(shapes, slots))
     anatomy = Anatomy(model)
     landings = landed(model, shapes)
     if config.get("quantization_config") is None:  # a packed tensor has another shape than what it unpacks to
         check_shapes(anatomy, landings, shapes)
     slots = {name: anatomy.slot(name, landings.get(name)) for name in shapes}
-    return NameMap(type(model).__name__, None, slots, anatomy.linear_modules())
+    weights = anatomy.weights(origins(landings))
+    return NameMap(type(model).__name__, None, slots, anatomy.linear_modules(), weights)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -91,18 +117,12 @@ def split_name(name: str) -> tuple[str, str]:
 # --- from disk to memory ---
 
 
-class Landing(NamedTuple):
-    """The parameter that a tensor on disk goes to; `whole` when it arrives unchanged and alone."""
-
-    name: str
-    whole: bool
-
-
 def landed(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Landing]:
     """Where transformers puts each tensor on disk. What it leaves out is left out."""
     conversions = get_model_conversion_mapping(model)  # a fresh one: some keep state between names
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     memory, prefix = model.state_dict(), model.base_model_prefix
     landings: dict[str, Landing] = {}
     taken: set[str] = set()
@@ -110,7 +130,7 @@ def landed(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Landing]:
         target, pattern = rename_source_key(name, renamings, converters, prefix, memory)
         if target not in memory and name in memory:  # the loader, too, undoes a rename that leads nowhere
             target, pattern = rename_source_key(name, [], [], prefix, memory)
-        landing = Landing(target, whole=pattern is None)
+        landing = Landing(target, pattern is None, pattern or "", by_pattern.get(pattern or ""))
         if target in memory and not (landing.whole and target in taken):  # of two, the loader keeps the first
             landings[name] = landing
             taken.add(target)
@@ -151,6 +171,7 @@ class Anatomy:
         self.memory: dict[str, Tensor] = model.state_dict()
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.unique = [path for path, _ in model.named_modules()]
+        self.stacks = {name: p.shape for name, p in model.named_parameters() if p.dim() == 3}
         self.head = output_head(model)
         self.blocks = frozenset(block_paths(self.modules))
         self.routers = frozenset(
@@ -207,6 +228,28 @@ class Anatomy:
     def linear_modules(self) -> tuple[str, ...]:
         """Every linear map of the model, in the order of `named_modules`."""
         return tuple(path for path in self.unique if isinstance(self.modules[path], nn.Linear | Conv1D))
+
+    def weights(self, made_of: Mapping[str, Origin]) -> tuple[Weight, ...]:
+        """Every linear map and embedding, then every stack of matrices, with the tensors they are made of."""
+        matrices = [
+            self.weight(path, f"{path}.weight", weight.shape, made_of)
+            for path in self.unique
+            if isinstance(module := self.modules[path], nn.Linear | Conv1D | nn.Embedding)
+            and isinstance(weight := module.weight, Tensor)
+            and weight.dim() == 2
+        ]
+        return (*matrices, *(self.weight(name, name, shape, made_of) for name, shape in self.stacks.items()))
+
+    def weight(self, label: str, name: str, shape: torch.Size, made_of: Mapping[str, Origin]) -> Weight:
+        """A weight in memory, by what it is called and by the parameter that holds it."""
+        module, is_module = split_name(name)[0], label != name
+        is_linear = is_module and isinstance(self.modules[module], nn.Linear)
+        facts = (self.kind(module), is_module, is_linear, self.in_block(module), self.tied_with(name))
+        return Weight(label, tuple(shape), *facts, self.origin(name, made_of))
+
+    def origin(self, name: str, made_of: Mapping[str, Origin]) -> Origin:
+        """What a parameter is made of: its own tensors, or those of another name that it goes by."""
+        return next((made_of[n] for n in (name, *self.aliases.get(name, ())) if n in made_of), Origin())
 
 
 def ancestors(path: str) -> Iterator[str]:
@@ -273,6 +316,24 @@ def assumed_slots(shapes: Shapes) -> dict[str, Slot]:
         kind = assumed_kind(module, shapes.get(f"{module}.weight", shape))
         slots[name] = Slot(module, parameter, kind, has_number(module), None)
     return slots
+
+
+MATRIX_KINDS = frozenset({Kind.LINEAR, Kind.HEAD, Kind.ROUTER, Kind.EMBEDDING})
+
+
+def assumed_weights(shapes: Shapes, slots: Mapping[str, Slot]) -> tuple[Weight, ...]:
+    """What looks like a linear map or an embedding, then every stack of matrices, in the order on disk."""
+    weights = [assumed_weight(name, shapes[name], slot) for name, slot in slots.items()]
+    return tuple(sorted((weight for weight in weights if weight), key=lambda weight: not weight.is_module))
+
+
+def assumed_weight(name: str, shape: tuple[int, ...], slot: Slot) -> Weight | None:
+    """A tensor on disk as the weight in memory that it must be, if it is one."""
+    is_module = len(shape) == 2 and slot.parameter == "weight" and slot.kind in MATRIX_KINDS
+    if not is_module and len(shape) != 3:
+        return None
+    label, is_linear = slot.module if is_module else name, is_module and slot.kind != Kind.EMBEDDING
+    return Weight(label, shape, slot.kind, is_module, is_linear, slot.in_block, None, Origin(((name,),)))
 
 
 def assumed_kind(path: str, shape: tuple[int, ...]) -> Kind:

@@ -45,7 +45,7 @@ def select(
     """
     modules = {slot.module: name for name, slot in slots.items() if slot.parameter == "weight"}
     for pattern in (*patterns.targets, *patterns.excludes):
-        _require_match(pattern, modules)
+        require_match(pattern, modules)
     reasons = {name: _reason(entry, slots[name], patterns) for name, entry in tensors.items()}
     for pattern in patterns.targets:
         _require_operable(pattern, modules, reasons)
@@ -123,19 +123,20 @@ def _off_by_default(slot: Slot) -> str | None:
     return None if slot.in_block else "outside the blocks"
 
 
-def _require_match(pattern: str, modules: Mapping[str, str]) -> None:
-    if any(matches(module, pattern) for module in modules):
+def require_match(pattern: str, modules: Iterable[str]) -> None:
+    """Refuse a pattern that names no module, most often a slip of the pen: say what is near it."""
+    known = list(modules)
+    if any(matches(module, pattern) for module in known):
         return
-    near = _near(pattern, modules)
+    near = _near(pattern, known)
     remedy = f"near names: {', '.join(near)}" if near else "list the names with --dry-run"
     raise UsageError("the pattern matches no module", pattern, remedy)
 
 
-def _near(pattern: str, modules: Iterable[str]) -> list[str]:
+def _near(pattern: str, modules: list[str]) -> list[str]:
     """Names and ends of names that look like the pattern."""
-    full = list(modules)
-    ends = {".".join(module.split(".")[-depth:]): None for depth in (1, 2) for module in full}
-    return difflib.get_close_matches(pattern, [*ends, *full], n=4, cutoff=0.5)
+    ends = {".".join(module.split(".")[-depth:]): None for depth in (1, 2) for module in modules}
+    return difflib.get_close_matches(pattern, [*ends, *modules], n=4, cutoff=0.5)
 
 
 def _require_operable(pattern: str, modules: Mapping[str, str], reasons: Mapping[str, str | None]) -> None:

@@ -1,0 +1,175 @@
+"""Which bytes on disk a weight in memory is made of: experts lie in many files' tensors and in one parameter.
+
+The grouping is that of transformers' own conversion. Singular values stand a permutation of rows and a
+transposition, and no more, so kasa follows the conversions that do no more to a matrix and names the others.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from transformers.core_model_loading import ConversionOps, Transpose, WeightConverter
+
+from kasa_cli.report import Piece
+
+Shapes = Mapping[str, tuple[int, ...]]
+Matrices = tuple[tuple[Piece, ...], ...]
+
+MERGE, JOIN_ROWS = "MergeModulelist(dim=0)", "Concatenate(dim=1)"
+FOLLOWED = frozenset(
+    {
+        (2, ()),
+        (2, ("Concatenate(dim=0)",)),
+        (2, ("PermuteForRope",)),
+        (2, ("Transpose(0, 1)",)),
+        (3, ()),
+        (3, (MERGE,)),
+        (3, (MERGE, JOIN_ROWS)),
+        (3, (JOIN_ROWS,)),
+        (3, ("Interleave(dim=1)",)),
+        (3, ("Transpose(1, 2)",)),
+    }
+)
+"""Dimensions in memory, and operations that stack the rows of each matrix, reorder them, or transpose it."""
+
+
+class NotAssembled(Exception):
+    """The tensors on disk do not make up the weight; the message says why."""
+
+
+class Landing(NamedTuple):
+    """The parameter that a tensor on disk goes to; `whole` when it arrives unchanged and alone.
+
+    If it does not, `part` is the pattern that its name matched, one of those of `converter`.
+    """
+
+    name: str
+    whole: bool
+    part: str = ""
+    converter: WeightConverter | None = None
+
+
+class Origin(NamedTuple):
+    """The tensors on disk that a parameter is made of, and how.
+
+    `sources` has one group a pattern of transformers' conversion, each in the loader's order.
+    """
+
+    sources: tuple[tuple[str, ...], ...] = ()
+    operations: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor on disk that has a part in it."""
+        return tuple(name for group in self.sources for name in group)
+
+
+def origins(landings: Mapping[str, Landing]) -> dict[str, Origin]:
+    """What each parameter is made of, from where the tensors landed, given in the loader's order."""
+    arrivals: defaultdict[str, dict[str, Landing]] = defaultdict(dict)
+    for name, landing in landings.items():
+        arrivals[landing.name][name] = landing
+    return {parameter: origin(landed) for parameter, landed in arrivals.items()}
+
+
+def origin(arrivals: Mapping[str, Landing]) -> Origin:
+    """What one parameter is made of. The first tensor to arrive decides how, as it does for the loader."""
+    first, landing = next(iter(arrivals.items()))
+    if landing.converter is None:
+        return Origin(((first,),))
+    parts = landing.converter.source_patterns
+    groups = (tuple(name for name, other in arrivals.items() if other.part == part) for part in parts)
+    operations = tuple(described(operation) for operation in landing.converter.operations)
+    return Origin(tuple(group for group in groups if group), operations)
+
+
+def described(operation: ConversionOps) -> str:
+    """An operation with the axes it works on.
+
+    >>> described(Transpose(1, 2))
+    'Transpose(1, 2)'
+    """
+    if isinstance(operation, Transpose):
+        return f"Transpose({operation.dim0}, {operation.dim1})"
+    return repr(operation)
+
+
+def matrices(shape: tuple[int, ...], made_of: Origin, on_disk: Shapes) -> Matrices:
+    """The pieces of every matrix of a weight of that shape in memory, each matrix its pieces stacked by rows.
+
+    Raises `NotAssembled` when a tensor is absent, of another shape, or changed in a way that is not followed.
+    """
+    if not made_of.sources:
+        raise NotAssembled("no tensor on disk holds it by itself")
+    if (len(shape), made_of.operations) not in FOLLOWED:
+        raise NotAssembled(f"transformers makes it by {', '.join(made_of.operations)}: not followed")
+    found = grouped(shape, made_of, on_disk)
+    for pieces in found:
+        check_sides(pieces, shape[-2:], made_of, on_disk)
+    return found
+
+
+def grouped(shape: tuple[int, ...], made_of: Origin, on_disk: Shapes) -> Matrices:
+    """The pieces of every matrix, by the number of the expert if there are several."""
+    if len(shape) == 2:
+        return (tuple(Piece(name) for name in made_of.names),)
+    if MERGE in made_of.operations:
+        return apart(shape[0], made_of)
+    for name in made_of.names:
+        check_count(on_disk[name][0], shape[0])
+    return tuple(tuple(Piece(name, e) for name in made_of.names) for e in range(shape[0]))
+
+
+def apart(num_experts: int, made_of: Origin) -> Matrices:
+    """The pieces of experts that lie on disk one by one."""
+    numbered = [{number_in(name): name for name in group} for group in made_of.sources]
+    for group, named in zip(made_of.sources, numbered, strict=True):
+        absent = next((e for e in range(num_experts) if e not in named), None)
+        if absent is not None:
+            raise NotAssembled(f"expert {absent} of {num_experts} is not whole on disk")
+        check_count(len(group), num_experts)
+    return tuple(tuple(Piece(named[e]) for named in numbered) for e in range(num_experts))
+
+
+def check_count(on_disk: int, in_memory: int) -> None:
+    """Refuse experts that the model would have no place for."""
+    if on_disk != in_memory:
+        raise NotAssembled(f"{on_disk} experts on disk, {in_memory} in memory")
+
+
+def number_in(name: str) -> int | None:
+    """The number of the expert that a tensor belongs to.
+
+    >>> number_in("model.layers.3.experts.11.w1.weight"), number_in("embed.weight")
+    (11, None)
+    """
+    return next((int(part) for part in reversed(name.split(".")) if part.isdecimal()), None)
+
+
+def check_sides(pieces: tuple[Piece, ...], sides: tuple[int, ...], made_of: Origin, on_disk: Shapes) -> None:
+    """Refuse pieces that, stacked, are no matrix of these sides."""
+    may_turn = any(operation.startswith("Transpose") for operation in made_of.operations)
+    shapes = shapes_of(pieces, on_disk)
+    if stacked(shapes) not in ({sides, sides[::-1]} if may_turn else {sides}):
+        listed = " and ".join(str(list(shape)) for shape in shapes[:4])
+        raise NotAssembled(f"{listed} on disk, {list(sides)} in memory")
+
+
+def is_turned(pieces: tuple[Piece, ...], sides: tuple[int, ...], on_disk: Shapes) -> bool:
+    """Do the files hold a matrix of these sides the other way round from memory?"""
+    return stacked(shapes_of(pieces, on_disk)) != sides
+
+
+def shapes_of(pieces: tuple[Piece, ...], on_disk: Shapes) -> list[tuple[int, ...]]:
+    """The sides of each piece: the first of three dimensions is the expert's."""
+    return [on_disk[piece.name][piece.index is not None :] for piece in pieces]
+
+
+def stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape of matrices stacked by rows, None if they cannot be.
+
+    >>> stacked([(2, 5), (3, 5)]), stacked([(2, 5), (2, 6)])
+    ((5, 5), None)
+    """
+    widths = {shape[1:] for shape in shapes}
+    return (sum(shape[0] for shape in shapes), *widths.pop()) if len(widths) == 1 and all(shapes) else None
