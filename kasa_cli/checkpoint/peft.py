@@ -104,11 +104,16 @@ def named(targets: Sequence[Target], last_names: Iterable[str]) -> list[str]:
     return [target.module for target in targets if target.module.split(".")[-1] in set(last_names)]
 
 
-def taken_for_experts(targets: Sequence[Target], config: Mapping[str, Any]) -> list[str]:
-    """The modules among them that PEFT 0.21 would replace by the routed experts of the model (peft#3711)."""
+def expert_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Last names that PEFT 0.21 takes, in this family, for those of routed experts (peft#3711)."""
     family = str(config.get("model_type", ""))
     layout = "mixtral" if family == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(family, "")
-    return named(targets, EXPERT_NAMES.get(layout, ()))
+    return EXPERT_NAMES.get(layout, ())
+
+
+def taken_for_experts(targets: Sequence[Target], config: Mapping[str, Any]) -> list[str]:
+    """The modules among them that PEFT 0.21 would replace by the routed experts of the model."""
+    return named(targets, expert_names(config))
 
 
 def by_parameter(lora: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
@@ -134,9 +139,14 @@ def difficulties(targets: Sequence[Target], config: Mapping[str, Any]) -> list[s
     return found
 
 
+def refused_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Last names that PEFT 0.21 refuses in this family."""
+    return MAMBA_NAMES if config.get("model_type") in MAMBA_FAMILIES else ()
+
+
 def refusals(targets: Sequence[Target], config: Mapping[str, Any]) -> list[str]:
     """What PEFT 0.21 refuses of them whatever the kind of LoRA, KaSA or plain."""
-    mamba = named(targets, MAMBA_NAMES) if config.get("model_type") in MAMBA_FAMILIES else []
+    mamba = named(targets, refused_names(config))
     return [f"PEFT 0.21 refuses any LoRA on {mamba[0]}: {_excludes(mamba)}"] if mamba else []
 
 
