@@ -54,6 +54,7 @@ class KasaError(Exception):
 
     def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
         super().__init__(": ".join(printable(part) for part in (what, where, remedy) if part))
+        self.what, self.where, self.remedy = what, where, remedy
 
 
 class UsageError(KasaError):

@@ -53,6 +53,41 @@ class Compat(StrEnum):
     REFERENCE = "reference"
 
 
+class CriterionName(StrEnum):
+    """What targets are ranked by."""
+
+    KAPPA = "kappa"
+    SNR = "snr"
+    SNR_MP = "snr-mp"
+    STABLE_RANK = "stable-rank"
+    EFFECTIVE_RANK = "effective-rank"
+    ALPHA = "alpha"
+
+
+class Rule(StrEnum):
+    """Whose kappa."""
+
+    PEFT = "peft"
+    STRICT = "strict"
+
+
+class End(StrEnum):
+    """Which end of a criterion is chosen."""
+
+    LOW = "low"
+    HIGH = "high"
+
+
+class EmitName(StrEnum):
+    """Spelling of a choice for those who train on it."""
+
+    NAMES = "names"
+    PEFT = "peft"
+    AXOLOTL = "axolotl"
+    LLAMAFACTORY = "llamafactory"
+    REGEX = "regex"
+
+
 NOT_IN_PRESETS = ("config", "help", "verbose")
 
 
@@ -71,7 +106,7 @@ def _preset(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-INPUT, OUTPUT, RUN, ABOUT = "Model and targets", "Output", "Run", "Reporting"
+INPUT, CHOICE, OUTPUT, RUN, ABOUT = "Model and targets", "Choice", "Output", "Run", "Reporting"
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id (org/name).")]
 OutputOption = Annotated[
@@ -108,9 +143,26 @@ Threads = Annotated[
     int, typer.Option(min=1, help="BLAS threads a matrix; bytes depend on it.", rich_help_panel=RUN)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        help="Where measured spectra are kept; default: KASA_STORE, or the user's cache.",
+        rich_help_panel=RUN,
+    ),
+]
+NoStore = Annotated[
+    bool, typer.Option("--no-store", help="Use and leave no measured spectra.", rich_help_panel=RUN)
+]
+KeepGoing = Annotated[
+    bool, typer.Option("--keep-going", help="List what cannot be measured, and exit 11.", rich_help_panel=RUN)
+]
 Seed = Annotated[int, typer.Option(help="Of the adapter's random start.", rich_help_panel=RUN)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output of kasa.", rich_help_panel=OUTPUT)
+]
+OverwriteFiles = Annotated[
+    bool, typer.Option("--overwrite", help="Replace files that exist.", rich_help_panel=OUTPUT)
 ]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Throw away what an interrupted run left.", rich_help_panel=OUTPUT)

@@ -77,7 +77,8 @@ def outside(
 
 def forked(log: Path, *arguments: object, pause: float = 0.0):
     """Start a run in a fork, slowed by `pause` at every decomposition and every sync of the disk."""
-    process = forks.Process(target=_slowed, args=(str(log), pause, [str(argument) for argument in arguments]))
+    given = [str(argument) for argument in arguments]
+    process = forks.Process(target=_slowed, args=(str(log), pause, given, os.environ["KASA_STORE"]))
     process.start()
     return process
 
@@ -90,15 +91,16 @@ def finished(log: Path, *arguments: object, pause: float = 0.0) -> Ran:
     return Ran(process.exitcode, log.read_text(), log.with_suffix(".err").read_text())
 
 
-def _slowed(log: str, pause: float, arguments: list[str]) -> None:
-    """The child: the real command line, its output in files."""
+def _slowed(log: str, pause: float, arguments: list[str], store: str) -> None:
+    """The child: the real command line, its output in files; its environment is the server's but for the store."""
+    os.environ["KASA_STORE"] = store
     for stream, name in ((1, log), (2, str(Path(log).with_suffix(".err")))):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
     if pause:
-        from kasa_cli.pipeline import measure
+        from kasa_cli.pipeline import facts
 
-        measure.ends, os.fsync = _after(pause, measure.ends), _after(pause / 4, os.fsync)
+        facts.ends_of, os.fsync = _after(pause, facts.ends_of), _after(pause / 4, os.fsync)
     cli.main(arguments)
 
 

@@ -106,7 +106,7 @@ def test_json_stays_json_when_a_weight_is_singular_or_zero(model, tmp_path, caps
 
 def test_short_and_long_spelling_of_json_agree_and_verify_has_its_fields(model, tmp_path, capsys):
     for flag, name in (("--json", "A"), ("--format=json", "B")):
-        done = inside(capsys, "truncate", model, "-o", tmp_path / name, "-r", 3, flag)
+        done = inside(capsys, "truncate", model, "-o", tmp_path / name, "-r", 3, "--no-store", flag)
         (tmp_path / f"{name}.json").write_text(done.out.replace(str(tmp_path / name), "OUT"))
         assert done.out.startswith("{\n") and done.out.endswith("\n}\n")
     assert (tmp_path / "A.json").read_text() == (tmp_path / "B.json").read_text()

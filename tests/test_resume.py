@@ -13,7 +13,8 @@ from kasa_cli.errors import ExitCode
 
 NUM_KILLS = int(os.environ.get("KASA_KILLS", "20"))
 PAUSE = 0.04
-RUN = ("-r", 4, "--workers", 2, "--json")
+RUN = ("-r", 4, "--workers", 2, "--json", "--no-store")
+STORED = RUN[:-1]
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,16 @@ def kill_after(seconds, log, *arguments):
     process.join()
 
 
-def test_a_run_killed_at_any_time_is_finished_by_the_same_command(model, undisturbed, tmp_path):
+def test_a_run_killed_at_any_time_is_finished_by_the_same_command(model, undisturbed, tmp_path, monkeypatch):
+    """With a store, which is killed with it, and without."""
     complete, whole = undisturbed
     dice = random.Random(20260)
     stages = []
     for number in range(NUM_KILLS):
         output = tmp_path / str(number) / "OUT"
         output.parent.mkdir()
-        command = ("truncate", model, "-o", output, *RUN)
+        monkeypatch.setenv("KASA_STORE", str(tmp_path / f"store-{number}"))
+        command = ("truncate", model, "-o", output, *(STORED if number % 4 < 2 else RUN))
         for _ in range(1 + number % 2):  # every other time the run that goes on is killed as well
             kill_after(dice.uniform(0, whole), tmp_path / "log", *command)
             assert not output.exists() or tree_hash(output) == complete
@@ -88,7 +91,7 @@ def test_finished_decompositions_are_not_done_again(stopped, model, capsys):
 
 
 def test_another_number_of_workers_may_go_on(stopped, model, undisturbed, capsys):
-    done = inside(capsys, "truncate", model, "-o", stopped, "-r", 4, "--workers", 1, "--json")
+    done = inside(capsys, "truncate", model, "-o", stopped, *RUN, "--workers", 1)
     assert done.json["totals"]["decompositions_reused"] >= 3
     assert tree_hash(stopped) == undisturbed[0]
 

@@ -21,8 +21,8 @@ SLEEPY = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 from kasa_cli import cli
-from kasa_cli.pipeline import measure
-measure.ends = lambda *_: time.sleep(60)
+from kasa_cli.pipeline import facts
+facts.ends_of = lambda *_: time.sleep(60)
 cli.main(sys.argv[1:])
 """
 

@@ -6,7 +6,7 @@ header itself and rejects; it never repairs. Values are not looked at here: NaN 
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -195,13 +195,11 @@ class Reader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own. With `pread`: a mapped file that shrinks kills the process."""
-        try:
-            tensor = self._get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            self._check_unchanged()
-            raise self._explained(name, error) from error
-        self._check_unchanged()
-        return tensor
+        return self._read(name, lambda tensors: tensors.get_tensor(name))
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Entries [start, stop) along the first side of one tensor, in memory of their own."""
+        return self._read(name, lambda tensors: tensors.get_slice(name)[start:stop])
 
     def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
         """The raw bytes of one tensor, any dtype, piece by piece."""
@@ -210,10 +208,15 @@ class Reader:
             yield read_exactly(self._file, path, min(size, entry.end - offset), offset)
         self._check_unchanged()
 
-    def _get_tensor(self, name: str) -> torch.Tensor:
-        if self._tensors is None:
-            self._tensors = safe_open(self.container.path, framework="pt", backend="pread")
-        tensor: torch.Tensor = self._tensors.get_tensor(name)
+    def _read(self, name: str, get: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        try:
+            if self._tensors is None:
+                self._tensors = safe_open(self.container.path, framework="pt", backend="pread")
+            tensor = get(self._tensors)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            self._check_unchanged()
+            raise self._explained(name, error) from error
+        self._check_unchanged()
         return tensor
 
     def _explained(self, name: str, error: Exception) -> InvalidInput | ResourceError:

@@ -31,6 +31,18 @@ class Patterns:
     excludes: tuple[str, ...] = ()
 
 
+def patterns(
+    targets: Iterable[str] | None, excludes: Iterable[str] | None, from_file: Path | None = None
+) -> Patterns:
+    """Patterns, and the names of a file that `kasa select-targets` wrote.
+
+    Raises:
+        InvalidInput: the file is not of that form.
+    """
+    named = targets_from(from_file) if from_file else ()
+    return Patterns((*(targets or ()), *named), tuple(excludes or ()))
+
+
 RankRule = Callable[[int, int], int]
 """(out_features, in_features) → the number of components to drop."""
 

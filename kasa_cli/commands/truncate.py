@@ -3,7 +3,7 @@
 import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kasa_cli.methods import kasa
 from kasa_cli.pipeline import planning
 from kasa_cli.pipeline.adapters import write_adapter, write_tail
 from kasa_cli.pipeline.job import DTYPES, PARTS, Options, Where, check, recorded
-from kasa_cli.pipeline.measure import Measured, measure
+from kasa_cli.pipeline.measure import Measured, Measurer, measure
 from kasa_cli.pipeline.operate import Surgeon, Written, write_base
 from kasa_cli.pipeline.papers import write_papers
 from kasa_cli.pipeline.planning import Plan
@@ -67,6 +67,7 @@ def truncate(
     options, watcher = options or Options(), watcher or Silent()
     made = _plan(where, options)
     device = planning.pick_device(options.device)
+    facts = planning.open_facts(options.running)
     sheets = _sheets(made, options)
     check_apart(output, [made.source.root])
     require_space(output.parent, _bytes_to_write(made, options, sheets))
@@ -74,13 +75,13 @@ def truncate(
     job = _job(made, options, environment)
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(options.threads_per_worker):
-        measured = measure(
-            made.checkpoint, made.selection.targets, staging, options.num_workers, device, watcher
-        )
+        measurer = Measurer(made.checkpoint, staging, facts, device)
+        measured = measure(measurer, made.selection.targets, options.num_workers, watcher)
         written = _write_parts(made, options, sheets, staging, measured, watcher)
         sealed = write_papers(made, options, staging, environment, (measured, written))
         staging.publish()
-    return _report(where, output, options, made, (measured, written), sealed)
+    report = _report(where, output, options, made, (measured, written), sealed)
+    return replace(report, notes=(*report.notes, *planning.store_notes(facts)))
 
 
 def _plan(where: Where, options: Options) -> Plan:

@@ -28,6 +28,27 @@ class Where:
 
 
 @dataclass(frozen=True)
+class Running:
+    """How a run is done: none of it but threads and device changes a figure. `workers` 0: the number of cores.
+
+    `store` None is the default store; `use_store` False knows nothing from earlier runs and leaves nothing to later
+    ones. `keep_going`: what cannot be measured is listed and left out.
+    """
+
+    workers: int = 0
+    threads_per_worker: int = 1
+    device: str = "auto"
+    store: Path | None = None
+    use_store: bool = True
+    keep_going: bool = False
+
+    @property
+    def num_workers(self) -> int:
+        """Matrices worked on at once."""
+        return self.workers or num_cores()
+
+
+@dataclass(frozen=True)
 class Options:
     """The options of `kasa truncate` that are not about where the model comes from.
 
@@ -53,8 +74,15 @@ class Options:
     workers: int = 0
     threads_per_worker: int = 1
     device: str = "auto"
+    store: Path | None = None
+    use_store: bool = True
     overwrite: bool = False
     restart: bool = False
+
+    @property
+    def running(self) -> Running:
+        """How the run is done."""
+        return Running(self.workers, self.threads_per_worker, self.device, self.store, self.use_store)
 
     @property
     def dropped(self) -> int:
@@ -69,7 +97,7 @@ class Options:
     @property
     def num_workers(self) -> int:
         """Matrices worked on at once."""
-        return self.workers or num_cores()
+        return self.running.num_workers
 
 
 def check(options: Options) -> None:
@@ -84,8 +112,7 @@ def check(options: Options) -> None:
         raise UsageError("nothing to emit", "", f"give some of {', '.join(PARTS)}")
     if not (0 <= options.beta < math.inf and 0 <= options.gamma < math.inf):
         raise UsageError("beta and gamma must not be negative, and finite")
-    if options.workers < 0 or options.threads_per_worker < 1:
-        raise UsageError("workers and threads must be positive")
+    check_running(options.running)
     if not 0 < options.lora_alpha < math.inf:
         raise UsageError("alpha must be positive and finite")
     if options.max_shard_size is not None and not SHARD_SIZE.fullmatch(options.max_shard_size):
@@ -93,6 +120,16 @@ def check(options: Options) -> None:
             f"no size of a shard: {options.max_shard_size!r}", "", "give one such as 5GB or 500MB"
         )
     _check_names(options)
+
+
+def check_running(running: Running) -> None:
+    """Refuse what no machine can do.
+
+    Raises:
+        UsageError: a number below zero.
+    """
+    if running.workers < 0 or running.threads_per_worker < 1:
+        raise UsageError("workers and threads must be positive")
 
 
 def recorded(options: Options) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from kasa_cli.linalg import rounding
 from kasa_cli.linalg.ends import Ends
 from kasa_cli.linalg.outcome import Outcome, outcome
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.measure import Measured, as_weight, read_factors, read_target
+from kasa_cli.pipeline.measure import Measured, as_weight, read_factors
+from kasa_cli.pipeline.weights import read_target
 from kasa_cli.pipeline.workers import Watcher, run
 from kasa_cli.report import Target
 

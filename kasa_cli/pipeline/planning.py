@@ -1,19 +1,27 @@
 """DECIDE: from headers, names and options to a plan; no weight is read."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 
+from kasa_cli.checkpoint.container import BITS
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
+from kasa_cli.checkpoint.manifest import numeric_environment
 from kasa_cli.checkpoint.names import NameMap, map_names
 from kasa_cli.checkpoint.quantized import refuse_quantised
 from kasa_cli.checkpoint.source import Source, resolve
-from kasa_cli.checkpoint.targets import Patterns, RankRule, select, targets_from
+from kasa_cli.checkpoint.store import opened
+from kasa_cli.checkpoint.targets import Patterns, RankRule, select
+from kasa_cli.checkpoint.targets import patterns as asked_for
 from kasa_cli.errors import UsageError
 from kasa_cli.linalg.subspace import DENSE_SIDE
-from kasa_cli.pipeline.job import Where
-from kasa_cli.report import Selection, Target
+from kasa_cli.pipeline.facts import Facts
+from kasa_cli.pipeline.job import Running, Where
+from kasa_cli.pipeline.weights import Matrix, stored_shape, working_set
+from kasa_cli.pipeline.workers import BUDGET
+from kasa_cli.report import Candidate, MeasurePlan, Piece, Selection, Skipped, Target, ToMeasure
 
 RUNTIME_BYTES = 400 << 20
 """What torch and transformers occupy before the first tensor."""
@@ -34,8 +42,7 @@ class Plan:
 def make_plan(where: Where, patterns: Patterns, from_file: Path | None, rank_rule: RankRule) -> Plan:
     """Find the model, check every header, map the names and choose the targets."""
     source, checkpoint, names = survey(where)
-    chosen = targets_from(from_file) if from_file else ()
-    patterns = Patterns((*patterns.targets, *chosen), patterns.excludes)
+    patterns = asked_for(patterns.targets, patterns.excludes, from_file)
     return Plan(source, checkpoint, names, select(checkpoint.tensors, names.slots, patterns, rank_rule))
 
 
@@ -73,6 +80,41 @@ def require_rank(targets: tuple[Target, ...], rank: int, what: str) -> None:
             )
 
 
+def measure_plan(
+    command: str,
+    where: Where,
+    found: tuple[Checkpoint, NameMap],
+    chosen: tuple[Candidate, ...],
+    skipped: tuple[Skipped, ...],
+    running: Running,
+) -> MeasurePlan:
+    """What a question would read and cost, from headers alone."""
+    checkpoint, names = found
+    tensors, sizes, work = [], [0], 0.0
+    for one in chosen:
+        for matrix in matrices(one):
+            entry, shape = checkpoint.tensors[matrix.pieces[0].name], stored_shape(checkpoint, matrix)
+            num_bytes = prod(shape) * BITS[entry.dtype] // 8
+            tensors.append(ToMeasure(matrix.name, one.module, shape, entry.dtype))
+            sizes.append(working_set(shape, num_bytes))
+            work += min(shape) ** 2 * sum(shape)
+    largest = sorted(sizes)[-running.num_workers :]
+    return MeasurePlan(
+        command=command,
+        model=where.model,
+        tensors=tuple(tensors),
+        skipped=skipped,
+        totals={
+            "tensors": len(tensors),
+            "tensors_skipped": len(skipped),
+            "bytes_to_write": 0,
+            "memory_bytes": RUNTIME_BYTES + max(largest[-1], min(sum(largest), BUDGET)),
+            "seconds": round(2.5 * work / GRAM_FLOPS_PER_SECOND / running.num_workers, 1),
+        },
+        notes=(names.note,) if names.note else (),
+    )
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the first CUDA device if there is one.
 
@@ -84,6 +126,19 @@ def pick_device(name: str) -> torch.device:
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise UsageError("no such device here", name, "use --device cpu")
     return torch.device(name)
+
+
+def open_facts(running: Running) -> Facts:
+    """What earlier runs found in the same numerical environment; or nothing, without a store."""
+    store = opened(running.store) if running.use_store else None
+    environment = numeric_environment(running.threads_per_worker, pick_device(running.device).type)
+    return Facts(store, environment)
+
+
+def store_notes(facts: Facts) -> list[str]:
+    """What a user should know of the store: that it took nothing."""
+    trouble = facts.store.trouble if facts.store else None
+    return [f"the store took nothing, so the next run measures again: {trouble}"] if trouble else []
 
 
 def memory_needed(targets: tuple[Target, ...], num_workers: int) -> int:
@@ -101,3 +156,27 @@ def _working_set(target: Target) -> int:
     short, long = sorted(target.shape)
     element = 4 if target.dtype == "F32" else 2
     return 2 * element * short * long + 2 * 8 * max(short, DENSE_SIDE) ** 2 + (64 << 20)
+
+
+def matrices(candidate: Candidate) -> list[Matrix]:
+    """The weights of a candidate, by the name of their first tensor, and where a tensor holds several, its index."""
+    return [
+        Matrix(_matrix_name(candidate, number, pieces), pieces, candidate.is_transposed)
+        for number, pieces in enumerate(candidate.matrices)
+    ]
+
+
+def _matrix_name(candidate: Candidate, number: int, pieces: tuple[Piece, ...]) -> str:
+    if len(pieces) == 1 and pieces[0].index is None:
+        return pieces[0].name
+    return f"{candidate.module}[{number}]"
+
+
+def require_some(chosen: tuple[Candidate, ...]) -> None:
+    """Refuse a question that is about nothing.
+
+    Raises:
+        UsageError: there is no candidate.
+    """
+    if not chosen:
+        raise UsageError("no weight is left to look at", "", "name some with --target")

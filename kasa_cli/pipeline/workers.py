@@ -5,6 +5,7 @@ is answered at once.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from kasa_cli.errors import KasaError, NumericalError, ResourceError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+LEAST_BUDGET = 1 << 30
+BUDGET = max(LEAST_BUDGET, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+"""Bytes that the matrices in work may occupy together: a quarter of the machine."""
 
 
 class Watcher(Protocol):
@@ -61,24 +66,32 @@ def run(
     items: Sequence[Item],
     num_workers: int,
     done: Callable[[Item], None],
+    size: Callable[[Item], int] = lambda item: 0,
 ) -> list[Result]:
     """Results of the task for all items, in their order; the first failure stops the rest.
 
-    `done` is called in this thread as each item ends. Large items should come first.
+    `done` is called in this thread as each item ends. Large items should come first: one that would take the bytes
+    in work, by `size`, over BUDGET waits until others have ended.
 
     Raises:
         ResourceError: there is not enough memory.
     """
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="kasa")
+    results: dict[int, Result] = {}
+    running: dict[Future[Result], int] = {}
+    waiting = deque(range(len(items)))
     try:
-        futures = {pool.submit(_guarded, task, item): item for item in items}
-        pending: set[Future[Result]] = set(futures)
-        while pending:
-            ended, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in ended:
-                future.result()
-                done(futures[future])
-        return [future.result() for future in futures]
+        while waiting or running:
+            room = BUDGET - sum(size(items[index]) for index in running.values())
+            while waiting and len(running) < num_workers and (not running or size(items[waiting[0]]) <= room):
+                room -= size(items[waiting[0]])
+                index = waiting.popleft()
+                running[pool.submit(_guarded, task, items[index])] = index
+            for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+                index = running.pop(future)
+                results[index] = future.result()
+                done(items[index])
+        return [results[index] for index in range(len(items))]
     except Exception:
         # What a worker still writes to must not be closed under it. Ctrl-C alone does not wait.
         pool.shutdown(wait=True, cancel_futures=True)
