@@ -123,6 +123,29 @@ class PlanReport:
 
 
 @dataclass(frozen=True)
+class ToMeasure:
+    """A weight that would be measured; `shape` as it lies on disk, its pieces stacked."""
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class MeasurePlan:
+    """What `--dry-run` prints of a verb that looks: nothing was read but headers."""
+
+    command: str
+    model: str
+    tensors: tuple[ToMeasure, ...]
+    skipped: tuple[Skipped, ...]
+    totals: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    dry_run: bool = True
+
+
+@dataclass(frozen=True)
 class TruncateReport:
     """What `kasa truncate` did. `model_class` is the class whose module names the adapters use, if known."""
 
@@ -357,6 +380,8 @@ class DemoReport:
     command: str
     model: str
     is_generated: bool
+    spectrum: SpectrumReport
+    selected: SelectReport
     truncated: TruncateReport
     verified: VerifyReport
     rounding: tuple[dict[str, Any], ...]
@@ -366,6 +391,7 @@ class DemoReport:
 
 Report = (
     PlanReport
+    | MeasurePlan
     | TruncateReport
     | VerifyReport
     | DemoReport

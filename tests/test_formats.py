@@ -7,15 +7,24 @@ import math
 from dataclasses import replace
 
 import pytest
+import spectrum_reports
 
 from kasa_cli.render.formats import FORMATS, finite
 from kasa_cli.render.units import big, duration, number, percent
 from kasa_cli.report import (
+    CandidateRow,
     DemoReport,
+    DiffReport,
+    DiffRow,
+    Emission,
+    MeasurePlan,
     PlanReport,
+    SelectReport,
     Skipped,
+    StoreReport,
     Target,
     TensorRow,
+    ToMeasure,
     TruncateReport,
     VerifyReport,
 )
@@ -92,10 +101,82 @@ COMPARED = replace(
         {"name": "b.weight", "ulps": None, "tail_error": None},
     ),
 )
+MEASURED = {"decompositions": 2, "decompositions_reused": 1}
+SPECTRUM = spectrum_reports.minilm()
+SELECTED = SelectReport(
+    command="select-targets",
+    model="org/model",
+    model_class="MixtralForCausalLM",
+    criterion="kappa",
+    rule="peft",
+    prefer="low",
+    candidates=(
+        CandidateRow("layers.0.q", "module", "q", (8, 8), 12.5, 1, True, None, None, {"snr": 2.0}),
+        CandidateRow("layers.1.q", "module", "q", (8, 8), math.inf, 2, False, None, None, {"snr": 1.0}),
+        CandidateRow(
+            "layers.0.experts.up",
+            "parameter",
+            "experts.up",
+            (8, 4),
+            3.0,
+            1,
+            True,
+            None,
+            (2.0, 4.0),
+            {"snr": 1.0},
+        ),
+    ),
+    target_modules=("layers.0.q",),
+    target_parameters=("layers.0.experts.up",),
+    matched_rank=24,
+    comparison=({"criterion": "snr", "prefer": "high", "overlap": 1.0, "rank_correlation": None},),
+    skipped=(Skipped("norm.weight", "not a matrix"),),
+    totals={"candidates": 3, **MEASURED},
+    emission=Emission("names", "layers.0.q\n", "peft 0.21.2"),
+)
+DIFFERENT = DiffReport(
+    command="inspect diff",
+    models=("org/base", "org/chat"),
+    tensors=(
+        DiffRow(
+            *("layers.0.q.weight", "layers.0.q", "q", (8, 8), 0.01, (2.0, 2.5), (0.5, 0.0), (4.0, math.inf)),
+            *((3.0, 3.1), (6.0, 6.2), 0.02, 2, 1.5, 88.0, 1, 0.31),
+        ),
+    ),
+    identical=("layers.1.q.weight",),
+    skipped=(),
+    rank_correlation=None,
+    totals={"differing": 1, "identical": 1, **MEASURED},
+)
+STORED = StoreReport(
+    command="store ls",
+    store="~/.cache/kasa",
+    tensors=(
+        {
+            
+                "name": "layers.0.q.weight",
+                "shape": [8, 8],
+                "dtype": "BF16",
+                "facts": ["ends-16", "extremes"]
+            ,
+            "bytes": 4096, "last_used": "2026-01-02 03:04", "content": "ab" * 32,
+        },
+    ),
+    totals={"tensors": 1, "bytes": 4096},
+)
+TO_MEASURE = MeasurePlan(
+    command="select-targets",
+    model="org/model",
+    tensors=tuple(ToMeasure(f"layers.{n}.fc.weight", f"layers.{n}.fc", (64, 48), "F32") for n in range(12)),
+    skipped=(),
+    totals={"bytes_to_write": 0, "memory_bytes": 512e6, "seconds": 75.2},
+)
 DEMO = DemoReport(
     command="demo",
     model="a model",
     is_generated=True,
+    spectrum=SPECTRUM,
+    selected=SELECTED,
     truncated=TRUNCATED,
     verified=COMPARED,
     rounding=({"dtype": "bfloat16", "rounding": "nearest", "realised_min": 0.2, "realised_median": 0.4},),
@@ -108,7 +189,23 @@ REPORTS = {
     "verify": VERIFIED,
     "against": COMPARED,
     "demo": DEMO,
+    "spectrum": SPECTRUM,
+    "select": SELECTED,
+    "diff": DIFFERENT,
+    "store": STORED,
+    "measure": TO_MEASURE,
 }
+ROWS = {
+    "truncate": 3,
+    "plan": 12,
+    "verify": 1,
+    "against": 2,
+    "demo": 3,
+    "spectrum": 36,
+    "select": 3,
+    "diff": 1,
+}
+ROWS |= {"store": 1, "measure": 12}
 
 TABLE = """\
 3 weights truncated by their 4 smallest components
@@ -227,6 +324,17 @@ def test_the_plan_says_operations_bytes_memory_and_time():
     )
 
 
+def test_curves_are_for_pictures_and_maps_have_a_column_for_each_key():
+    assert "curves" not in json.loads(FORMATS["json"](SPECTRUM))
+    header = FORMATS["csv"](SPECTRUM).splitlines()[0].split(",")
+    assert {"kappa", "energy_8", "sketch"} <= set(header)
+    assert "others_snr" in FORMATS["csv"](SELECTED).splitlines()[0]
+
+
+def test_what_a_choice_cost_and_what_the_next_one_will():
+    assert stripped(FORMATS["table"](SELECTED)).endswith("2 weights measured, 1 known from the store")
+
+
 def test_what_was_verified():
     assert "bytes hashed" in FORMATS["table"](VERIFIED)
     shown = FORMATS["md"](COMPARED)
@@ -244,8 +352,7 @@ def test_every_report_has_every_spelling(report, spelling):
         assert json.loads(text, parse_constant=pytest.fail)["command"] == report.command
     if spelling == "csv":
         rows = list(csv.DictReader(io.StringIO(text), strict=True))
-        count = {"truncate": 3, "plan": 12, "verify": 1, "against": 2, "demo": 3}
-        assert len(rows) == count[next(name for name, one in REPORTS.items() if one is report)]
+        assert len(rows) == ROWS[next(name for name, one in REPORTS.items() if one is report)]
         assert all(None not in one and "{" not in "".join(one.values()) for one in rows)
 
 
@@ -267,6 +374,7 @@ def test_finite_leaves_a_flag_for_everything_that_is_not():
         "a_is": "nan",
         "b": [{"c": None, "c_is": "-inf"}],
         "d": [1.5, None],
+        "d_is": [None, "inf"],
         "e": {"f": None, "g": 0.0},
         "h": True,
     }

@@ -5,21 +5,23 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from kasa_cli.render import tables
-from kasa_cli.report import DemoReport, Report, VerifyReport
+from kasa_cli.report import DemoReport, Report, SelectReport, StoreReport, VerifyReport
 
 
 def as_json(report: Report) -> str:
     """One JSON object, valid always."""
-    return json.dumps(finite(asdict(report)), indent=2, allow_nan=False)
+    hidden = {field.name for field in fields(report) if not field.metadata.get("json", True)}
+    content = {name: value for name, value in asdict(report).items() if name not in hidden}
+    return json.dumps(finite(content), indent=2, allow_nan=False)
 
 
 def as_csv(report: Report) -> str:
     """One line a tensor, with a header."""
-    rows = [{key: _cell(value) for key, value in finite(row).items()} for row in _rows(report)]
+    rows = [_flat(finite(row)) for row in _rows(report)]
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(out, columns, lineterminator="\n")
@@ -36,19 +38,26 @@ def as_markdown(report: Report) -> str:
 def finite(value: Any) -> Any:
     """The same data without NaN and infinity: null, and a field beside it that says which.
 
-    >>> finite({"kappa": math.inf})
-    {'kappa': None, 'kappa_is': 'inf'}
+    >>> finite({"kappa": math.inf, "experts": (1.0, math.inf)})
+    {'kappa': None, 'kappa_is': 'inf', 'experts': [1.0, None], 'experts_is': [None, 'inf']}
     """
     if isinstance(value, dict):
         made: dict[str, Any] = {}
         for key, item in value.items():
             made[key] = finite(item)
-            if isinstance(item, float) and not math.isfinite(item):
+            if is_odd(item):
                 made[f"{key}_is"] = str(item)
+            elif isinstance(item, list | tuple) and any(map(is_odd, item)):
+                made[f"{key}_is"] = [str(one) if is_odd(one) else None for one in item]
         return made
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if is_odd(value) else value
+
+
+def is_odd(value: Any) -> bool:
+    """A float that JSON has no word for."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _rows(report: Report) -> list[dict[str, Any]]:
@@ -56,13 +65,32 @@ def _rows(report: Report) -> list[dict[str, Any]]:
     if isinstance(report, VerifyReport):
         figures = {**asdict(report), "depth": " ".join(report.depth)}
         return [dict(one) for one in report.compared] or [figures | {"compared": 0}]
+    if isinstance(report, SelectReport):
+        return [asdict(row) for row in report.candidates]
+    if isinstance(report, StoreReport):
+        return [dict(row) for row in report.tensors]
     rows = report.truncated.tensors if isinstance(report, DemoReport) else report.tensors
     return [asdict(row) for row in rows]
 
 
-def _cell(value: Any) -> Any:
-    """A shape as 64x48: a cell holds no list."""
-    return "x".join(map(str, value)) if isinstance(value, list) else value
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose fields are cells: those of a map stand by themselves.
+
+    >>> _flat({"energy": {"8": 0.5}, "shape": [64, 48]})
+    {'energy_8': 0.5, 'shape': '64x48'}
+    """
+    cells: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            cells |= {f"{key}_{name}": item for name, item in value.items()}
+        else:
+            cells[key] = _cell(key, value)
+    return cells
+
+
+def _cell(key: str, value: Any) -> Any:
+    """A shape as 64x48, any other list with spaces: a cell holds no list."""
+    return ("x" if key == "shape" else " ").join(map(str, value)) if isinstance(value, list) else value
 
 
 def _markdown_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,11 +1,12 @@
 """A report for a person: what was done by module type, what stands out, and what to do next."""
 
 import json
-import re
 import shlex
 import statistics
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, JustifyMethod
@@ -13,22 +14,33 @@ from rich.table import Table
 from rich.text import Text
 
 from kasa_cli.errors import printable
+from kasa_cli.render.choices import choice_tables, choices_by_type, store_tables
+from kasa_cli.render.spectra import diff_tables, summary_tables
 from kasa_cli.render.units import big, duration, number, percent
 from kasa_cli.report import (
     DemoReport,
+    DiffReport,
+    MeasurePlan,
     PlanReport,
     Report,
+    SelectReport,
     Skipped,
+    SpectrumReport,
+    StoreReport,
     Target,
     TensorRow,
+    ToMeasure,
     TruncateReport,
     VerifyReport,
+    module_type,
 )
 
 Summary = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, columns, rows of cells."""
 
 WORST = 5
+PIPED_WIDTH = 120
+"""Of tables that no terminal shows: nothing is cut that a person or a file could hold."""
 
 
 def summary(report: Report) -> list[Summary]:
@@ -37,19 +49,28 @@ def summary(report: Report) -> list[Summary]:
         return [by_type(report), worst(report), skipped(report.skipped)]
     if isinstance(report, PlanReport):
         return [planned(report.tensors), skipped(report.skipped)]
+    if isinstance(report, MeasurePlan):
+        return [to_measure(report.tensors), skipped(report.skipped)]
     if isinstance(report, DemoReport):
-        return [by_type(report.truncated), checked(report.verified), roundings(report)]
-    return [checked(report)]
+        chosen = choices_by_type(report.selected)
+        return [chosen, by_type(report.truncated), checked(report.verified), roundings(report)]
+    if isinstance(report, SpectrumReport):
+        return [*summary_tables(report), skipped(report.skipped)]
+    if isinstance(report, DiffReport):
+        return [*diff_tables(report), skipped(report.skipped)]
+    if isinstance(report, SelectReport):
+        return [*choice_tables(report), skipped(report.skipped)]
+    return store_tables(report) if isinstance(report, StoreReport) else [checked(report)]
 
 
 def as_text(report: Report) -> str:
     """The report for a terminal, with colour where there is one; code to paste is never wrapped."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     with console.capture() as captured:
         for one in summary(report):
             if one[2]:
                 console.print(_table(*one))
-    return "\n".join([captured.get().rstrip("\n"), "", *_closing(report)])
+    return "\n".join([captured.get().rstrip("\n"), "", *_closing(report)]).rstrip("\n")
 
 
 def by_type(report: TruncateReport) -> Summary:
@@ -107,6 +128,15 @@ def planned(targets: Sequence[Target]) -> Summary:
     )
 
 
+def to_measure(weights: Sequence[ToMeasure]) -> Summary:
+    """One row a module type and shape."""
+    groups: dict[tuple[str, str, str], int] = Counter(
+        (module_type(one.module), f"{one.shape[0]}×{one.shape[1]}", one.dtype) for one in weights
+    )
+    rows = [(kind, str(n), shape, dtype) for (kind, shape, dtype), n in groups.items()]
+    return f"{len(weights)} weights to measure", ("module type", "count", "shape", "dtype"), rows
+
+
 def checked(report: VerifyReport) -> Summary:
     """What was looked at."""
     rows = [("files", str(report.files)), ("tensors", str(report.tensors))]
@@ -136,19 +166,10 @@ def grouped(rows: Sequence[TensorRow]) -> dict[str, list[TensorRow]]:
     return groups
 
 
-def module_type(module: str) -> str:
-    """What follows the number of the layer.
-
-    >>> module_type("model.layers.11.self_attn.q_proj")
-    'self_attn.q_proj'
-    """
-    return re.split(r"\.\d+\.", f".{module}")[-1].lstrip(".")
-
-
 def _closing(report: Report) -> list[str]:
     if isinstance(report, TruncateReport):
         return _next_steps(report)
-    if isinstance(report, PlanReport):
+    if isinstance(report, PlanReport | MeasurePlan):
         totals = report.totals
         return [
             f"would write {big(totals['bytes_to_write'])}, use about {big(totals['memory_bytes'])} of memory "
@@ -156,7 +177,15 @@ def _closing(report: Report) -> list[str]:
         ]
     if isinstance(report, DemoReport):
         return _demo_closing(report)
-    return ["all is as the manifest says"]
+    if isinstance(report, VerifyReport):
+        return ["all is as the manifest says"]
+    return [_measured(report.totals)] if "decompositions" in report.totals else []
+
+
+def _measured(totals: Mapping[str, Any]) -> str:
+    """What it cost, and what the next question will."""
+    new, known = totals["decompositions"], totals["decompositions_reused"]
+    return f"{new} weights measured, {known} known from the store"
 
 
 def _demo_closing(report: DemoReport) -> list[str]:
