@@ -5,7 +5,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -15,14 +17,15 @@ class Usage:
     peak_bytes: int
 
 
-def measured(command: Sequence[str], threads: int | None = None) -> Usage:
-    """Run a command to its end, output to stderr; what it used."""
+def measured(command: Sequence[str], threads: int | None = None, output: Path | None = None) -> Usage:
+    """Run a command to its end, output to stderr or a file; what it used."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if threads:
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     begun = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
-    _, status, usage = os.wait4(process.pid, 0)
+    with output.open("wb") if output else nullcontext(sys.stderr) as out:
+        process = subprocess.Popen(command, env=environment, stdout=out)
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")

@@ -83,7 +83,7 @@ def cast(model: Path, folder: Path, dtype: str) -> Path:
 
 def run(model: Path, t: int, name: str) -> TruncateReport:
     with tempfile.TemporaryDirectory(prefix="kasa-bench-") as place:
-        options = Options(rank=t, rounding=name, emit=("base",))
+        options = Options(rank=t, rounding=name, emit=("base",), use_store=False)
         return truncate(Where(str(model)), Path(place) / "out", options)
 
 

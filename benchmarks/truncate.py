@@ -40,8 +40,8 @@ def bound(model: str, workers: int) -> None:
     from kasa_cli.linalg.frame import frame
     from kasa_cli.linalg.gram import gram
     from kasa_cli.pipeline.job import Where
-    from kasa_cli.pipeline.weights import read_target
     from kasa_cli.pipeline.planning import survey
+    from kasa_cli.pipeline.weights import read_target
     from kasa_cli.pipeline.workers import blas_threads, run
 
     _, checkpoint, names = survey(Where(model))
@@ -94,6 +94,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Usage]:
             str(arguments.workers),
             "--rounding",
             arguments.rounding,
+            "--no-store",
             "-q",
         ]
         kasa = [sys.executable, "-m", "kasa_cli", "truncate", model, "-o", f"{place}/kasa", *options]

@@ -13,9 +13,11 @@ from faults import tree_hash, write_index
 from runs import environment, inside, outside, plain_model
 
 from kasa_cli import __version__
+from kasa_cli.checkpoint.handoff import FORMATS as FORMATS_OF_HAND_OFF
 from kasa_cli.checkpoint.staging import Staging
 from kasa_cli.commands import verify as verify_verb
 from kasa_cli.errors import ExitCode
+from kasa_cli.methods.criteria import CRITERIA
 
 Q0 = "model.layers.0.self_attn.q_proj"
 EVIL = "\x1b]52;c;cm0gLXJm\x07\x1b[2J[red]x[/red]\u202egnp\x9b31m\r"
@@ -26,7 +28,30 @@ OPTIONS = """
 --rank -r --truncation-rank --alpha --use-rslora --emit --dtype --rounding --min-realised --strict --diag-init
 --beta --gamma --compat --max-shard-size
 """
-VERBS = ([], ["truncate"], ["verify"], ["demo"])
+VERBS = (
+    [],
+    ["truncate"],
+    ["inspect"],
+    ["inspect", "spectrum"],
+    ["inspect", "diff"],
+    ["select-targets"],
+    ["verify"],
+    ["store"],
+    ["store", "ls"],
+    ["store", "prune"],
+    ["demo"],
+)
+
+
+COMMON = "--target --exclude --targets-from --workers --store --no-store --keep-going --json --format"
+MORE_OPTIONS = {
+    "verify": "--read-data --against",
+    "select-targets": f"{COMMON} --dry-run --config --top-p --num-modules --threshold --criterion --prefer --rule"
+    " --max-dim --per-type --shape-fair --match-budget --compare --emit --output",
+    "inspect spectrum": f"{COMMON} --dry-run --config --html --png --values --overwrite",
+    "inspect diff": f"{COMMON} --rank --revision-b",
+    "store prune": "--max-size --older-than --all --dry-run",
+}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +242,7 @@ def test_a_traceback_is_shown_when_asked_for_and_never_else(copy, tmp_path, monk
 # --- help ---
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb and verb[0])
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_help_answers_at_once_without_torch(verb):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "kasa_cli", *verb, "--help"],
@@ -236,6 +261,8 @@ def test_help_answers_at_once_without_torch(verb):
         "huggingface_hub",
         "yaml",
         "rich_toolkit",
+        "altair",
+        "vl_convert",
     }
     assert not imported & heavy
     assert "kasa_cli" in imported
@@ -251,9 +278,12 @@ def test_help_lists_every_option_of_the_contract_and_every_verb(capsys, monkeypa
         assert default in listed, default
     verbs = inside(capsys, "--help").out
     assert set(re.findall(r"^│ ([a-z][a-z-]*)  ", verbs, re.M)) == {verb[0] for verb in VERBS if verb}
-    assert {"--read-data", "--against"} <= set(
-        re.findall(r"--[a-z-]+", inside(capsys, "verify", "--help").out)
-    )
+    for verb, options in MORE_OPTIONS.items():
+        assert set(options.split()) <= set(
+            re.findall(r"--[a-z-]+", inside(capsys, *verb.split(), "--help").out)
+        )
+    offered = inside(capsys, "select-targets", "--help").out
+    assert all(name in offered for name in (*CRITERIA, *FORMATS_OF_HAND_OFF))
 
 
 def test_codes_of_the_contract():

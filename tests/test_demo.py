@@ -8,6 +8,9 @@ from kasa_cli.render.formats import FORMATS
 
 
 def check(report):
+    assert report.spectrum.totals["decompositions"] == len(report.spectrum.tensors)
+    assert report.truncated.totals["decompositions"] == 0, "measured once"
+    assert report.selected.target_modules and report.selected.emission.checked_by
     assert report.verified.depth[-2:] == ("data", "base")
     nearest, preserve = report.rounding
     assert preserve["realised_min"] > nearest["realised_min"]
@@ -23,7 +26,9 @@ def test_without_the_extra_a_generated_llama_walks_the_path(tmp_path, monkeypatc
     check(report)
     with pytest.raises(OutputExists):
         verb.demo(tmp_path / "demo")
-    assert verb.demo(tmp_path / "demo", overwrite=True).truncated.totals == report.truncated.totals
+    again = verb.demo(tmp_path / "demo", overwrite=True)
+    assert again.spectrum.totals["decompositions"] == 0
+    assert again.truncated.totals == report.truncated.totals
 
 
 def test_with_the_extra_minilm_does(tmp_path):

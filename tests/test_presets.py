@@ -11,10 +11,13 @@ import yaml
 from runs import ROOT, inside, plain_model
 
 from kasa_cli import cli, flags
+from kasa_cli.checkpoint import handoff
 from kasa_cli.commands import truncate as verb
 from kasa_cli.errors import ExitCode, InvalidInput, UsageError
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
+from kasa_cli.methods.choice import SIGNS
+from kasa_cli.methods.criteria import CRITERIA, RULES
 from kasa_cli.pipeline import job
 from kasa_cli.presets import Option, load
 from kasa_cli.render.formats import FORMATS
@@ -231,6 +234,10 @@ def test_exit_codes(preset, model, capsys, text, code, said):
         (flags.DiagInit, kasa.DIAG_INITS),
         (flags.Compat, kasa.COMPATS),
         (flags.Format, FORMATS),
+        (flags.CriterionName, CRITERIA),
+        (flags.Rule, RULES),
+        (flags.End, SIGNS),
+        (flags.EmitName, handoff.FORMATS),
     ],
 )
 def test_the_choices_of_a_flag_are_the_rows_of_its_table(choice, table):

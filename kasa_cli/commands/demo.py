@@ -15,9 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from kasa_cli.checkpoint.durable import make_folder
+from kasa_cli.commands.select_targets import Choice, select_targets
+from kasa_cli.commands.spectrum import spectrum
 from kasa_cli.commands.truncate import Options, Where, truncate
 from kasa_cli.commands.verify import verify
 from kasa_cli.errors import OutputExists
+from kasa_cli.pipeline.job import Running
 from kasa_cli.pipeline.workers import Silent, Watcher
 from kasa_cli.report import DemoReport, TruncateReport
 
@@ -30,7 +33,9 @@ RANK = 8
 def demo(
     folder: Path, *, overwrite: bool = False, workers: int = 0, watcher: Watcher | None = None
 ) -> DemoReport:
-    """Truncate, verify against the base, load in transformers, and compare roundings.
+    """Inspect, select, truncate, verify against the base, load in transformers, and compare roundings.
+
+    Spectra are measured once: they are kept in a store inside the folder.
 
     Raises:
         OutputExists: the folder holds something that is not a demo's.
@@ -41,7 +46,10 @@ def demo(
     make_folder(folder)
     packaged = packaged_model()
     model = packaged or generated_model(folder / "model")
-    options = Options(rank=RANK, workers=workers, overwrite=overwrite)
+    running = Running(workers, store=folder / "store")
+    looked = spectrum(Where(str(model)), running=running, watcher=watcher)
+    chosen = select_targets(Where(str(model)), Choice(emit="peft"), running=running, watcher=watcher)
+    options = Options(rank=RANK, workers=workers, overwrite=overwrite, store=running.store)
     done = truncate(Where(str(model)), output, options, watcher)
     verified = verify(output, read_data=True, against=Where(str(model)), workers=workers, watcher=watcher)
     original, changed = (_hidden(_load(folder, done.model_class)) for folder in (model, output / "base"))
@@ -49,6 +57,8 @@ def demo(
         command="demo",
         model=MODEL_NAME if packaged else GENERATED_NAME,
         is_generated=packaged is None,
+        spectrum=looked,
+        selected=chosen,
         truncated=done,
         verified=verified,
         rounding=tuple(_rounded(model, options, rounding, watcher) for rounding in ("nearest", "preserve")),

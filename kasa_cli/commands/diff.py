@@ -1,0 +1,134 @@
+"""`kasa inspect diff`: two checkpoints of the same shapes, weight by weight."""
+
+from collections.abc import Sequence
+
+from kasa_cli.checkpoint.candidates import candidates
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.targets import Patterns, patterns
+from kasa_cli.errors import NumericalError, UsageError
+from kasa_cli.methods.choice import rank_correlation
+from kasa_cli.pipeline import planning
+from kasa_cli.pipeline.contrast import Contrasted, Pair, contrast
+from kasa_cli.pipeline.facts import Facts
+from kasa_cli.pipeline.job import Running, Where, check_running
+from kasa_cli.pipeline.weights import Matrix
+from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, run
+from kasa_cli.report import Candidate, DiffReport, Skipped
+
+__all__ = ["Patterns", "Running", "Where", "diff", "patterns"]
+
+ANY_SIDE = 1 << 62
+RANK = 16
+
+
+def diff(
+    models: tuple[Where, Where],
+    patterns: Patterns | None = None,
+    running: Running | None = None,
+    rank: int = RANK,
+    watcher: Watcher | None = None,
+) -> DiffReport:
+    """Compare the linear weights of two checkpoints, or those that the patterns name.
+
+    `rank` is that of the subspaces compared at either end, less for narrow weights.
+
+    Raises:
+        KasaError: by the kind of trouble.
+    """
+    running, watcher, patterns = running or Running(), watcher or Silent(), patterns or Patterns()
+    check_running(running)
+    if rank < 1:
+        raise UsageError("the rank of a subspace must be positive")
+    sources, chosen, notes = _open(models, patterns)
+    pairs, skipped = _pairs(*chosen)
+    if not pairs:
+        raise UsageError("the two have no weight in common", f"{models[0].model} and {models[1].model}")
+    facts = planning.open_facts(running)
+    found = _contrasted(pairs, sources, facts, (running, rank), watcher)
+    done = {name: one for name, one in found.items() if isinstance(one, Contrasted)}
+    rows = tuple(one.row for one in done.values() if one.row)
+    return DiffReport(
+        command="inspect diff",
+        models=(models[0].model, models[1].model),
+        tensors=rows,
+        identical=tuple(name for name, one in done.items() if one.row is None),
+        skipped=(*skipped, *(one for one in found.values() if isinstance(one, Skipped))),
+        rank_correlation=rank_correlation([row.kappa[0] for row in rows], [row.kappa[1] for row in rows]),
+        totals={
+            "differing": len(rows),
+            "identical": len(done) - len(rows),
+            "unmeasured": len(found) - len(done),
+            "decompositions": sum(one.num_new for one in done.values()),
+            "decompositions_reused": sum(one.num_reused for one in done.values()),
+        },
+        notes=(*notes, *planning.store_notes(facts)),
+    )
+
+
+def _open(
+    models: tuple[Where, Where], patterns: Patterns
+) -> tuple[tuple[Checkpoint, Checkpoint], list[tuple[Candidate, ...]], list[str]]:
+    """Both checkpoints with what there is to compare in them."""
+    checkpoints, chosen, notes = [], [], []
+    for where in models:
+        _, checkpoint, names = planning.survey(where)
+        checkpoints.append(checkpoint)
+        chosen.append(candidates(checkpoint.tensors, names, patterns, "kasa", ANY_SIDE)[0])
+        notes += [f"{where.model}: {names.note}"] if names.note else []
+    return (checkpoints[0], checkpoints[1]), chosen, notes
+
+
+def _pairs(first: Sequence[Candidate], second: Sequence[Candidate]) -> tuple[list[Pair], tuple[Skipped, ...]]:
+    """What both have, by the names in memory: files may name it differently. What only one has is skipped."""
+    ours, theirs = ({one.module: one for one in chosen} for chosen in (first, second))
+    pairs, skipped = [], []
+    for module in dict.fromkeys((*ours, *theirs)):
+        if module not in ours or module not in theirs:
+            skipped.append(Skipped(module, f"only in {'B' if module in theirs else 'A'}"))
+        elif ours[module].shape != theirs[module].shape or _forms_differ(ours[module], theirs[module]):
+            skipped.append(Skipped(module, "of another shape in B"))
+        else:
+            pairs += _matched(ours[module], theirs[module])
+    return pairs, tuple(skipped)
+
+
+def _forms_differ(one: Candidate, other: Candidate) -> bool:
+    return one.num_matrices != other.num_matrices or one.is_transposed != other.is_transposed
+
+
+def _matched(one: Candidate, other: Candidate) -> list[Pair]:
+    both = zip(planning.matrices(one), planning.matrices(other), strict=True)
+    return [Pair(first.name, one.module, one.shape, first, _named(second, first)) for first, second in both]
+
+
+def _named(matrix: Matrix, like: Matrix) -> Matrix:
+    return Matrix(like.name, matrix.pieces, matrix.is_transposed)
+
+
+def _contrasted(
+    pairs: Sequence[Pair],
+    sources: tuple[Checkpoint, Checkpoint],
+    facts: Facts,
+    how: tuple[Running, int],
+    watcher: Watcher,
+) -> dict[str, Contrasted | Skipped]:
+    """Every pair, the largest first; in the order given."""
+    running, rank = how
+
+    def one(pair: Pair) -> Contrasted | Skipped:
+        try:
+            return contrast(pair, sources, facts, rank)
+        except NumericalError as error:
+            if not running.keep_going:
+                raise
+            return Skipped(pair.name, error.what)
+
+    def work(pair: Pair) -> float:
+        return min(pair.shape) ** 2 * max(pair.shape)
+
+    watcher.stage("compare", len(pairs), sum(work(pair) for pair in pairs))
+    ordered = sorted(pairs, key=lambda pair: -work(pair))
+    with blas_threads(running.threads_per_worker):
+        found = run(one, ordered, running.num_workers, lambda pair: watcher.finished(pair.name, work(pair)))
+    by_name = {pair.name: result for pair, result in zip(ordered, found, strict=True)}
+    return {pair.name: by_name[pair.name] for pair in pairs}

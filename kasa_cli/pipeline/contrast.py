@@ -1,0 +1,102 @@
+"""One weight in two checkpoints: how its spectrum, its ends and its entries differ."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.linalg import quantities
+from kasa_cli.linalg.angles import best_cosines, principal_angles
+from kasa_cli.pipeline.facts import Bench, Facts
+from kasa_cli.pipeline.weights import Matrix, row_blocks, weigh
+from kasa_cli.report import DiffRow, module_type
+
+INTRUDER = 0.6
+"""Cosine below which a direction is like none before (Shuttleworth et al. 2024 look at 0.5 to 0.7)."""
+REACH = 4
+"""Directions of A that are searched for each of B's: so many times the subspace rank."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One weight, in A and in B."""
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    first: Matrix
+    second: Matrix
+
+
+@dataclass(frozen=True)
+class Contrasted:
+    """What came of a pair: None for a weight that is the same in both; how many decompositions it took."""
+
+    row: DiffRow | None
+    num_new: int
+    num_reused: int
+
+
+def contrast(pair: Pair, sources: tuple[Checkpoint, Checkpoint], facts: Facts, rank: int) -> Contrasted:
+    """Compare one weight of A with that of B.
+
+    Raises:
+        NumericalError: a weight is not finite, or no solver converges.
+    """
+    device = torch.device("cpu")
+    weights = (weigh(sources[0], pair.first, device), weigh(sources[1], pair.second, device))
+    if weights[0].content == weights[1].content:
+        return Contrasted(None, 0, 0)
+    a, b = (facts.bench(weight) for weight in weights)
+    row = _row(pair, (a, b), distance(pair, sources), min(rank, max(1, min(pair.shape) // REACH)))
+    num_new = sum(bench.is_new for bench in (a, b))
+    return Contrasted(row, num_new, 2 - num_new)
+
+
+def distance(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> float:
+    """‖B - A‖_F / ‖A‖_F, summed in float64; infinite where A is zero and B is not."""
+    norm = change = 0.0
+    blocks = zip(row_blocks(sources[0], pair.first), row_blocks(sources[1], pair.second), strict=True)
+    for A, B in blocks:
+        rows = A.to(torch.float64)
+        norm += float(rows.square().sum())
+        change += float((B.to(torch.float64) - rows).square().sum())
+    return math.sqrt(change / norm) if norm else math.inf
+
+
+def _row(pair: Pair, benches: tuple[Bench, Bench], relative_distance: float, rank: int) -> DiffRow:
+    a, b = benches
+    S, T = a.values().S, b.values().S
+    one, other = a.extremes(), b.extremes()
+    top_a, top_b = a.top(REACH * rank).U, b.top(rank).U
+    likeness = best_cosines(top_b, top_a)
+    return DiffRow(
+        name=pair.name,
+        module=pair.module,
+        module_type=module_type(pair.module),
+        shape=pair.shape,
+        relative_distance=relative_distance,
+        sigma_max=(one.sigma_max, other.sigma_max),
+        sigma_min=(one.sigma_min, other.sigma_min),
+        kappa=(one.kappa, other.kappa),
+        stable_rank=(quantities.stable_rank(S), quantities.stable_rank(T)),
+        effective_rank=(quantities.effective_rank(S), quantities.effective_rank(T)),
+        spectrum_change=_relative(S, T),
+        subspace_rank=rank,
+        top_angle=_largest_angle(top_a[:, :rank], top_b),
+        bottom_angle=_largest_angle(a.bottom(rank).U, b.bottom(rank).U),
+        intruders=int((likeness < INTRUDER).sum()),
+        least_similarity=float(likeness.min()),
+    )
+
+
+def _relative(S: Tensor, T: Tensor) -> float:
+    """‖T - S‖ / ‖S‖ of two lists of singular values."""
+    norm = float(torch.linalg.vector_norm(S))
+    return float(torch.linalg.vector_norm(T - S)) / norm if norm else math.inf
+
+
+def _largest_angle(X: Tensor, Y: Tensor) -> float:
+    return math.degrees(float(principal_angles(X, Y)[-1]))

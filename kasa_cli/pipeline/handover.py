@@ -1,0 +1,37 @@
+"""A choice handed over as text, proven on the model: no trainer may take it for another."""
+
+from collections.abc import Sequence
+
+from kasa_cli.checkpoint import handoff, trial
+from kasa_cli.checkpoint.handoff import Chosen
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.names import NameMap
+from kasa_cli.report import Candidate, Emission
+
+EMISSIONS = tuple(handoff.FORMATS)
+
+
+def hand_over(
+    kind: str, best: Sequence[Candidate], checkpoint: Checkpoint, names: NameMap, rank: int
+) -> Emission:
+    """The text of a choice, after PEFT has wrapped exactly that on a model without weights.
+
+    Raises:
+        UsageError: there is no such text for this choice.
+        IntegrityError: PEFT makes something else of it.
+    """
+    slots = {slot.module for slot in names.slots.values()}
+    chosen = Chosen(
+        modules=tuple(one.module for one in best if one.kind == "module"),
+        parameters=tuple(one.module for one in best if one.kind == "parameter"),
+        all_modules=tuple(sorted(slots.union(names.linear_modules))),
+        config=checkpoint.config,
+        model_class=names.model_class,
+        rank=rank,
+        alpha=2.0 * rank,
+        fan_in_fan_out=any(one.is_transposed for one in best),
+    )
+    text = handoff.emit(kind, chosen)
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    judge = trial.check(chosen, handoff.lora_config(kind, text, chosen), checkpoint.config, shapes)
+    return Emission(kind, text, judge)
