@@ -332,7 +332,7 @@ def test_curves_are_for_pictures_and_maps_have_a_column_for_each_key():
 
 
 def test_what_a_choice_cost_and_what_the_next_one_will():
-    assert stripped(FORMATS["table"](SELECTED)).endswith("2 weights measured, 1 known from the store")
+    assert stripped(FORMATS["table"](SELECTED)).endswith("weights measured: 2; known from the store: 1")
 
 
 def test_what_was_verified():

@@ -171,7 +171,7 @@ def test_a_terminal_shows_progress_and_no_name_is_obeyed(tmp_path):
     st(model / "model.safetensors", header, torch.eye(16).mul(2).repeat(3, 1).numpy().tobytes())
     code, text = on_a_terminal("truncate", model, "-o", tmp_path / "OUT", "-r", "2", NO_COLOR="1")
     assert code == 0, text
-    assert "decomposing" in text and "writing base" in text
+    assert "measuring" in text and "writing base" in text
     assert MARKUP in text
     assert not re.search(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|9[0-7]|38|48)(;[0-9;]*)?m", text)
     assert "\x1b]" not in text
@@ -186,7 +186,7 @@ def test_the_progress_line_shows_a_name_as_text():
             live.finished(name, 1.0)
             console.print(live._progress.get_renderable())
     plain = Text.from_ansi(drawn.getvalue()).plain
-    assert "decomposing" in plain and "2/3" in plain and MARKUP in plain
+    assert "measuring" in plain and "2/3" in plain and MARKUP in plain
     assert "[2J[red]x[bold]" in plain and "\x1b]52" not in drawn.getvalue() and "\u202e" not in plain
 
 

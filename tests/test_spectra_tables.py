@@ -211,13 +211,21 @@ def test_expectations_other_criteria_and_experts_have_their_place():
     assert experts[2] == [("h.0.q", "✓", "3", "1.000", "3.000", "6.000")]
 
 
-def test_the_store_is_a_table_of_whatever_its_rows_hold():
+def test_the_store_is_listed_by_name_shape_and_size():
     rows = tuple(
-        {"content": f"{n:x}", "questions": ("ends", "svd"), "num_bytes": 1200 * n} for n in range(70)
+        {
+            "name": f"layers.{n}.q.weight",
+            "shape": [8, 4],
+            "dtype": "BF16",
+            "facts": ["ends-16", "extremes", "values"],
+            "bytes": 1200 * n,
+            "last_used": "2026-01-02 03:04",
+            "content": f"{n:064x}",
+        }
+        for n in range(70)
     )
-    listed, totals = store_tables(
-        StoreReport("store list", "/cache", rows, {"num_bytes": 3e6, "whole": True})
-    )
-    assert listed[0] == "70 tensors in /cache; 10 more not shown"
-    assert listed[2][2] == ["2", "ends, svd", "2.4 kB"]
-    assert totals[2] == [("num bytes", "3.0 MB"), ("whole", "yes")]
+    listed, totals = store_tables(StoreReport("store ls", "/cache", rows, {"bytes": 3e6, "dry_run": True}))
+    assert listed[0] == "70 tensors known in /cache; 10 more not shown"
+    assert listed[2][2] == ("layers.2.q.weight", "8×4", "BF16", "ends-16 values", "2.4 kB", "2026-01-02 03:04")
+    assert totals[2] == [("bytes", "3.0 MB"), ("dry run", "yes")]
+

@@ -11,6 +11,8 @@ from kasa_cli.render.units import big, number
 from kasa_cli.report import CandidateRow, SelectReport, StoreReport
 
 NEXT = 5
+EVERYWHERE = "extremes"
+"""The fact that is known of every tensor in the store."""
 
 
 def choice_tables(report: SelectReport) -> list[Summary]:
@@ -20,12 +22,24 @@ def choice_tables(report: SelectReport) -> list[Summary]:
 
 
 def store_tables(report: StoreReport) -> list[Summary]:
-    """What is known of each tensor, and the totals."""
-    shown = report.tensors[:MAX_ROWS]
-    left_out = more(len(report.tensors) - len(shown))
+    """What is known of each tensor, by the name it was first measured under, and the totals."""
+    rows = [
+        (
+            str(one["name"]),
+            said("shape", one["shape"]),
+            str(one["dtype"]),
+            " ".join(fact for fact in one["facts"] if fact != EVERYWHERE),
+            big(one["bytes"]),
+            str(one["last_used"]),
+        )
+        for one in report.tensors[:MAX_ROWS]
+    ]
+    left_out = more(len(report.tensors) - len(rows))
+    gone = {"store prune": "forgotten in"}.get(report.command, "known in")
+    title = f"{len(report.tensors)} tensors {gone} {printable(report.store)}{left_out}"
     totals = [(key.replace("_", " "), said(key, value)) for key, value in report.totals.items()]
     return [
-        _records(f"{len(report.tensors)} tensors in {printable(report.store)}{left_out}", shown),
+        (title, ("measured as", "shape", "dtype", "facts", "size", "last used (UTC)"), rows),
         ("in all", ("what", "found"), totals),
     ]
 
@@ -36,7 +50,7 @@ def said(key: str, value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if key.endswith("bytes"):
+    if "bytes" in key:
         return big(value)
     if isinstance(value, float):
         return number(value)

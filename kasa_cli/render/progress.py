@@ -12,7 +12,7 @@ from kasa_cli.errors import printable
 from kasa_cli.render.units import duration
 
 TITLES = {
-    "measure": "decomposing",
+    "measure": "measuring",
     "write": "writing base",
     "adapter": "writing adapter",
     "tail": "writing tail",

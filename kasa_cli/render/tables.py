@@ -171,8 +171,9 @@ def _closing(report: Report) -> list[str]:
         return _next_steps(report)
     if isinstance(report, PlanReport | MeasurePlan):
         totals = report.totals
+        written = f"write {big(totals['bytes_to_write'])}, " if isinstance(report, PlanReport) else ""
         return [
-            f"would write {big(totals['bytes_to_write'])}, use about {big(totals['memory_bytes'])} of memory "
+            f"would {written}use about {big(totals['memory_bytes'])} of memory "
             f"and take about {duration(totals['seconds'])}; nothing was written"
         ]
     if isinstance(report, DemoReport):
@@ -185,7 +186,7 @@ def _closing(report: Report) -> list[str]:
 def _measured(totals: Mapping[str, Any]) -> str:
     """What it cost, and what the next question will."""
     new, known = totals["decompositions"], totals["decompositions_reused"]
-    return f"{new} weights measured, {known} known from the store"
+    return f"weights measured: {new}; known from the store: {known}"
 
 
 def _demo_closing(report: DemoReport) -> list[str]:
