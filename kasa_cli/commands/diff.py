@@ -8,10 +8,11 @@ from kasa_cli.checkpoint.targets import Patterns, patterns
 from kasa_cli.errors import NumericalError, UsageError
 from kasa_cli.methods.choice import rank_correlation
 from kasa_cli.pipeline import planning
+from kasa_cli.pipeline.ask import size
 from kasa_cli.pipeline.contrast import Contrasted, Pair, contrast
 from kasa_cli.pipeline.facts import Facts
 from kasa_cli.pipeline.job import Running, Where, check_running
-from kasa_cli.pipeline.weights import Matrix
+from kasa_cli.pipeline.weights import Matrix, working_set
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, run
 from kasa_cli.report import Candidate, DiffReport, Skipped
 
@@ -105,6 +106,11 @@ def _named(matrix: Matrix, like: Matrix) -> Matrix:
     return Matrix(like.name, matrix.pieces, matrix.is_transposed)
 
 
+def _size(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> int:
+    """Both weights are held, and one Gram matrix at a time."""
+    return size(sources[0], pair.first) + size(sources[1], pair.second) - working_set(pair.shape, 0)
+
+
 def _contrasted(
     pairs: Sequence[Pair],
     sources: tuple[Checkpoint, Checkpoint],
@@ -129,6 +135,12 @@ def _contrasted(
     watcher.stage("compare", len(pairs), sum(work(pair) for pair in pairs))
     ordered = sorted(pairs, key=lambda pair: -work(pair))
     with blas_threads(running.threads_per_worker):
-        found = run(one, ordered, running.num_workers, lambda pair: watcher.finished(pair.name, work(pair)))
+        found = run(
+            one,
+            ordered,
+            running.num_workers,
+            lambda pair: watcher.finished(pair.name, work(pair)),
+            lambda pair: _size(pair, sources),
+        )
     by_name = {pair.name: result for pair, result in zip(ordered, found, strict=True)}
     return {pair.name: by_name[pair.name] for pair in pairs}

@@ -66,7 +66,8 @@ def spectrum(
     _, checkpoint, names = planning.survey(where)
     chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
     planning.require_some(chosen)
-    modules = {matrix.name: one.module for one in chosen for matrix in planning.matrices(one)}
+    first_last = reversed(chosen)  # of tied weights the first gives the row its module
+    modules = {matrix.name: one.module for one in first_last for matrix in planning.matrices(one)}
     facts = planning.open_facts(running)
 
     def look(bench: Bench) -> Looked:

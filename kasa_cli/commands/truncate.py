@@ -19,9 +19,10 @@ from kasa_cli.pipeline import planning
 from kasa_cli.pipeline.adapters import write_adapter, write_tail
 from kasa_cli.pipeline.job import DTYPES, PARTS, Options, Where, check, recorded
 from kasa_cli.pipeline.measure import Measured, Measurer, measure
-from kasa_cli.pipeline.operate import Surgeon, Written, write_base
+from kasa_cli.pipeline.operate import Written, write_base
 from kasa_cli.pipeline.papers import write_papers
 from kasa_cli.pipeline.planning import Plan
+from kasa_cli.pipeline.truncation import Truncation
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
 from kasa_cli.report import PlanReport, TensorRow, TruncateReport
 
@@ -137,15 +138,15 @@ def _write_parts(
     staging: Staging,
     measured: list[Measured],
     watcher: Watcher,
-) -> list[Written]:
+) -> list[Written[Outcome]]:
     """Write what was asked for; what was written of the base."""
-    written: list[Written] = []
+    written: list[Written[Outcome]] = []
     if sheets:
         folder = staging.out / "base"
         make_folder(folder)
         by_name = {one.target.name: one for one in measured}
-        surgeon = Surgeon(made.checkpoint, staging, by_name, ROUNDINGS[options.rounding])
-        written = write_base(surgeon, sheets, folder, options.num_workers, watcher)
+        surgeon = Truncation(made.checkpoint, staging, by_name, ROUNDINGS[options.rounding])
+        written = write_base(made.checkpoint, surgeon, sheets, folder, options.num_workers, watcher)
         copy_companions(made.checkpoint, folder, options.dtype)
         write_index(made.checkpoint, sheets, folder)
     if "adapter" in options.emit:
@@ -182,7 +183,7 @@ def _report(
     output: Path,
     options: Options,
     made: Plan,
-    done: tuple[list[Measured], list[Written]],
+    done: tuple[list[Measured], list[Written[Outcome]]],
     sealed: bytes,
 ) -> TruncateReport:
     measured, written = done
@@ -212,7 +213,7 @@ def _report(
     )
 
 
-def _row(one: Measured, written: Written | None) -> TensorRow:
+def _row(one: Measured, written: Written[Outcome] | None) -> TensorRow:
     found = {name: value for name, value in asdict(one.facts).items() if name != "angle"}
     outcome = written.outcome if written else None
     return TensorRow(
@@ -228,7 +229,7 @@ def _row(one: Measured, written: Written | None) -> TensorRow:
 
 
 def _totals(
-    rows: Sequence[TensorRow], measured: list[Measured], written: list[Written], options: Options
+    rows: Sequence[TensorRow], measured: list[Measured], written: list[Written[Outcome]], options: Options
 ) -> dict[str, Any]:
     realised = [row.realised for row in rows if row.realised is not None]
     return {

@@ -46,11 +46,12 @@ def ask(
     running: Running,
     watcher: Watcher,
 ) -> Asked[Answer]:
-    """Ask every matrix, the largest first; answers in the order given.
+    """Ask every matrix, the largest first; answers in the order given. Tied weights are one matrix, asked once.
 
     Raises:
         NumericalError: a weight is not finite, or no solver converges; unless `running.keep_going`.
     """
+    matrices = list({matrix.name: matrix for matrix in matrices}.values())
     device = pick_device(running.device)
     shapes = {matrix.name: stored_shape(checkpoint, matrix) for matrix in matrices}
     watcher.stage("measure", len(matrices), sum(_work(shape) for shape in shapes.values()))
@@ -60,7 +61,7 @@ def ask(
             sorted(matrices, key=lambda matrix: -_work(shapes[matrix.name])),
             running.num_workers,
             lambda matrix: watcher.finished(matrix.name, _work(shapes[matrix.name])),
-            lambda matrix: _size(checkpoint, matrix, shapes[matrix.name]),
+            lambda matrix: size(checkpoint, matrix),
         )
     by_name = {name: (answer, is_new) for name, answer, is_new in found}
     given = [(matrix.name, *by_name[matrix.name]) for matrix in matrices]
@@ -91,8 +92,9 @@ def _work(shape: tuple[int, int]) -> float:
     return short * short * (long + short)
 
 
-def _size(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int]) -> int:
+def size(checkpoint: Checkpoint, matrix: Matrix) -> int:
     """What a matrix takes of the budget: all of it if it is too large to be held, its Gram matrix being large too."""
     entry = checkpoint.tensors[matrix.pieces[0].name]
+    shape = stored_shape(checkpoint, matrix)
     own = working_set(shape, prod(shape) * BITS[entry.dtype] // 8)
     return max(own, workers.BUDGET) if is_streamed(entry, matrix) else own

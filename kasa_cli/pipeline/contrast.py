@@ -9,7 +9,7 @@ from torch import Tensor
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.linalg import quantities
 from kasa_cli.linalg.angles import best_cosines, principal_angles
-from kasa_cli.pipeline.facts import Bench, Facts
+from kasa_cli.pipeline.facts import Bench, Extremes, Facts
 from kasa_cli.pipeline.weights import Matrix, row_blocks, weigh
 from kasa_cli.report import DiffRow, module_type
 
@@ -31,6 +31,17 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What is compared of a weight; `top` and `bottom` are left singular vectors."""
+
+    S: Tensor
+    extremes: Extremes
+    top: Tensor
+    bottom: Tensor
+    is_new: bool
+
+
+@dataclass(frozen=True)
 class Contrasted:
     """What came of a pair: None for a weight that is the same in both; how many decompositions it took."""
 
@@ -49,29 +60,34 @@ def contrast(pair: Pair, sources: tuple[Checkpoint, Checkpoint], facts: Facts, r
     weights = (weigh(sources[0], pair.first, device), weigh(sources[1], pair.second, device))
     if weights[0].content == weights[1].content:
         return Contrasted(None, 0, 0)
-    a, b = (facts.bench(weight) for weight in weights)
-    row = _row(pair, (a, b), distance(pair, sources), min(rank, max(1, min(pair.shape) // REACH)))
-    num_new = sum(bench.is_new for bench in (a, b))
-    return Contrasted(row, num_new, 2 - num_new)
+    rank = min(rank, max(1, min(pair.shape) // REACH))
+    sides = (_measured(facts.bench(weights[0]), rank, REACH), _measured(facts.bench(weights[1]), rank, 1))
+    num_new = sum(side.is_new for side in sides)
+    return Contrasted(_row(pair, sides, distance(pair, sources), rank), num_new, 2 - num_new)
 
 
 def distance(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> float:
-    """‖B - A‖_F / ‖A‖_F, summed in float64; infinite where A is zero and B is not."""
+    """‖B - A‖_F / ‖A‖_F, summed in float64; 0 where both are zero, infinite where A alone is."""
     norm = change = 0.0
     blocks = zip(row_blocks(sources[0], pair.first), row_blocks(sources[1], pair.second), strict=True)
     for A, B in blocks:
         rows = A.to(torch.float64)
         norm += float(rows.square().sum())
         change += float((B.to(torch.float64) - rows).square().sum())
-    return math.sqrt(change / norm) if norm else math.inf
+    return _ratio(math.sqrt(change), math.sqrt(norm))
 
 
-def _row(pair: Pair, benches: tuple[Bench, Bench], relative_distance: float, rank: int) -> DiffRow:
-    a, b = benches
-    S, T = a.values().S, b.values().S
-    one, other = a.extremes(), b.extremes()
-    top_a, top_b = a.top(REACH * rank).U, b.top(rank).U
-    likeness = best_cosines(top_b, top_a)
+def _measured(bench: Bench, rank: int, reach: int) -> Measured:
+    """Ask for all that is compared; the Gram matrix is gone when this returns, before that of the other is made."""
+    top = bench.top(reach * rank).U
+    bottom = bench.bottom(rank).U if rank < min(bench.weight.shape) else top  # a vector has one direction
+    return Measured(bench.values().S, bench.extremes(), top, bottom, bench.is_new)
+
+
+def _row(pair: Pair, sides: tuple[Measured, Measured], relative_distance: float, rank: int) -> DiffRow:
+    a, b = sides
+    S, T, one, other = a.S, b.S, a.extremes, b.extremes
+    likeness = best_cosines(b.top, a.top)
     return DiffRow(
         name=pair.name,
         module=pair.module,
@@ -85,8 +101,8 @@ def _row(pair: Pair, benches: tuple[Bench, Bench], relative_distance: float, ran
         effective_rank=(quantities.effective_rank(S), quantities.effective_rank(T)),
         spectrum_change=_relative(S, T),
         subspace_rank=rank,
-        top_angle=_largest_angle(top_a[:, :rank], top_b),
-        bottom_angle=_largest_angle(a.bottom(rank).U, b.bottom(rank).U),
+        top_angle=_largest_angle(a.top[:, :rank], b.top),
+        bottom_angle=_largest_angle(a.bottom, b.bottom),
         intruders=int((likeness < INTRUDER).sum()),
         least_similarity=float(likeness.min()),
     )
@@ -94,8 +110,11 @@ def _row(pair: Pair, benches: tuple[Bench, Bench], relative_distance: float, ran
 
 def _relative(S: Tensor, T: Tensor) -> float:
     """‖T - S‖ / ‖S‖ of two lists of singular values."""
-    norm = float(torch.linalg.vector_norm(S))
-    return float(torch.linalg.vector_norm(T - S)) / norm if norm else math.inf
+    return _ratio(float(torch.linalg.vector_norm(T - S)), float(torch.linalg.vector_norm(S)))
+
+
+def _ratio(change: float, norm: float) -> float:
+    return change / norm if norm else math.inf if change else 0.0
 
 
 def _largest_angle(X: Tensor, Y: Tensor) -> float:

@@ -6,11 +6,12 @@ What is reported of a tensor was measured on what the file holds.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,81 +20,64 @@ from kasa_cli.checkpoint.container import Reader, TensorEntry
 from kasa_cli.checkpoint.durable import new_file, pwrite_all
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.sheets import Sheet
-from kasa_cli.checkpoint.staging import Staging
 from kasa_cli.checkpoint.streaming import TORCH_DTYPES, Form, filling, raw_bytes
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg import rounding
-from kasa_cli.linalg.ends import Ends
-from kasa_cli.linalg.outcome import Outcome, outcome
-from kasa_cli.methods import kasa
-from kasa_cli.pipeline.measure import Measured, as_weight, read_factors
-from kasa_cli.pipeline.weights import read_target
+from kasa_cli.pipeline.measure import Measured
 from kasa_cli.pipeline.workers import Watcher, run
-from kasa_cli.report import Target
 
 CHUNK = 16 << 20
 OPEN_FILES = 64
 """Shards written at once: enough to keep all workers busy, far below what a process may have open."""
 
 
+Rows = Callable[[int, int], Tensor]
+"""Rows [start, stop) of a stored matrix, or entries of a stored vector."""
+Finding = TypeVar("Finding", covariant=True)
+
+
+class Patient(Protocol[Finding]):
+    """One tensor on the table: what it becomes, and what is to be measured on it once it is stored."""
+
+    def operate(self, dtype: str) -> Tensor:
+        """The new value, rounded once to `dtype`, in the layout of the file."""
+
+    def examine(self, rows: Rows) -> Finding:
+        """Measure what was stored."""
+
+
+class Surgeon(Protocol[Finding]):
+    """Who knows which tensors change, and how."""
+
+    def takes(self, name: str) -> bool:
+        """Whether a tensor changes."""
+
+    def prepare(self, name: str) -> Patient[Finding]:
+        """Read a tensor and all that its change needs."""
+
+
 @dataclass(frozen=True)
-class Written:
+class Written(Generic[Finding]):
     """One tensor as it stands in the new base. `outcome` is None for a copied one."""
 
     name: str
     file: str
     dtype: str
     sha256: str
-    outcome: Outcome | None
-
-
-@dataclass(frozen=True)
-class Surgeon:
-    """Everything that one changed tensor needs."""
-
-    checkpoint: Checkpoint
-    staging: Staging
-    measured: Mapping[str, Measured]
-    round_off: rounding.Rounding
-
-    def prepare(self, name: str) -> "Patient":
-        """Read a target and its factors."""
-        measured = self.measured[name]
-        factors = read_factors(self.staging, measured)
-        weight = as_weight(read_target(self.checkpoint, name), measured.target)
-        return Patient(measured.target, rounding.Target(weight, *kasa.cut(factors)), factors)
-
-
-@dataclass(frozen=True)
-class Patient:
-    """A target on the table: its exact new value, not yet computed, and the factors it is made with."""
-
-    target: Target
-    exact: rounding.Target
-    factors: Ends
-
-    def operate(self, round_off: rounding.Rounding, dtype: str) -> Tensor:
-        """The new value, W plus its terms, rounded once to `dtype`, in the layout of the file."""
-        Q = round_off(self.exact, self.factors.V, TORCH_DTYPES[dtype])
-        if not _is_finite(Q):
-            raise NumericalError(f"does not fit {dtype}", self.target.name, "choose a wider --dtype")
-        return as_weight(Q, self.target).contiguous()
-
-    def examine(self, rows: Callable[[int, int], Tensor]) -> Outcome:
-        """Measure what was stored. `rows` reads rows of the stored tensor."""
-        if self.target.is_transposed:
-            whole = rows(0, self.target.shape[0]).T
-            return outcome(lambda start, stop: whole[start:stop], self.exact, self.factors.V, self.factors.S)
-        return outcome(rows, self.exact, self.factors.V, self.factors.S)
+    outcome: Finding | None
 
 
 def write_base(
-    surgeon: Surgeon, sheets: list[Sheet], folder: Path, num_workers: int, watcher: Watcher
-) -> list[Written]:
+    checkpoint: Checkpoint,
+    surgeon: Surgeon[Finding],
+    sheets: list[Sheet],
+    folder: Path,
+    num_workers: int,
+    watcher: Watcher,
+) -> list[Written[Finding]]:
     """Write every file of the base, tensors in parallel; what is reported was read back from the file."""
     total = sum(sheet.form.size for sheet in sheets)
     watcher.stage("write", sum(len(sheet.form.tensors) for sheet in sheets), total)
-    written: list[Written] = []
+    written: list[Written[Finding]] = []
     for start in range(0, len(sheets), OPEN_FILES):
         with ExitStack() as files:
             places = [
@@ -103,7 +87,7 @@ def write_base(
                 for entry in sheet.form.tensors.values()
             ]
             places.sort(key=lambda place: -place.entry.num_bytes)
-            task = partial(_write_one, surgeon)
+            task = partial(_write_one, checkpoint, surgeon)
             written += run(
                 task, places, num_workers, lambda one: watcher.finished(one.name, one.entry.num_bytes)
             )
@@ -132,13 +116,12 @@ def _headed(folder: Path, sheet: Sheet) -> Iterator[int]:
         yield descriptor
 
 
-def _write_one(surgeon: Surgeon, place: Place) -> Written:
+def _write_one(checkpoint: Checkpoint, surgeon: Surgeon[Finding], place: Place) -> Written[Finding]:
     file, descriptor, entry = place.file, place.descriptor, place.entry
-    if entry.name not in surgeon.measured:
-        digest = _copy(surgeon.checkpoint, entry, descriptor)
-        return Written(entry.name, file, entry.dtype, digest, None)
+    if not surgeon.takes(entry.name):
+        return Written(entry.name, file, entry.dtype, _copy(checkpoint, entry, descriptor), None)
     patient = surgeon.prepare(entry.name)
-    pwrite_all(descriptor, raw_bytes(patient.operate(surgeon.round_off, entry.dtype)), entry.begin)
+    pwrite_all(descriptor, raw_bytes(patient.operate(entry.dtype)), entry.begin)
     found = patient.examine(lambda start, stop: _rows(descriptor, entry, start, stop))
     return Written(entry.name, file, entry.dtype, _digest(descriptor, entry), found)
 
@@ -154,17 +137,22 @@ def _copy(checkpoint: Checkpoint, entry: TensorEntry, descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def _is_finite(Q: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: the extremes tell, forty times as fast as a look at each."""
-    return not Q.numel() or all(math.isfinite(float(bound)) for bound in torch.aminmax(Q))
+def require_finite(Q: Tensor, name: str, dtype: str) -> None:
+    """Refuse a result that its dtype cannot hold: the extremes tell, forty times as fast as a look at each entry.
+
+    Raises:
+        NumericalError: an entry is NaN or infinite.
+    """
+    if Q.numel() and not all(math.isfinite(float(bound)) for bound in torch.aminmax(Q)):
+        raise NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype")
 
 
 def _rows(descriptor: int, entry: TensorEntry, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of a matrix in the file."""
+    """Rows [start, stop) of a tensor in the file."""
     width = entry.num_bytes // entry.shape[0]
     raw = bytearray((stop - start) * width)
     _read_into(descriptor, memoryview(raw), entry.begin + start * width)
-    return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype]).view(stop - start, -1)
+    return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
 
 
 def _digest(descriptor: int, entry: TensorEntry) -> str:

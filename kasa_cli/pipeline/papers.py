@@ -10,6 +10,7 @@ from kasa_cli.checkpoint import card, manifest
 from kasa_cli.checkpoint.durable import write_file
 from kasa_cli.checkpoint.sheets import CARD
 from kasa_cli.checkpoint.staging import MANIFEST, Staging
+from kasa_cli.linalg.outcome import Outcome
 from kasa_cli.pipeline.job import Options, recorded
 from kasa_cli.pipeline.measure import Measured
 from kasa_cli.pipeline.operate import Written
@@ -22,7 +23,7 @@ def write_papers(
     options: Options,
     staging: Staging,
     environment: Mapping[str, Any],
-    done: tuple[list[Measured], list[Written]],
+    done: tuple[list[Measured], list[Written[Outcome]]],
 ) -> bytes:
     """Cards, then the manifest, which is last: whoever finds it finds all else."""
     carried = card.source_facts(made.checkpoint.root, made.checkpoint.companions)
@@ -55,7 +56,7 @@ def file_records(folder: Path, num_workers: int) -> dict[str, dict[str, Any]]:
     return {path.relative_to(folder).as_posix(): record for path, record in zip(files, found, strict=True)}
 
 
-def _tensor_records(made: Plan, measured: list[Measured], written: list[Written]) -> dict[str, Any]:
+def _tensor_records(made: Plan, measured: list[Measured], written: list[Written[Outcome]]) -> dict[str, Any]:
     records: dict[str, dict[str, Any]] = {
         one.name: {"file": one.file, "dtype": one.dtype, "sha256": one.sha256, "role": "copied"}
         for one in written
