@@ -1,7 +1,7 @@
 """One weight in two checkpoints: how its spectrum, its ends and its entries differ."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ def contrast(pair: Pair, sources: tuple[Checkpoint, Checkpoint], facts: Facts, r
     rank = min(rank, max(1, min(pair.shape) // REACH))
     sides = (_measured(facts.bench(weights[0]), rank, REACH), _measured(facts.bench(weights[1]), rank, 1))
     num_new = sum(side.is_new for side in sides)
-    return Contrasted(_row(pair, sides, distance(pair, sources), rank), num_new, 2 - num_new)
+    as_computed = replace(pair, shape=weights[0].shape)  # a Conv1D is (in, out) in memory too
+    return Contrasted(_row(as_computed, sides, distance(pair, sources), rank), num_new, 2 - num_new)
 
 
 def distance(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> float:

@@ -2,17 +2,19 @@
 
 import hashlib
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
+from kasa_cli.checkpoint.container import BITS
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.staging import Staging
 from kasa_cli.checkpoint.streaming import raw_bytes
 from kasa_cli.errors import IntegrityError
 from kasa_cli.linalg.ends import Ends
 from kasa_cli.pipeline.facts import SOLVER_EDITION, Facts, Weight, content_hash, pack, unpack
-from kasa_cli.pipeline.weights import read_target
+from kasa_cli.pipeline.weights import read_target, working_set
 from kasa_cli.pipeline.workers import Watcher, run
 from kasa_cli.report import SpectralFacts, Target
 
@@ -48,6 +50,7 @@ def measure(
         sorted(targets, key=lambda target: -target.work),
         num_workers,
         lambda target: watcher.finished(target.name, target.work),
+        lambda target: working_set(target.shape, prod(target.shape) * BITS[target.dtype] // 8),
     )
     by_name = {measured.target.name: measured for measured in found}
     return [by_name[target.name] for target in targets]

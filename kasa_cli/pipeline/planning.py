@@ -136,9 +136,14 @@ def open_facts(running: Running) -> Facts:
 
 
 def store_notes(facts: Facts) -> list[str]:
-    """What a user should know of the store: that it took nothing."""
+    """What a user should know of the store: that it would not keep what was found."""
     trouble = facts.store.trouble if facts.store else None
-    return [f"the store took nothing, so the next run measures again: {trouble}"] if trouble else []
+    if trouble is None:
+        return []
+    where = f" ({trouble.where})" if trouble.where else ""
+    return [
+        f"the store could not keep everything, so the next run measures some again: {trouble.what}{where}"
+    ]
 
 
 def memory_needed(targets: tuple[Target, ...], num_workers: int) -> int:

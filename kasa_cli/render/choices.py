@@ -30,7 +30,7 @@ def store_tables(report: StoreReport) -> list[Summary]:
             str(one["dtype"]),
             " ".join(fact for fact in one["facts"] if fact != EVERYWHERE),
             big(one["bytes"]),
-            str(one["last_used"]),
+            str(one["last_used"])[:10],
         )
         for one in report.tensors[:MAX_ROWS]
     ]
@@ -39,7 +39,7 @@ def store_tables(report: StoreReport) -> list[Summary]:
     title = f"{len(report.tensors)} tensors {gone} {printable(report.store)}{left_out}"
     totals = [(key.replace("_", " "), said(key, value)) for key, value in report.totals.items()]
     return [
-        (title, ("measured as", "shape", "dtype", "facts", "size", "last used (UTC)"), rows),
+        (title, ("measured as", "shape", "dtype", "facts", "size", "last used"), rows),
         ("in all", ("what", "found"), totals),
     ]
 
