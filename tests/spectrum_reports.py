@@ -96,7 +96,7 @@ def of(both: list[tuple[SpectrumRow, Curve]], **extra) -> SpectrumReport:
             Skipped("embeddings.word_embeddings.weight", "not in a block"),
             Skipped("pooler.dense.weight", "not in a block"),
         ),
-        "totals": {"tensors": len(rows)},
+        "totals": {"tensors": len(rows), "decompositions": len(rows), "decompositions_reused": 0},
         "curves": tuple(curve for _, curve in both),
     }
     return SpectrumReport(**{**stated, **extra}, tensors=tuple(rows))

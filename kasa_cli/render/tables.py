@@ -5,7 +5,7 @@ import shlex
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -21,6 +21,8 @@ from kasa_cli.report import (
     DemoReport,
     DiffReport,
     MeasurePlan,
+    MergedRow,
+    MergeReport,
     PlanReport,
     Report,
     SelectReport,
@@ -45,22 +47,7 @@ PIPED_WIDTH = 120
 
 def summary(report: Report) -> list[Summary]:
     """The tables of a report, as text."""
-    if isinstance(report, TruncateReport):
-        return [by_type(report), worst(report), skipped(report.skipped)]
-    if isinstance(report, PlanReport):
-        return [planned(report.tensors), skipped(report.skipped)]
-    if isinstance(report, MeasurePlan):
-        return [to_measure(report.tensors), skipped(report.skipped)]
-    if isinstance(report, DemoReport):
-        chosen = choices_by_type(report.selected)
-        return [chosen, by_type(report.truncated), checked(report.verified), roundings(report)]
-    if isinstance(report, SpectrumReport):
-        return [*summary_tables(report), skipped(report.skipped)]
-    if isinstance(report, DiffReport):
-        return [*diff_tables(report), skipped(report.skipped)]
-    if isinstance(report, SelectReport):
-        return [*choice_tables(report), skipped(report.skipped)]
-    return store_tables(report) if isinstance(report, StoreReport) else [checked(report)]
+    return SUMMARIES[type(report)](report)
 
 
 def as_text(report: Report) -> str:
@@ -137,6 +124,33 @@ def to_measure(weights: Sequence[ToMeasure]) -> Summary:
     return f"{len(weights)} weights to measure", ("module type", "count", "shape", "dtype"), rows
 
 
+def merged_by_type(report: MergeReport) -> Summary:
+    """One row a module type: how many tensors changed, by how much at most, and how far rounding is off."""
+    groups: dict[str, list[MergedRow]] = {}
+    for row in report.tensors:
+        groups.setdefault(module_type(row.module), []).append(row)
+    rows = [
+        (
+            kind,
+            str(len(members)),
+            number(max(row.max_abs_change for row in members)),
+            number(max(row.rounding_error for row in members)),
+        )
+        for kind, members in groups.items()
+    ]
+    title = f"{len(report.tensors)} tensors changed"
+    return title, ("module type", "n", "largest change", "rounding error"), rows
+
+
+def merged_adapters(report: MergeReport) -> Summary:
+    """Every adapter with what was used of it."""
+    rows = [
+        (one.path, one.kind, number(one.weight), f"{one.tensors_consumed} of {one.tensors_total}")
+        for one in report.adapters
+    ]
+    return "adapters", ("adapter", "kind", "weight", "tensors used"), rows
+
+
 def checked(report: VerifyReport) -> Summary:
     """What was looked at."""
     rows = [("files", str(report.files)), ("tensors", str(report.tensors))]
@@ -167,20 +181,26 @@ def grouped(rows: Sequence[TensorRow]) -> dict[str, list[TensorRow]]:
 
 
 def _closing(report: Report) -> list[str]:
-    if isinstance(report, TruncateReport):
-        return _next_steps(report)
-    if isinstance(report, PlanReport | MeasurePlan):
-        totals = report.totals
-        written = f"write {big(totals['bytes_to_write'])}, " if isinstance(report, PlanReport) else ""
-        return [
-            f"would {written}use about {big(totals['memory_bytes'])} of memory "
-            f"and take about {duration(totals['seconds'])}; nothing was written"
-        ]
-    if isinstance(report, DemoReport):
-        return _demo_closing(report)
-    if isinstance(report, VerifyReport):
-        return ["all is as the manifest says"]
-    return [_measured(report.totals)] if "decompositions" in report.totals else []
+    """What is worth saying below the tables."""
+    return CLOSINGS[type(report)](report) if type(report) in CLOSINGS else []
+
+
+def _planned(report: PlanReport | MeasurePlan) -> list[str]:
+    totals = report.totals
+    written = f"write {big(totals['bytes_to_write'])}, " if isinstance(report, PlanReport) else ""
+    return [
+        f"would {written}use about {big(totals['memory_bytes'])} of memory "
+        f"and take about {duration(totals['seconds'])}; nothing was written"
+    ]
+
+
+def _merged(report: MergeReport) -> list[str]:
+    folder = report.output["directory"]
+    return [f"wrote {printable(folder)}; next: kasa verify {printable(shlex.quote(folder))} --read-data"]
+
+
+def _cost(report: SpectrumReport | DiffReport | SelectReport) -> list[str]:
+    return [_measured(report.totals)]
 
 
 def _measured(totals: Mapping[str, Any]) -> str:
@@ -251,3 +271,33 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 def _looks_numeric(cell: str) -> bool:
     return cell == "–" or cell[:1].isdigit()
+
+
+SUMMARIES: dict[type[Report], Callable[[Any], list[Summary]]] = {
+    TruncateReport: lambda report: [by_type(report), worst(report), skipped(report.skipped)],
+    PlanReport: lambda report: [planned(report.tensors), skipped(report.skipped)],
+    MeasurePlan: lambda report: [to_measure(report.tensors), skipped(report.skipped)],
+    SpectrumReport: lambda report: [*summary_tables(report), skipped(report.skipped)],
+    DiffReport: lambda report: [*diff_tables(report), skipped(report.skipped)],
+    SelectReport: lambda report: [*choice_tables(report), skipped(report.skipped)],
+    MergeReport: lambda report: [merged_by_type(report), merged_adapters(report)],
+    StoreReport: store_tables,
+    VerifyReport: lambda report: [checked(report)],
+    DemoReport: lambda report: [
+        choices_by_type(report.selected),
+        by_type(report.truncated),
+        checked(report.verified),
+        roundings(report),
+    ],
+}
+CLOSINGS: dict[type[Report], Callable[[Any], list[str]]] = {
+    TruncateReport: lambda report: _next_steps(report),
+    PlanReport: _planned,
+    MeasurePlan: _planned,
+    SpectrumReport: _cost,
+    DiffReport: _cost,
+    SelectReport: _cost,
+    MergeReport: _merged,
+    VerifyReport: lambda report: ["all is as the manifest says"],
+    DemoReport: _demo_closing,
+}
