@@ -162,8 +162,8 @@ def _columns_of_rows(W: Rows) -> Callable[[int, int], Tensor]:
     """Columns of the wide one are the rows of a tall weight, turned.
 
     Raises:
-        NumericalError: the weight is wide: it would have to be read again for each panel.
+        NumericalError: the weight is not tall: a wide one would have to be read again for each panel.
     """
-    if W.shape[0] < W.shape[1]:
+    if W.shape[0] <= W.shape[1]:
         raise NumericalError("only a tall weight is measured by rows")
     return lambda start, stop: W.read(start, stop).T
