@@ -49,22 +49,26 @@ def watching(quiet: bool) -> Iterator["Watcher"]:
         yield live
 
 
-def refuse_occupied(*paths: Path | None, overwrite: bool) -> None:
-    """Refuse, before the work, to write over a file that is there; a folder for pictures may be.
+def refuse_occupied(*files: Path | None, overwrite: bool, folder: Path | None = None) -> None:
+    """Refuse, before the work, a file that is there or cannot be, and a folder that is none.
 
     Raises:
         OutputExists: something is there, and not to be replaced.
+        UsageError: there is no folder to put it in.
     """
-    for path in paths:
+    for path in files:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError("no such folder", str(path.parent), "make it first")
         if path is None or not os.path.lexists(path):
             continue
-        if path.is_dir() and path.suffix == "":
-            continue
-        if path.is_symlink() or not path.is_file() or not overwrite:
-            remedy = (
-                "choose another" if not path.is_file() else "choose another, or replace it with --overwrite"
+        if path.is_symlink() or not path.is_file():
+            raise OutputExists("not a file, and not overwritten", str(path), "choose another")
+        if not overwrite:
+            raise OutputExists(
+                "the output exists", str(path), "choose another, or replace it with --overwrite"
             )
-            raise OutputExists("the output exists", str(path), remedy)
+    if folder is not None and os.path.lexists(folder) and not folder.is_dir():
+        raise OutputExists("not a folder", str(folder), "choose another")
 
 
 def publish(report: "SpectrumReport", html: Path | None, png: Path | None) -> None:

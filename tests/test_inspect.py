@@ -446,3 +446,15 @@ def test_the_ranks_whose_energy_is_shown_are_below_the_side(tmp_path, capsys):
     for dim in (8, 9, 33):
         rows = spectrum(capsys, plain_model(tmp_path / str(dim), dim=dim)).json["tensors"]
         assert [int(rank) for rank in rows[0]["energy"]] == [rank for rank in RANKS if rank < dim]
+
+
+@pytest.mark.parametrize("option", ["--html", "--values"])
+def test_what_cannot_be_written_is_refused_before_the_work(option, tmp_path, capsys):
+    model = plain_model(tmp_path / "model")
+    (tmp_path / "folder").mkdir()
+    done = inside(capsys, "inspect", "spectrum", model, option, tmp_path / "folder")
+    assert (done.code, done.out) == (ExitCode.EXISTS, "")
+    done = inside(capsys, "inspect", "spectrum", model, option, tmp_path / "nowhere" / "file")
+    assert (done.code, done.out) == (ExitCode.USAGE, "") and "nowhere" in done.err
+    (tmp_path / "file").write_text("")
+    assert inside(capsys, "inspect", "spectrum", model, "--png", tmp_path / "file").code == ExitCode.EXISTS

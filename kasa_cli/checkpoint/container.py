@@ -6,7 +6,7 @@ header itself and rejects; it never repairs. Values are not looked at here: NaN 
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -195,11 +195,15 @@ class Reader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own. With `pread`: a mapped file that shrinks kills the process."""
-        return self._read(name, lambda tensors: tensors.get_tensor(name))
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Entries [start, stop) along the first side of one tensor, in memory of their own."""
-        return self._read(name, lambda tensors: tensors.get_slice(name)[start:stop])
+        try:
+            if self._tensors is None:
+                self._tensors = safe_open(self.container.path, framework="pt", backend="pread")
+            tensor: torch.Tensor = self._tensors.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            self._check_unchanged()
+            raise self._explained(name, error) from error
+        self._check_unchanged()
+        return tensor
 
     def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
         """The raw bytes of one tensor, any dtype, piece by piece."""
@@ -207,17 +211,6 @@ class Reader:
         for offset in range(entry.begin, entry.end, size):
             yield read_exactly(self._file, path, min(size, entry.end - offset), offset)
         self._check_unchanged()
-
-    def _read(self, name: str, get: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        try:
-            if self._tensors is None:
-                self._tensors = safe_open(self.container.path, framework="pt", backend="pread")
-            tensor = get(self._tensors)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            self._check_unchanged()
-            raise self._explained(name, error) from error
-        self._check_unchanged()
-        return tensor
 
     def _explained(self, name: str, error: Exception) -> InvalidInput | ResourceError:
         """The library failed on a sound file: no memory, or a dtype torch cannot hold (F4, F6)."""

@@ -7,7 +7,6 @@ Shapes: k = short side of the frame, b = block.
 """
 
 import math
-from functools import cached_property
 
 import torch
 from jaxtyping import Float64
@@ -39,11 +38,17 @@ def gram(M: Frame) -> Float64[Tensor, "k k"]:
 
 
 class Gram:
-    """A frame with its Gram matrix, which is summed when it is first asked for."""
+    """A frame with its Gram matrix, which is summed when it is first asked for.
+
+    Answers are kept by hand: `functools.cached_property` of Python 3.11 holds one lock for all instances, and several
+    matrices at once would wait for each other.
+    """
 
     def __init__(self, M: Frame) -> None:
         self.frame = M
         self._is_spent = False
+        self._matrix: tuple[Tensor, Tensor] | None = None
+        self._leading: Tensor | None = None
 
     def lend(self) -> Float64[Tensor, "k k"]:
         """The matrix, for one user to overwrite its lower triangle, diagonal included; the same memory each time."""
@@ -58,7 +63,7 @@ class Gram:
         """Squared norms of the rows of the frame."""
         return self._kept[1]
 
-    @cached_property
+    @property
     def trace(self) -> float:
         """The squared Frobenius norm of the frame."""
         return float(self.diagonal.sum())
@@ -68,13 +73,18 @@ class Gram:
         """The Frobenius norm of the frame."""
         return math.sqrt(self.trace)
 
-    @cached_property
+    @property
     def leading(self) -> Float64[Tensor, "k b"]:
         """The dominant eigenvectors, by block Lanczos in float32.
 
         Half the memory traffic of float64, and enough: a value read off the weight itself in these directions is in
         error by the square of their angle.
         """
+        if self._leading is None:
+            self._leading = self._find_leading()
+        return self._leading
+
+    def _find_leading(self) -> Tensor:
         half = self.lend().T.to(torch.float32).T
         self._is_spent = False  # only read
         k = len(half)
@@ -83,10 +93,13 @@ class Gram:
         Z: Tensor = torch.linalg.qr(found.vectors.to(torch.float64))[0]
         return Z
 
-    @cached_property
+    @property
     def _kept(self) -> tuple[Tensor, Tensor]:
-        G = gram(self.frame)
-        return G, kernels.keep(G)
+        """The matrix, and its diagonal."""
+        if self._matrix is None:
+            G = gram(self.frame)
+            self._matrix = G, kernels.keep(G)
+        return self._matrix
 
 
 def _value_doubt(values: Tensor, residuals: Tensor) -> float:

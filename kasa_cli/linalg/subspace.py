@@ -22,6 +22,8 @@ DENSE_SIDE = 512
 """Below this a full eigendecomposition of the Gram matrix is the cheapest."""
 DENSE_EDGE = 1.2
 """From this ratio of sides the small singular values of a random weight lie away from zero, and close together."""
+LONG = 2
+"""From this ratio of sides a triangle is smaller than the frame, with what it takes to make it."""
 SCOUT_STEPS = 7
 BOTTOM_STEPS = 48
 SUBSPACE_TOLERANCE = 1e-8
@@ -97,14 +99,16 @@ def cholesky_qr2(gram: Gram, t: int) -> Directions | None:
 def svd(gram: Gram, t: int) -> Directions:
     """The full singular value decomposition in float64: slow, and right for every condition number.
 
+    A long frame is reduced to the triangle of a QR decomposition first, so that it is never held in float64.
+
     Raises:
         NumericalError: LAPACK does not converge by either of its drivers, or cannot index the matrix.
     """
     M = gram.frame
-    k = M.num_short
-    if max(k * M.num_long, 4 * k * k + 7 * k) > LAPACK_LIMIT:
+    k, width = M.num_short, min(M.num_long, LONG * M.num_short)
+    if max(k * width, 4 * k * k + 7 * k) > LAPACK_LIMIT:
         raise NumericalError(f"a full decomposition of {k} x {M.num_long} is beyond what LAPACK can index")
-    A = M.dense()
+    A = M.dense() if M.num_long < LONG * k else M.triangle().T
     U = _left_vectors(A)
     frobenius = float(torch.linalg.matrix_norm(A))
     return Directions(U[:, -min(t + PADDING, k) :], U[:, :TOP_BLOCK], frobenius, "svd", is_squared=False)

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
@@ -96,6 +96,7 @@ class Bench:
     def __init__(self, facts: Facts, weight: Weight) -> None:
         self.weight = weight
         self.is_new = False
+        self._summed: Gram | None = None
         self._facts = facts
         self._side = min(weight.shape)
         self._answers: dict[str, Any] = {}
@@ -135,10 +136,12 @@ class Bench:
     def _tops(self, n: int) -> Tops:
         return tops_of(self._gram, n)
 
-    @cached_property
+    @property
     def _gram(self) -> Gram:
-        self.is_new = True
-        return Gram(frame(self.weight.read()))
+        if self._summed is None:
+            self.is_new = True
+            self._summed = Gram(frame(self.weight.read()))
+        return self._summed
 
     def _ask(self, question: str, kind: type[Fact], find: Callable[[], Fact]) -> Fact:
         """The answer given before, the stored fact, or a new one."""

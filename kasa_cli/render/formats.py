@@ -32,7 +32,7 @@ def as_csv(report: Report) -> str:
 
 def as_markdown(report: Report) -> str:
     """The summary as a Markdown table."""
-    return "\n\n".join(_markdown_table(*table) for table in tables.summary(report))
+    return "\n\n".join(_markdown_table(*table) for table in tables.summary(report) if table[2])
 
 
 def finite(value: Any) -> Any:

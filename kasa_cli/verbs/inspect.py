@@ -72,7 +72,7 @@ def spectrum(
     verbose: Verbose = False,
 ) -> int:
     """Measure all singular values: condition, ranks, noise edge, tail; as table, page or picture."""
-    refuse_occupied(html, png, values, overwrite=overwrite)
+    refuse_occupied(html, values, overwrite=overwrite, folder=png)
     from kasa_cli.commands import spectrum as verb
 
     where = verb.Where(model, revision, cache_dir, local_files_only)
