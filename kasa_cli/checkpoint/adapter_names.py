@@ -1,0 +1,78 @@
+"""Tensor names of an adapter taken apart: which module, which of its tensors, how deep in nested wrappers.
+
+>>> parse("base_model.model.layers.0.fc.lora_A.default.weight", frozenset({"lora_A"})).module
+'layers.0.fc'
+"""
+
+from typing import NamedTuple
+
+NOISE = frozenset({"_orig_mod", "_fsdp_wrapped_module"})
+"""What torch.compile and FSDP put into names."""
+WRAPPED = "base_layer"
+LEAVES = frozenset({"weight", "bias", "U_low", "S_low", "V_low"})
+
+
+class Place(NamedTuple):
+    """A name of the file. `short` is empty for a parameter that the file holds anew; `module` is then its full path.
+
+    `depth` counts the wrappers of one module from outside; `adapter` is the name that PEFT drops when it saves.
+    """
+
+    module: str
+    short: str = ""
+    depth: int = 0
+    adapter: str = ""
+    is_shared: bool = False
+
+
+def parse(name: str, shorts: frozenset[str]) -> Place | None:
+    """The place of a tensor with one of these short names, or that of a parameter; None if it makes no sense."""
+    roots = {short.partition(".")[0] for short in shorts}
+    segments, has_prefix = without_prefix([part for part in name.split(".") if part not in NOISE])
+    at = next((i for i in reversed(range(len(segments))) if segments[i] in roots), None)
+    if at is None:
+        return Place(".".join(part for part in segments if part != WRAPPED), depth=segments.count(WRAPPED))
+    tail = tail_of(segments[at + 1 :])
+    if tail is None:
+        return None
+    leaf, adapter = tail
+    full = f"{segments[at]}.{leaf}" if leaf else segments[at]
+    short = segments[at] if leaf == "weight" and full not in shorts else full
+    path = segments[:at]
+    depth = trailing(path)
+    module = ".".join(part for part in path if part != WRAPPED)
+    return Place(
+        module, short, depth, adapter, is_shared=not path or (not has_prefix and path == ["base_model"])
+    )
+
+
+def without_prefix(segments: list[str]) -> tuple[list[str], bool]:
+    """PEFT's own prefix taken off. Files made by injection have none; what all modules share has half of it."""
+    if segments[:2] == ["base_model", "model"]:
+        return segments[2:], True
+    return segments, False
+
+
+def tail_of(segments: list[str]) -> tuple[str, str] | None:
+    """The leaf and the adapter's name after the root of a tensor's name, each or both absent."""
+    leaf = segments[-1] if segments and segments[-1] in LEAVES else ""
+    rest = segments[:-1] if leaf else segments
+    return (leaf, rest[0] if rest else "") if len(rest) <= 1 else None
+
+
+def trailing(path: list[str]) -> int:
+    """How many wrappers end a path.
+
+    >>> trailing(["experts", "base_layer", "base_layer"])
+    2
+    """
+    return next((i for i, part in enumerate(reversed(path)) if part != WRAPPED), len(path))
+
+
+def ends_with(path: str, end: str) -> bool:
+    """Whether the last parts of a path are those of `end`, as PEFT matches a list of targets.
+
+    >>> ends_with("layers.0.q_proj", "q_proj"), ends_with("layers.0.eq_proj", "q_proj")
+    (True, False)
+    """
+    return path == end or path.endswith(f".{end}")
