@@ -6,6 +6,7 @@ KasaError
 ├── UnsafeInput          4   a file is refused as unsafe
 ├── IntegrityError       5   bytes are not the bytes that were promised
 ├── OutputExists         6   the output is there already
+├── AlreadyMerged        6   the adapter is in the base already
 ├── Locked               7   another run holds the output
 ├── ResourceError        8   disk, memory or permission
 ├── NumericalError       9   a decomposition that cannot be trusted
@@ -83,6 +84,12 @@ class IntegrityError(KasaError):
 
 class OutputExists(KasaError):
     """The output is there already."""
+
+    exit_code = ExitCode.EXISTS
+
+
+class AlreadyMerged(KasaError):
+    """The adapter is in the base already."""
 
     exit_code = ExitCode.EXISTS
 

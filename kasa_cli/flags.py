@@ -78,6 +78,14 @@ class End(StrEnum):
     HIGH = "high"
 
 
+class BaseIs(StrEnum):
+    """What the base of a KaSA adapter is."""
+
+    AUTO = "auto"
+    ORIGINAL = "original"
+    TRUNCATED = "truncated"
+
+
 class EmitName(StrEnum):
     """Spelling of a choice for those who train on it."""
 

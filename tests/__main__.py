@@ -13,7 +13,7 @@ CHECKS = {
     "format": ["ruff", "format", "--check", "."],
     "types": ["mypy"],
     "contract": ["importlinter.cli", "lint-imports"],
-    "tests": ["pytest"],
+    "tests": ["pytest", "-n", "auto", "--dist", "loadfile"],
 }
 
 

@@ -35,6 +35,7 @@ VERBS = (
     ["inspect", "spectrum"],
     ["inspect", "diff"],
     ["select-targets"],
+    ["merge"],
     ["verify"],
     ["store"],
     ["store", "ls"],
@@ -50,6 +51,7 @@ MORE_OPTIONS = {
     " --max-dim --per-type --shape-fair --match-budget --compare --emit --output",
     "inspect spectrum": f"{COMMON} --dry-run --config --html --png --values --overwrite",
     "inspect diff": f"{COMMON} --rank --revision-b",
+    "merge": "--into --weight --base-is --force-base --dtype --rounding --max-shard-size --overwrite --restart",
     "store prune": "--max-size --older-than --all --dry-run",
 }
 

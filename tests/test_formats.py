@@ -153,13 +153,13 @@ STORED = StoreReport(
     store="~/.cache/kasa",
     tensors=(
         {
-            
-                "name": "layers.0.q.weight",
-                "shape": [8, 8],
-                "dtype": "BF16",
-                "facts": ["ends-16", "extremes"]
-            ,
-            "bytes": 4096, "last_used": "2026-01-02 03:04", "content": "ab" * 32,
+            "name": "layers.0.q.weight",
+            "shape": [8, 8],
+            "dtype": "BF16",
+            "facts": ["ends-16", "extremes"],
+            "bytes": 4096,
+            "last_used": "2026-01-02 03:04",
+            "content": "ab" * 32,
         },
     ),
     totals={"tensors": 1, "bytes": 4096},

@@ -19,6 +19,7 @@ from kasa_cli.methods import kasa
 from kasa_cli.methods.choice import SIGNS
 from kasa_cli.methods.criteria import CRITERIA, RULES
 from kasa_cli.pipeline import job
+from kasa_cli.pipeline.lineage import BASES
 from kasa_cli.presets import Option, load
 from kasa_cli.render.formats import FORMATS
 
@@ -238,6 +239,7 @@ def test_exit_codes(preset, model, capsys, text, code, said):
         (flags.Rule, RULES),
         (flags.End, SIGNS),
         (flags.EmitName, handoff.FORMATS),
+        (flags.BaseIs, BASES),
     ],
 )
 def test_the_choices_of_a_flag_are_the_rows_of_its_table(choice, table):

@@ -37,7 +37,9 @@ def case(request, tmp_path_factory):
 
 def chosen(case, amount, **options):
     _, model, _, store = case
-    return select_targets(Where(str(model)), Choice(amount=amount, **options), running=Running(1, store=store))
+    return select_targets(
+        Where(str(model)), Choice(amount=amount, **options), running=Running(1, store=store)
+    )
 
 
 def assert_resolved(ours, theirs):
@@ -312,7 +314,9 @@ def test_truncate_takes_the_file(tmp_path, capsys):
     done = inside(capsys, "select-targets", model, "--exclude", "lm_head", "-o", file)
     assert done.code == 0, done.err
     wanted = json.loads(file.read_text())["target_modules"]
-    made = inside(capsys, "truncate", model, "-o", tmp_path / "OUT", "-r", 3, "--targets-from", file, "--json")
+    made = inside(
+        capsys, "truncate", model, "-o", tmp_path / "OUT", "-r", 3, "--targets-from", file, "--json"
+    )
     assert sorted(row["module"] for row in made.json["tensors"]) == sorted(wanted)
     assert made.json["totals"]["decompositions"] == 0
     changed_tensors = load_file(tmp_path / "OUT" / "base" / "model.safetensors")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kasa_cli.checkpoint import manifest
-from kasa_cli.errors import InvalidInput
+from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.pipeline import compare, intact
 from kasa_cli.pipeline.job import Where
 from kasa_cli.pipeline.planning import find
@@ -30,6 +30,8 @@ def verify(
         raise InvalidInput("no such directory", str(output))
     watcher, num_workers = watcher or Silent(), workers or num_cores()
     found = manifest.load(output)
+    if against and found["command"] != "truncate":
+        raise UsageError("--against recomputes truncations, not merges", str(output), "use --read-data")
     intact.check_files(output, found)
     num_bytes = intact.check_hashes(output, found, num_workers, watcher) if read_data else 0
     intact.check_structure(output, found)

@@ -69,10 +69,10 @@ def check_structure(output: Path, manifest: Manifest) -> None:
     Raises:
         IntegrityError: naming the first tensor that is not.
     """
-    tensors = manifest["tensors"]
-    if (output / "base").is_dir():
+    tensors, base = manifest["tensors"], base_of(output, manifest)
+    if base.is_dir():
         recorded = {name: (one["dtype"], one["shape"]) for name, one in tensors.items()}
-        _require_equal(_base_forms(output / "base"), recorded, str(output / "base"))
+        _require_equal(_base_forms(base), recorded, str(base))
     targets = [one for one in tensors.values() if "module" in one]
     if (output / "adapter").is_dir():
         rank = manifest["options"]["rank"]
@@ -81,6 +81,11 @@ def check_structure(output: Path, manifest: Manifest) -> None:
         cut = [one for one in targets if one["truncation_rank"]]
         rank = max((one["truncation_rank"] for one in cut), default=0)
         _check_small(output / "tail", cut, rank, with_diag=False)
+
+
+def base_of(output: Path, manifest: Manifest) -> Path:
+    """Where the checkpoint of an output is: a merged model is the output itself."""
+    return output if manifest["command"] == "merge" else output / "base"
 
 
 def hash_tensor(container: Container, name: str) -> str:
@@ -103,7 +108,7 @@ def _check_hash(output: Path, manifest: Manifest, name: str) -> None:
 
 def _altered_tensor(output: Path, manifest: Manifest, name: str) -> str:
     """The first tensor of a shard whose bytes are not those recorded, for the message."""
-    if not name.startswith("base/") or not name.endswith(".safetensors"):
+    if not (output / name).is_relative_to(base_of(output, manifest)) or not name.endswith(".safetensors"):
         return ""
     try:
         container = read_header(output / name)

@@ -1,0 +1,350 @@
+"""OPERATE, for merges: every tensor that adapters change, from its bytes and theirs, rounded once.
+
+One tensor of the base is in memory at a time (a worker), with what the adapters say about it. Three steps, any of
+which may be left out: a replacement of the whole, replacements of rows, and changes (`methods.terms`).
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kasa_cli.checkpoint.adapter import Adapter, TokenRows
+from kasa_cli.checkpoint.adapter_places import Placed
+from kasa_cli.checkpoint.adapter_value_places import PlacedValue
+from kasa_cli.checkpoint.container import Reader
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.peft import PEFT_VERSION
+from kasa_cli.checkpoint.streaming import TORCH_DTYPES
+from kasa_cli.errors import InvalidInput, UsageError
+from kasa_cli.linalg.rounding import ROUNDINGS, Target, rounded
+from kasa_cli.methods import adapters as kinds
+from kasa_cli.methods.terms import Change, Term, apply, apply_bias, factors, row_blocks, rows, weighted
+from kasa_cli.pipeline.facts import Facts
+from kasa_cli.pipeline.operate import Rows, require_finite
+from kasa_cli.pipeline.weights import Matrix, read_target, weigh
+from kasa_cli.report import Piece
+
+BLOCK = 1 << 18
+IN_FILE = "file"
+"""The adapter's file holds its module's own base, cut already."""
+KEPT = 4
+"""Patches of fused experts whose changes are kept: each is asked for once an expert."""
+
+
+@dataclass(frozen=True)
+class Merging:
+    """One adapter, where its patches and values go, and its weight. `cuts_base`: KaSA's cut is still to be made."""
+
+    adapter: Adapter
+    placed: tuple[Placed, ...]
+    values: tuple[PlacedValue, ...]
+    weight: float
+    cuts_base: bool
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of one matrix on disk: whose, which of the patch's matrices, and the rows of it that are here."""
+
+    merging: Merging
+    place: Placed
+    number: int
+    index: int | None
+    span: tuple[int, int]
+
+
+@dataclass
+class Orders:
+    """All that is to be done to one tensor on disk."""
+
+    edits: list[Edit] = field(default_factory=list)
+    biases: list[Edit] = field(default_factory=list)
+    replacement: tuple[Adapter, PlacedValue] | None = None
+    rows: list[tuple[Adapter, TokenRows]] = field(default_factory=list)
+    modules: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def num_terms(self) -> int:
+        """How many adapters' words are in it."""
+        return len(self.edits) + len(self.biases) + len(self.rows) + (self.replacement is not None)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was measured on a merged tensor as stored."""
+
+    max_abs_change: float
+    rounding_error: float
+
+
+def orders_of(mergings: Sequence[Merging]) -> dict[str, Orders]:
+    """By tensor on disk what is to be done to it.
+
+    Raises:
+        InvalidInput: two adapters replace the same tensor, or a whole value is weighted or lies in pieces.
+    """
+    orders: defaultdict[str, Orders] = defaultdict(Orders)
+    for merging in mergings:
+        for place in merging.placed:
+            _order_patch(orders, merging, place)
+        for value in merging.values:
+            _order_value(orders, merging, value)
+    return dict(orders)
+
+
+def _order_patch(orders: dict[str, Orders], merging: Merging, place: Placed) -> None:
+    for number, parts in enumerate(place.matrices):
+        for part in parts:
+            edit = Edit(merging, place, number, part.piece.index, (part.start, part.stop))
+            orders[part.piece.name].edits.append(edit)
+            orders[part.piece.name].modules[place.patch.module] = None
+    if place.bias is not None:
+        whole = Edit(merging, place, 0, None, (0, place.shape[0]))
+        orders[place.bias].biases.append(whole)
+        orders[place.bias].modules[place.patch.module] = None
+
+
+def _order_value(orders: dict[str, Orders], merging: Merging, value: PlacedValue) -> None:
+    """A parameter that an adapter holds anew: it stands for itself, so it has no weight."""
+    one = value.value
+    pieces = [part.piece for parts in value.matrices for part in parts]
+    if len(pieces) != 1 or pieces[0].index is not None:
+        raise InvalidInput("a parameter that lies in pieces on disk is not replaced", one.tensor)
+    if value.vocabulary:
+        what = f"{value.vocabulary[1]} rows, {value.vocabulary[0]} in the base: kasa changes no shape"
+        raise InvalidInput(what, one.tensor, "resize the vocabulary of the base first")
+    if merging.weight != 1:
+        raise UsageError("an adapter that replaces parameters has no weight but 1", one.tensor)
+    order = orders[pieces[0].name]
+    order.modules[one.parameter.rpartition(".")[0]] = None
+    if isinstance(one, TokenRows):
+        order.rows.append((merging.adapter, one))
+    elif order.replacement is None:
+        order.replacement = (merging.adapter, value)
+    else:
+        raise InvalidInput("two adapters replace it", one.parameter, "merge one of them")
+
+
+class Merger:
+    """Who merges: the orders for each tensor, and how to carry them out."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, orders: Mapping[str, Orders], facts: Facts, round_off: str
+    ) -> None:
+        self.checkpoint, self.orders, self.facts, self.round_off = checkpoint, orders, facts, round_off
+        self._stacks: dict[int, list[Change]] = {}
+        self._lock = threading.Lock()
+
+    def takes(self, name: str) -> bool:
+        """Whether an adapter says anything about a tensor."""
+        return name in self.orders
+
+    def prepare(self, name: str) -> "Operation":
+        """Read a tensor and make the changes of it."""
+        orders = self.orders[name]
+        before = read_target(self.checkpoint, name)
+        X = _with_rows(_replaced(before, orders, name), orders)
+        biases = [self.change(edit, None) for edit in orders.biases]
+        if X.ndim < 2 or biases:
+            return Operation(name, before, X, [], biases, self.round_off)
+        views = []
+        for index in dict.fromkeys(edit.index for edit in orders.edits):
+            own = [edit for edit in orders.edits if edit.index == index]
+            views.append(self._view(name, X, index, own))
+        return Operation(name, before, X, views, biases, self.round_off)
+
+    def change(self, edit: Edit, W: Tensor | None) -> Change:
+        """What an adapter does to the part of a weight that is here, W seen as (out, in)."""
+        place, weight = edit.place, edit.merging.weight
+        found = (
+            self._stack(edit)[edit.number]
+            if len(place.matrices) > 1 or _is_stack(place)
+            else self._one(edit, W)
+        )
+        return _cut_out(weighted(found, weight), edit)
+
+    def _view(self, name: str, X: Tensor, index: int | None, edits: Sequence[Edit]) -> "View":
+        matrix = X if index is None else X[index]
+        turned = edits[0].place.is_turned != edits[0].place.is_transposed
+        W = matrix.T if turned else matrix
+        cuts = self._truncation(name, index, turned, edits)
+        return View(index, turned, (*cuts, *(self.change(edit, W) for edit in edits)))
+
+    def _one(self, edit: Edit, W: Tensor | None) -> Change:
+        patch = edit.place.patch
+        return kinds.change(patch.kind, self._tensors(edit), _module(edit.place), W)
+
+    def _stack(self, edit: Edit) -> list[Change]:
+        """The changes of all experts of a patch, made once for as long as they are asked for."""
+        with self._lock:
+            key = id(edit.place)
+            if key not in self._stacks:
+                place = edit.place
+                # `placed` has settled which side is which, by the version that wrote the file
+                made = kinds.experts(self._tensors(edit), _module(place), len(place.matrices), PEFT_VERSION)
+                while len(self._stacks) >= KEPT:
+                    self._stacks.pop(next(iter(self._stacks)))
+                self._stacks[key] = made
+            return self._stacks[key]
+
+    def _tensors(self, edit: Edit) -> dict[str, Tensor]:
+        with Reader(edit.merging.adapter.container) as reader:
+            return {short: reader.tensor(name) for short, name in edit.place.patch.tensors.items()}
+
+    def _truncation(
+        self, name: str, index: int | None, turned: bool, edits: Sequence[Edit]
+    ) -> tuple[Change, ...]:
+        """KaSA's cut of the base, once: as many components as the largest of the adapters has rank, as in PEFT."""
+        cut = [
+            int(edit.place.patch.settings["r"])
+            for edit in edits
+            if edit.merging.cuts_base and edit.place.patch.settings.get("base_start") != IN_FILE
+        ]
+        if not cut:
+            return ()
+        matrix = Matrix(name, (Piece(name, index),), is_transposed=turned)
+        weight = weigh(self.checkpoint, matrix, torch.device("cpu"))
+        return (kinds.truncation(self.facts.bench(weight).bottom(max(cut))),)
+
+
+@dataclass(frozen=True)
+class View:
+    """One matrix of a tensor as the adapters see it, and what they do to it."""
+
+    index: int | None
+    is_turned: bool
+    changes: tuple[Change, ...]
+
+    def of(self, X: Tensor) -> Tensor:
+        """The matrix as (out, in)."""
+        matrix = X if self.index is None else X[self.index]
+        return matrix.T if self.is_turned else matrix
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A tensor on the table: as it was, what it is before the changes, and the changes."""
+
+    name: str
+    before: Tensor
+    X: Tensor
+    views: Sequence[View]
+    biases: Sequence[Change]
+    round_off: str
+
+    def operate(self, dtype: str) -> Tensor:
+        """The new value, rounded once, in the layout of the file."""
+        wanted = TORCH_DTYPES[dtype]
+        if self.biases:
+            Q = apply_bias(self.X, self.biases, wanted)
+        else:
+            Q = rounded(self.X.to(torch.float64), wanted) if self.X.dtype != wanted else self.X.clone()
+            for view in self.views:
+                view.of(Q).copy_(_rounded(view.of(self.X), view.changes, wanted, self.round_off))
+        require_finite(Q, self.name, dtype)
+        return Q
+
+    def examine(self, rows_of: Rows) -> Merged:
+        """Compare what was stored with the exact result and with what was there."""
+        stored = rows_of(0, len(self.X))
+        change = (
+            float((stored.to(torch.float64) - self.before.to(torch.float64)).abs().max())
+            if stored.numel()
+            else 0.0
+        )
+        error = norm = 0.0
+        for Q, T in self._exact(stored):
+            error += float((Q.to(torch.float64) - T).square().sum())
+            norm += float(T.square().sum())
+        return Merged(change, (error / norm) ** 0.5 if norm else 0.0)
+
+    def _exact(self, stored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of what is stored and what should be, a block at a time."""
+        if self.biases:
+            yield stored, apply_bias(self.X, self.biases, torch.float64)
+            return
+        if not self.views:
+            yield stored, self.X.to(torch.float64)
+            return
+        for view in self.views:
+            W, Q = view.of(self.X), view.of(stored)
+            for start, stop in row_blocks(W.shape, view.changes):
+                yield Q[start:stop], rows(W, view.changes, start, stop)
+
+
+def _largest_difference(A: Tensor, B: Tensor) -> float:
+    """The largest difference of two entries, a block at a time."""
+    a, b = A.reshape(-1), B.reshape(-1)
+    steps = range(0, len(a), BLOCK)
+    return max(
+        (float((a[i : i + BLOCK].to(torch.float64) - b[i : i + BLOCK]).abs().max()) for i in steps),
+        default=0.0,
+    )
+
+
+def _rounded(W: Tensor, changes: Sequence[Change], dtype: torch.dtype, round_off: str) -> Tensor:
+    """The changed weight; `preserve` keeps rounding out of the directions that the update reads."""
+    term = factors(changes) if round_off != "nearest" else None
+    if term is None or not term.R.shape[0] or dtype.itemsize > 2:
+        return apply(W, changes, dtype)
+    V = torch.linalg.qr(term.R.T)[0]
+    return ROUNDINGS[round_off](Target(W, term.L, term.R), V, dtype)
+
+
+def _cut_out(change: Change, edit: Edit) -> Change:
+    """The part of a change that falls on the rows in memory which a piece holds."""
+    start, stop = edit.span
+    if (start, stop) == (0, edit.place.shape[0]):
+        return change
+    if change.dense is not None or change.map is not None:
+        raise InvalidInput(
+            "this kind of adapter is not merged into experts that are apart on disk", edit.place.patch.module
+        )
+    part = slice(start, stop)
+    cut = partial(_columns if edit.place.is_transposed else _rows, part)
+    return Change(terms=tuple(cut(term) for term in change.terms))
+
+
+def _rows(part: slice, term: Term) -> Term:
+    return Term(term.L[part], term.R)
+
+
+def _columns(part: slice, term: Term) -> Term:
+    return Term(term.L, term.R[:, part])
+
+
+def _module(place: Placed) -> kinds.Module:
+    outs, ins = place.sides
+    return kinds.Module(outs, ins, place.patch.settings, place.is_transposed)
+
+
+def _is_stack(place: Placed) -> bool:
+    """Whether the patch is of a parameter that holds experts, even if it is one."""
+    return place.matrices[0][0].piece.index is not None or place.patch.parameter != "weight"
+
+
+def _replaced(before: Tensor, orders: Orders, name: str) -> Tensor:
+    if orders.replacement is None:
+        return before
+    adapter, value = orders.replacement
+    with Reader(adapter.container) as reader:
+        found = reader.tensor(value.value.tensor)
+    found = found.T if value.is_turned else found
+    if found.shape != before.shape:
+        what = f"of shape {tuple(found.shape)}, in the base {tuple(before.shape)}"
+        raise InvalidInput(what, name, "is this the base that it was trained on?")
+    return found.contiguous()
+
+
+def _with_rows(X: Tensor, orders: Orders) -> Tensor:
+    for adapter, one in orders.rows:
+        with Reader(adapter.container) as reader:
+            found = reader.tensor(one.tensor)
+        X = X.clone()
+        X[torch.tensor(one.indices)] = found.to(X.dtype)
+    return X
