@@ -16,6 +16,7 @@ def check(report):
     assert preserve["realised_min"] > nearest["realised_min"]
     assert 0.5 < report.similarity < 1
     assert report.tail_difference < 1e-4
+    assert report.merge_difference < 1e-4
     assert report.model in FORMATS["table"](report)
 
 

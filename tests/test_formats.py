@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,15 @@ import spectrum_reports
 from kasa_cli.render.formats import FORMATS, finite
 from kasa_cli.render.units import big, duration, number, percent
 from kasa_cli.report import (
+    AdapterRow,
     CandidateRow,
     DemoReport,
     DiffReport,
     DiffRow,
     Emission,
     MeasurePlan,
+    MergedRow,
+    MergeReport,
     PlanReport,
     SelectReport,
     Skipped,
@@ -171,6 +175,18 @@ TO_MEASURE = MeasurePlan(
     skipped=(),
     totals={"bytes_to_write": 0, "memory_bytes": 512e6, "seconds": 75.2},
 )
+MERGED = MergeReport(
+    command="merge",
+    model="org/model",
+    model_class="LlamaForCausalLM",
+    base_is=None,
+    dtype="auto",
+    rounding="nearest",
+    tensors=(MergedRow("layers.0.q.weight", "layers.0.q", "BF16", 1, 0.25, 1e-3),),
+    adapters=(AdapterRow("my-adapter", "lora", 1.0, "ab" * 32, 2, 2),),
+    totals={"tensors_merged": 1},
+    output={"directory": "out"},
+)
 DEMO = DemoReport(
     command="demo",
     model="a model",
@@ -179,9 +195,11 @@ DEMO = DemoReport(
     selected=SELECTED,
     truncated=TRUNCATED,
     verified=COMPARED,
+    merged=MERGED,
     rounding=({"dtype": "bfloat16", "rounding": "nearest", "realised_min": 0.2, "realised_median": 0.4},),
     similarity=0.98765,
     tail_difference=1.5e-6,
+    merge_difference=2e-6,
 )
 REPORTS = {
     "truncate": TRUNCATED,
@@ -194,6 +212,7 @@ REPORTS = {
     "diff": DIFFERENT,
     "store": STORED,
     "measure": TO_MEASURE,
+    "merge": MERGED,
 }
 ROWS = {
     "truncate": 3,
@@ -205,7 +224,7 @@ ROWS = {
     "select": 3,
     "diff": 1,
 }
-ROWS |= {"store": 1, "measure": 12}
+ROWS |= {"store": 1, "measure": 12, "merge": 1}
 
 TABLE = """\
 3 weights truncated by their 4 smallest components
@@ -329,6 +348,12 @@ def test_curves_are_for_pictures_and_maps_have_a_column_for_each_key():
     header = FORMATS["csv"](SPECTRUM).splitlines()[0].split(",")
     assert {"kappa", "energy_8", "sketch"} <= set(header)
     assert "others_snr" in FORMATS["csv"](SELECTED).splitlines()[0]
+
+
+def test_what_was_merged():
+    shown = stripped(FORMATS["table"](MERGED))
+    assert re.search(r"my-adapter +lora +1\.000 +2 of 2", shown) and "1 tensors changed" in shown
+    assert shown.endswith("wrote out; next: kasa verify out --read-data")
 
 
 def test_what_a_choice_cost_and_what_the_next_one_will():

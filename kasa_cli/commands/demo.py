@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from kasa_cli.checkpoint.durable import make_folder
+from kasa_cli.commands.merge import Options as MergeOptions
+from kasa_cli.commands.merge import merge
 from kasa_cli.commands.select_targets import Choice, select_targets
 from kasa_cli.commands.spectrum import spectrum
 from kasa_cli.commands.truncate import Options, Where, truncate
@@ -33,7 +35,7 @@ RANK = 8
 def demo(
     folder: Path, *, overwrite: bool = False, workers: int = 0, watcher: Watcher | None = None
 ) -> DemoReport:
-    """Inspect, select, truncate, verify against the base, load in transformers, and compare roundings.
+    """Inspect, select, truncate, verify against the base, merge, load in transformers, and compare roundings.
 
     Spectra are measured once: they are kept in a store inside the folder.
 
@@ -52,6 +54,11 @@ def demo(
     options = Options(rank=RANK, workers=workers, overwrite=overwrite, store=running.store)
     done = truncate(Where(str(model)), output, options, watcher)
     verified = verify(output, read_data=True, against=Where(str(model)), workers=workers, watcher=watcher)
+    tail = [output / "tail"]
+    joined = merge(
+        tail, Where(str(model)), folder / "merged", MergeOptions(overwrite=overwrite), running, watcher
+    )
+    merged = _hidden(_load(folder / "merged", done.model_class))
     original, changed = (_hidden(_load(folder, done.model_class)) for folder in (model, output / "base"))
     return DemoReport(
         command="demo",
@@ -61,9 +68,11 @@ def demo(
         selected=chosen,
         truncated=done,
         verified=verified,
+        merged=joined,
         rounding=tuple(_rounded(model, options, rounding, watcher) for rounding in ("nearest", "preserve")),
         similarity=float(torch.nn.functional.cosine_similarity(original, changed, dim=-1).mean()),
         tail_difference=_tail_difference(model, done, output / "tail", changed),
+        merge_difference=float((merged - changed).abs().max()),
     )
 
 

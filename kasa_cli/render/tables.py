@@ -217,6 +217,10 @@ def _demo_closing(report: DemoReport) -> list[str]:
     ]
     if report.tail_difference is not None:
         lines.append(f"original + tail/ in PEFT differs from it by {number(report.tail_difference)} at most")
+    lines.append(
+        f"original + tail/ merged by kasa differs from it by {number(report.merge_difference)} at most"
+    )
+    lines.append(f"spectra: measured {report.spectrum.totals['decompositions']}, then known to every step")
     return [*lines, "", *_next_steps(report.truncated)]
 
 

@@ -131,8 +131,8 @@ class DemoReport:
     """What `kasa demo` measured. `rounding` is by (dtype, rule): the least and median share of the cut left.
 
     `similarity` is the cosine between the last hidden states of the original and of the truncated model, loaded
-    by transformers; `tail_difference` the largest difference between the truncated model and original plus tail,
-    None where PEFT is not installed.
+    by transformers; `tail_difference` the largest difference between the truncated model and original plus tail in
+    PEFT, None where that is not installed; `merge_difference` the same for the tail merged by kasa.
     """
 
     command: str
@@ -142,6 +142,8 @@ class DemoReport:
     selected: SelectReport
     truncated: TruncateReport
     verified: VerifyReport
+    merged: MergeReport
     rounding: tuple[dict[str, Any], ...]
     similarity: float
     tail_difference: float | None
+    merge_difference: float

@@ -22,7 +22,7 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Walk the whole path on a small real model: inspect, select, truncate, verify, load."""
+    """Walk the whole path on a small real model: inspect, select, truncate, verify, merge, load."""
     from kasa_cli.commands import demo as verb
 
     with watching(quiet) as watcher:
