@@ -1,7 +1,7 @@
 """How much faster, and in how much less memory, than PEFT are targets chosen by condition number?
 
-    python benchmarks/select.py --width 2048 --layers 8
     python benchmarks/select.py --width 4096 --layers 2
+    python benchmarks/select.py --width 2048 --layers 8
 
 Both start from the same files, in processes of their own, one after the other, and must choose the same modules.
 PEFT: `from_pretrained`, then `peft.helpers.find_kappa_target_modules`. The second question is another share of the
@@ -40,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--without-peft", action="store_true", help="only kasa")
     parser.add_argument("--json", type=Path, help="also write the figures here")

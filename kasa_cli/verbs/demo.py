@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kasa_cli.errors import ExitCode, printable
 from kasa_cli.flags import Format, FormatOption, Json, Overwrite, Quiet, Verbose, Workers
 from kasa_cli.terminal import publish, show, watching
 
@@ -28,4 +29,7 @@ def demo(
     with watching(quiet) as watcher:
         report = verb.demo(output_dir, overwrite=overwrite, workers=workers, watcher=watcher)
         publish(report.spectrum, output_dir / "spectra.html", None)
-    return show(report, Format.JSON if json_format else output_format, quiet)
+    show(report, Format.JSON if json_format else output_format, quiet)
+    if not quiet:
+        typer.echo(f"note: open {printable(str(output_dir / 'spectra.html'))} in a browser", err=True)
+    return ExitCode.DONE
