@@ -1,7 +1,7 @@
 """`kasa merge`: adapters into their base, one tensor at a time, each rounded once."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,38 +62,27 @@ def merge(
     check_running(running)
     source, checkpoint, names = planning.survey(where)
     check_apart(output, [source.root, *adapters])
-    base = lineage.origin(checkpoint)
-    rows, mergings, base_is = _opened(adapters, base, names, options)
+    rows, mergings, base_is = _opened(adapters, lineage.origin(checkpoint), names, options)
     orders = orders_of(mergings)
-    dtype = DTYPES[options.dtype]
-    changing = {name: dtype for name in orders if dtype not in (None, checkpoint.tensors[name].dtype)}
-    sheets = base_sheets(checkpoint, {k: v for k, v in changing.items() if v}, options.max_shard_size)
+    sheets = _sheets(checkpoint, orders, options)
     require_space(output.parent, sum(sheet.form.size for sheet in sheets))
     facts = planning.open_facts(running)
-    environment = manifest.numeric_environment(running.threads_per_worker, "cpu")
-    record = _recorded(options, rows, base_is)
-    job = _job(checkpoint, record, environment, (source.repo, source.commit))
+    record = {
+        "command": "merge",
+        "environment": manifest.numeric_environment(running.threads_per_worker, "cpu"),
+        "source": {"commit": source.commit, "repo": source.repo},
+        **_recorded(options, rows, base_is),
+    }
+    headers = [[file, shard.identity.size] for file, shard in checkpoint.shards.items()]
+    job = {**record, "inputs": headers}
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(running.threads_per_worker):
         merger = Merger(checkpoint, orders, facts, options.rounding)
         written = write_base(checkpoint, merger, sheets, staging.out, running.num_workers, watcher)
         copy_companions(checkpoint, staging.out, options.dtype)
         write_index(checkpoint, sheets, staging.out)
-        carried = card.source_facts(checkpoint.root, checkpoint.companions)
-        write_file(staging.out / CARD, [card.card(source.repo, carried, "A merged model", _card_body(rows))])
-        content = {
-            "schema": manifest.SCHEMA,
-            "command": "merge",
-            "environment": environment,
-            **record,
-            "files": file_records(staging.out, running.num_workers),
-            "left_out": {left.name: left.reason for left in checkpoint.left_out},
-            "model_class": names.model_class,
-            "source": {"commit": source.commit, "repo": source.repo},
-            "tensors": _records(checkpoint, written),
-        }
-        sealed = manifest.seal(content)
-        write_file(staging.out / MANIFEST, [sealed])
+        record = {**record, "model_class": names.model_class, "tensors": _records(checkpoint, written)}
+        sealed = _write_papers(checkpoint, staging.out, record, rows, running.num_workers)
         staging.publish()
     return MergeReport(
         command="merge",
@@ -108,6 +97,37 @@ def merge(
         output={"directory": str(output), "manifest_sha256": hashlib.sha256(sealed).hexdigest()},
         notes=tuple(_notes(names, planning.store_notes(facts))),
     )
+
+
+def _sheets(checkpoint: Checkpoint, orders: Mapping[str, Orders], options: Options) -> list[Sheet]:
+    """The files of the merged model."""
+    dtype = DTYPES[options.dtype]
+    changing = {name: dtype for name in orders if dtype not in (None, checkpoint.tensors[name].dtype)}
+    return base_sheets(checkpoint, {k: v for k, v in changing.items() if v}, options.max_shard_size)
+
+
+def _write_papers(
+    checkpoint: Checkpoint,
+    folder: Path,
+    record: Mapping[str, Any],
+    rows: Sequence[AdapterRow],
+    num_workers: int,
+) -> bytes:
+    """The card, then the manifest, which is last: whoever finds it finds all else."""
+    carried = card.source_facts(checkpoint.root, checkpoint.companions)
+    write_file(
+        folder / CARD, [card.card(record["source"]["repo"], carried, "A merged model", _card_body(rows))]
+    )
+    sealed = manifest.seal(
+        {
+            **record,
+            "files": file_records(folder, num_workers),
+            "left_out": {left.name: left.reason for left in checkpoint.left_out},
+            "schema": manifest.SCHEMA,
+        }
+    )
+    write_file(folder / MANIFEST, [sealed])
+    return sealed
 
 
 def check(adapters: Sequence[Path], options: Options) -> None:
@@ -193,22 +213,6 @@ def _recorded(options: Options, rows: Sequence[AdapterRow], base_is: str | None)
         "rounding": options.rounding,
     }
     return {"adapters": adapters, "base_is": base_is, "options": recorded}
-
-
-def _job(
-    checkpoint: Checkpoint,
-    record: dict[str, Any],
-    environment: dict[str, Any],
-    source: tuple[str | None, str | None],
-) -> dict[str, Any]:
-    headers = [[file, shard.identity.size] for file, shard in checkpoint.shards.items()]
-    return {
-        **record,
-        "command": "merge",
-        "environment": environment,
-        "inputs": headers,
-        "source": list(source),
-    }
 
 
 def _records(checkpoint: Checkpoint, written: Sequence[Written[Merged]]) -> dict[str, Any]:
