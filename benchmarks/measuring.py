@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,3 +35,20 @@ def measured(command: Sequence[str], threads: int | None = None, output: Path | 
 
 def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def show(figures: Mapping[str, Usage]) -> None:
+    """One row a contender, with its figures over those of kasa, the one called so."""
+    ours = figures["kasa"]
+    width = max(map(len, figures)) + 1
+    print(
+        f"{'':{width}} {'wall':>9} {'processor':>10} {'peak memory':>12}   against kasa: wall, processor, memory"
+    )
+    for name, one in figures.items():
+        ratios = (
+            one.seconds / ours.seconds,
+            one.cpu_seconds / ours.cpu_seconds,
+            one.peak_bytes / ours.peak_bytes,
+        )
+        row = f"{name:{width}} {one.seconds:7.1f} s {one.cpu_seconds:8.1f} s {gib(one.peak_bytes):>12}"
+        print(f"{row}   {' '.join(f'{ratio:6.2f} x' for ratio in ratios)}")

@@ -22,7 +22,7 @@ import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import llama_shaped  # noqa: E402
-from measuring import Usage, gib, measured  # noqa: E402
+from measuring import Usage, gib, measured, show  # noqa: E402
 
 TOP_P = 0.2
 
@@ -105,21 +105,6 @@ def report(place: Path) -> None:
         print(
             f"{len(ours)} modules chosen; {'the same' if ours == theirs else 'NOT the same'} as PEFT's, in order"
         )
-
-
-def show(figures: dict[str, Usage]) -> None:
-    ours = figures["kasa"]
-    print(
-        f"{'':14} {'wall':>9} {'processor':>10} {'peak memory':>12}   against kasa: wall, processor, memory"
-    )
-    for name, one in figures.items():
-        ratios = (
-            one.seconds / ours.seconds,
-            one.cpu_seconds / ours.cpu_seconds,
-            one.peak_bytes / ours.peak_bytes,
-        )
-        row = f"{name:14} {one.seconds:7.1f} s {one.cpu_seconds:8.1f} s {gib(one.peak_bytes):>12}"
-        print(f"{row}   {' '.join(f'{ratio:6.2f} x' for ratio in ratios)}")
 
 
 if __name__ == "__main__":

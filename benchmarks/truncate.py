@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import llama_shaped
-from measuring import Usage, gib, measured
+from measuring import Usage, gib, measured, show
 
 RANK = 16
 
@@ -107,21 +107,6 @@ def compare(arguments: argparse.Namespace) -> dict[str, Usage]:
             )
     show(figures)
     return figures
-
-
-def show(figures: dict[str, Usage]) -> None:
-    ours = figures["kasa"]
-    print(
-        f"{'':12} {'wall':>9} {'processor':>10} {'peak memory':>12}   against kasa: wall, processor, memory"
-    )
-    for name, one in figures.items():
-        ratios = (
-            one.seconds / ours.seconds,
-            one.cpu_seconds / ours.cpu_seconds,
-            one.peak_bytes / ours.peak_bytes,
-        )
-        row = f"{name:12} {one.seconds:7.1f} s {one.cpu_seconds:8.1f} s {gib(one.peak_bytes):>12}"
-        print(f"{row}   {' '.join(f'{ratio:6.2f} x' for ratio in ratios)}")
 
 
 if __name__ == "__main__":
