@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -85,3 +87,13 @@ def test_no_code_or_pickle_of_a_stranger_is_run(path):
     assert path.stem == "demo" or not called & LOADERS
     trusting = [k for node in ast.walk(tree) if isinstance(node, ast.Call) for k in node.keywords]
     assert not [k for k in trusting if k.arg == "trust_remote_code" and getattr(k.value, "value", True)]
+
+
+@pytest.mark.parametrize("script", ["select", "truncate", "realised"])
+def test_every_benchmark_of_the_readme_starts(script):
+    """One of them has the name of a module of the standard library, which all of them need."""
+    assert f"python benchmarks/{script}.py" in README
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout

@@ -16,6 +16,7 @@ from runs import finished, inside
 from safetensors.torch import load_file, save_file
 
 from kasa_cli.checkpoint.container import read_header
+from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import AlreadyMerged, ExitCode, IntegrityError, InvalidInput, UsageError
 
@@ -239,6 +240,30 @@ def test_the_tail_makes_the_truncated_base(pretruncated, tmp_path):
     assert_equal(
         load_file(tmp_path / "OUT" / "model.safetensors"), load_file(out / "base" / "model.safetensors"), 1e-6
     )
+
+
+def test_a_cut_that_rounding_brought_back_in_one_weight_leaves_the_base_known(pretruncated, tmp_path):
+    """That weight is the same in both bases; the others tell them apart."""
+    from kasa_cli.pipeline.lineage import Origin, adapter_manifest, base_is
+
+    model, out, _ = pretruncated
+    known = copy.deepcopy(dict(adapter_manifest(out / "adapter")))
+    names = [name for name, one in known["tensors"].items() if one["role"] == "truncated"]
+    for place, expected in ((model, "original"), (out / "base", "truncated")):
+        base = Origin(open_checkpoint(place), None)
+        same = known["tensors"][names[0]]
+        same["sha256"] = same["input_sha256"] = base.sha256(names[0])
+        assert base_is("auto", base, known, names) == expected
+
+
+def test_trained_rows_are_rounded_once_when_the_dtype_is_wider(folder, tmp_path):
+    model = copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    adapter = saved("tokens", folder)
+    merged(adapter, tmp_path / "half", tmp_path / "OUT", dtype="float32")
+    stored = load_file(tmp_path / "OUT" / "model.safetensors")["model.embed_tokens.weight"]
+    trained = next(one for name, one in load_file(adapter / WEIGHTS).items() if "trainable_tokens" in name)
+    assert torch.equal(stored[[1, 5]], trained)
 
 
 def test_a_dense_core_of_old_files_is_merged(folder, tmp_path):

@@ -73,6 +73,15 @@ class Adapter:
         )
 
 
+def consumed(adapter: Adapter) -> frozenset[str]:
+    """Every tensor of the file that a patch or a value takes."""
+    patches = [
+        name for patch in adapter.patches for name in (*patch.tensors.values(), *patch.copies.values())
+    ]
+    values = [one.tensor for one in (*adapter.replacements, *adapter.token_rows)]
+    return frozenset((*patches, *values))
+
+
 def unconsumed(names: Iterable[str], container: Container) -> InvalidInput:
     """The error for tensors that nothing in the config accounts for."""
     listed = enumerated([quote(name) for name in names], 3)

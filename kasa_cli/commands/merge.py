@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa_cli.checkpoint import card, manifest
+from kasa_cli.checkpoint.adapter import consumed, unconsumed
 from kasa_cli.checkpoint.adapter_files import open_adapter
 from kasa_cli.checkpoint.adapter_places import Placed, placed
 from kasa_cli.checkpoint.adapter_value_places import placed_values
@@ -180,8 +181,10 @@ def _opened(
         if not options.force_base:
             lineage.require_fit(base, made_by, [name for name, _ in _tensors(places)], path)
         mergings.append(Merging(adapter, places, values, weight, bool(cutting) and told == lineage.ORIGINAL))
-        total = len(adapter.container.tensors)
-        rows.append(AdapterRow(str(path), adapter.kind, weight, digest, total, total))
+        used, there = consumed(adapter), adapter.container.tensors
+        if left := sorted(there.keys() - used):
+            raise unconsumed(left, adapter.container)
+        rows.append(AdapterRow(str(path), adapter.kind, weight, digest, len(used), len(there)))
     return tuple(rows), mergings, told
 
 

@@ -55,9 +55,10 @@ def base_is(asked: str, base: Origin, made_by: Mapping[str, Any] | None, names: 
     targets = list(names)
     for known in (base.manifest, made_by):
         if known and known.get("command") == "truncate":
-            found = {_state(known["tensors"].get(name, {}), base.sha256(name)) for name in targets}
-            if len(found) == 1 and None not in found:
-                return str(found.pop())
+            fitting = [_states(known["tensors"].get(name, {}), base.sha256(name)) for name in targets]
+            common = {TRUNCATED, ORIGINAL}.intersection(*fitting)
+            if common:
+                return TRUNCATED if TRUNCATED in common else ORIGINAL
             raise IntegrityError(
                 "the base is not the one that its adapter was made for", str(base.checkpoint.root), REMEDY
             )
@@ -84,7 +85,7 @@ def require_fit(base: Origin, made_by: Mapping[str, Any] | None, names: Iterable
         return
     for name in names:
         known = made_by["tensors"].get(name)
-        if known and _state(known, base.sha256(name)) is None:
+        if known and not _states(known, base.sha256(name)):
             what = f"not the base that {adapter.name} was made for"
             raise IntegrityError(what, name, "merge it into that one, or insist with --force-base")
 
@@ -103,11 +104,12 @@ def merged_before(base: Origin) -> set[str]:
     return {str(one.get("sha256")) for one in base.manifest.get("adapters", []) if isinstance(one, dict)}
 
 
-def _state(known: Mapping[str, Any], sha256: str) -> str | None:
-    """Which of a manifest's tensors this is; a cut that changed no byte is both, and counts as truncated."""
-    if sha256 == known.get("sha256") and known.get("role") == "truncated":
-        return TRUNCATED
-    return ORIGINAL if sha256 == known.get("input_sha256") else None
+def _states(known: Mapping[str, Any], sha256: str) -> set[str]:
+    """Which of a manifest's tensors this is: both, where rounding brought a whole cut back."""
+    hashes = {ORIGINAL: known.get("input_sha256")}
+    if known.get("role") == "truncated":
+        hashes[TRUNCATED] = known.get("sha256")
+    return {state for state, digest in hashes.items() if digest == sha256}
 
 
 def _manifest_of(folder: Path, *parts: str) -> Mapping[str, Any] | None:

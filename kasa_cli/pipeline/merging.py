@@ -345,6 +345,7 @@ def _with_rows(X: Tensor, orders: Orders) -> Tensor:
     for adapter, one in orders.rows:
         with Reader(adapter.container) as reader:
             found = reader.tensor(one.tensor)
-        X = X.clone()
-        X[torch.tensor(one.indices)] = found.to(X.dtype)
+        wider = torch.promote_types(X.dtype, found.dtype)  # rounded with all else, and not before
+        X = X.to(wider, copy=True)
+        X[torch.tensor(one.indices)] = found.to(wider)
     return X
