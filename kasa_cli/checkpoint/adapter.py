@@ -78,8 +78,8 @@ def consumed(adapter: Adapter) -> frozenset[str]:
     patches = [
         name for patch in adapter.patches for name in (*patch.tensors.values(), *patch.copies.values())
     ]
-    values = [one.tensor for one in (*adapter.replacements, *adapter.token_rows)]
-    return frozenset((*patches, *values))
+    values: tuple[Replacement | TokenRows, ...] = (*adapter.replacements, *adapter.token_rows)
+    return frozenset((*patches, *(one.tensor for one in values)))
 
 
 def unconsumed(names: Iterable[str], container: Container) -> InvalidInput:
