@@ -22,8 +22,9 @@ from kasa_cli.methods.adapters import REFUSED
 from kasa_cli.pipeline import lineage, planning
 from kasa_cli.pipeline.job import DTYPES, Running, Where, check_running
 from kasa_cli.pipeline.lineage import BASES, Origin
-from kasa_cli.pipeline.merging import Merged, Merger, Merging, Orders, orders_of
+from kasa_cli.pipeline.merging import Merger, Merging, Orders, orders_of
 from kasa_cli.pipeline.operate import Written, write_base
+from kasa_cli.pipeline.operation import Merged
 from kasa_cli.pipeline.papers import file_records
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
 from kasa_cli.report import AdapterRow, MergedRow, MergeReport

@@ -6,7 +6,7 @@ which may be left out: a replacement of the whole, replacements of rows, and cha
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,17 +19,14 @@ from kasa_cli.checkpoint.adapter_value_places import PlacedValue
 from kasa_cli.checkpoint.container import Reader
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.peft import PEFT_VERSION
-from kasa_cli.checkpoint.streaming import TORCH_DTYPES
 from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.linalg.rounding import ROUNDINGS, Target, rounded
 from kasa_cli.methods import adapters as kinds
-from kasa_cli.methods.terms import Change, Term, apply, apply_bias, factors, row_blocks, rows, weighted
+from kasa_cli.methods.terms import Change, Term, weighted
 from kasa_cli.pipeline.facts import Facts
-from kasa_cli.pipeline.operate import Rows, require_finite
+from kasa_cli.pipeline.operation import Operation, View
 from kasa_cli.pipeline.weights import Matrix, read_target, weigh
 from kasa_cli.report import Piece
 
-BLOCK = 1 << 18
 IN_FILE = "file"
 """The adapter's file holds its module's own base, cut already."""
 KEPT = 4
@@ -72,14 +69,6 @@ class Orders:
     def num_terms(self) -> int:
         """How many adapters' words are in it."""
         return len(self.edits) + len(self.biases) + len(self.rows) + (self.replacement is not None)
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What was measured on a merged tensor as stored."""
-
-    max_abs_change: float
-    rounding_error: float
 
 
 def orders_of(mergings: Sequence[Merging]) -> dict[str, Orders]:
@@ -210,90 +199,6 @@ class Merger:
         matrix = Matrix(name, (Piece(name, index),), is_transposed=turned)
         weight = weigh(self.checkpoint, matrix, torch.device("cpu"))
         return (kinds.truncation(self.facts.bench(weight).bottom(max(cut))),)
-
-
-@dataclass(frozen=True)
-class View:
-    """One matrix of a tensor as the adapters see it, and what they do to it."""
-
-    index: int | None
-    is_turned: bool
-    changes: tuple[Change, ...]
-
-    def of(self, X: Tensor) -> Tensor:
-        """The matrix as (out, in)."""
-        matrix = X if self.index is None else X[self.index]
-        return matrix.T if self.is_turned else matrix
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A tensor on the table: as it was, what it is before the changes, and the changes."""
-
-    name: str
-    before: Tensor
-    X: Tensor
-    views: Sequence[View]
-    biases: Sequence[Change]
-    round_off: str
-
-    def operate(self, dtype: str) -> Tensor:
-        """The new value, rounded once, in the layout of the file."""
-        wanted = TORCH_DTYPES[dtype]
-        if self.biases:
-            Q = apply_bias(self.X, self.biases, wanted)
-        else:
-            Q = rounded(self.X.to(torch.float64), wanted) if self.X.dtype != wanted else self.X.clone()
-            for view in self.views:
-                view.of(Q).copy_(_rounded(view.of(self.X), view.changes, wanted, self.round_off))
-        require_finite(Q, self.name, dtype)
-        return Q
-
-    def examine(self, rows_of: Rows) -> Merged:
-        """Compare what was stored with the exact result and with what was there."""
-        stored = rows_of(0, len(self.X))
-        change = (
-            float((stored.to(torch.float64) - self.before.to(torch.float64)).abs().max())
-            if stored.numel()
-            else 0.0
-        )
-        error = norm = 0.0
-        for Q, T in self._exact(stored):
-            error += float((Q.to(torch.float64) - T).square().sum())
-            norm += float(T.square().sum())
-        return Merged(change, (error / norm) ** 0.5 if norm else 0.0)
-
-    def _exact(self, stored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of what is stored and what should be, a block at a time."""
-        if self.biases:
-            yield stored, apply_bias(self.X, self.biases, torch.float64)
-            return
-        if not self.views:
-            yield stored, self.X.to(torch.float64)
-            return
-        for view in self.views:
-            W, Q = view.of(self.X), view.of(stored)
-            for start, stop in row_blocks(W.shape, view.changes):
-                yield Q[start:stop], rows(W, view.changes, start, stop)
-
-
-def _largest_difference(A: Tensor, B: Tensor) -> float:
-    """The largest difference of two entries, a block at a time."""
-    a, b = A.reshape(-1), B.reshape(-1)
-    steps = range(0, len(a), BLOCK)
-    return max(
-        (float((a[i : i + BLOCK].to(torch.float64) - b[i : i + BLOCK]).abs().max()) for i in steps),
-        default=0.0,
-    )
-
-
-def _rounded(W: Tensor, changes: Sequence[Change], dtype: torch.dtype, round_off: str) -> Tensor:
-    """The changed weight; `preserve` keeps rounding out of the directions that the update reads."""
-    term = factors(changes) if round_off != "nearest" else None
-    if term is None or not term.R.shape[0] or dtype.itemsize > 2:
-        return apply(W, changes, dtype)
-    V = torch.linalg.qr(term.R.T)[0]
-    return ROUNDINGS[round_off](Target(W, term.L, term.R), V, dtype)
 
 
 def _cut_out(change: Change, edit: Edit) -> Change:

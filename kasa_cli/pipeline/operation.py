@@ -1,0 +1,94 @@
+"""A tensor on the table of a merge: what it becomes, rounded once, and what is measured on it as stored."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kasa_cli.checkpoint.streaming import TORCH_DTYPES
+from kasa_cli.linalg.rounding import ROUNDINGS, Target, rounded
+from kasa_cli.methods.terms import Change, apply, apply_bias, factors, row_blocks, rows
+from kasa_cli.pipeline.operate import Rows, require_finite
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was measured on a merged tensor as stored."""
+
+    max_abs_change: float
+    rounding_error: float
+
+
+@dataclass(frozen=True)
+class View:
+    """One matrix of a tensor as the adapters see it, and what they do to it."""
+
+    index: int | None
+    is_turned: bool
+    changes: tuple[Change, ...]
+
+    def of(self, X: Tensor) -> Tensor:
+        """The matrix as (out, in)."""
+        matrix = X if self.index is None else X[self.index]
+        return matrix.T if self.is_turned else matrix
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A tensor on the table: as it was, what it is before the changes, and the changes."""
+
+    name: str
+    before: Tensor
+    X: Tensor
+    views: Sequence[View]
+    biases: Sequence[Change]
+    round_off: str
+
+    def operate(self, dtype: str) -> Tensor:
+        """The new value, rounded once, in the layout of the file."""
+        wanted = TORCH_DTYPES[dtype]
+        if self.biases:
+            Q = apply_bias(self.X, self.biases, wanted)
+        else:
+            Q = rounded(self.X.to(torch.float64), wanted) if self.X.dtype != wanted else self.X.clone()
+            for view in self.views:
+                view.of(Q).copy_(_rounded(view.of(self.X), view.changes, wanted, self.round_off))
+        require_finite(Q, self.name, dtype)
+        return Q
+
+    def examine(self, rows_of: Rows) -> Merged:
+        """Compare what was stored with the exact result and with what was there."""
+        stored = rows_of(0, len(self.X))
+        change = (
+            float((stored.to(torch.float64) - self.before.to(torch.float64)).abs().max())
+            if stored.numel()
+            else 0.0
+        )
+        error = norm = 0.0
+        for Q, T in self._exact(stored):
+            error += float((Q.to(torch.float64) - T).square().sum())
+            norm += float(T.square().sum())
+        return Merged(change, (error / norm) ** 0.5 if norm else 0.0)
+
+    def _exact(self, stored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of what is stored and what should be, a block at a time."""
+        if self.biases:
+            yield stored, apply_bias(self.X, self.biases, torch.float64)
+            return
+        if not self.views:
+            yield stored, self.X.to(torch.float64)
+            return
+        for view in self.views:
+            W, Q = view.of(self.X), view.of(stored)
+            for start, stop in row_blocks(W.shape, view.changes):
+                yield Q[start:stop], rows(W, view.changes, start, stop)
+
+
+def _rounded(W: Tensor, changes: Sequence[Change], dtype: torch.dtype, round_off: str) -> Tensor:
+    """The changed weight; `preserve` keeps rounding out of the directions that the update reads."""
+    term = factors(changes) if round_off != "nearest" else None
+    if term is None or not term.R.shape[0] or dtype.itemsize > 2:
+        return apply(W, changes, dtype)
+    V = torch.linalg.qr(term.R.T)[0]
+    return ROUNDINGS[round_off](Target(W, term.L, term.R), V, dtype)
