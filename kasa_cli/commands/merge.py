@@ -20,6 +20,7 @@ from kasa_cli.errors import AlreadyMerged, InvalidInput, UsageError
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods.adapters import REFUSED
 from kasa_cli.pipeline import lineage, planning
+from kasa_cli.pipeline.cuts import Cuts, known_cuts
 from kasa_cli.pipeline.job import DTYPES, Running, Where, check_running
 from kasa_cli.pipeline.lineage import BASES, Origin
 from kasa_cli.pipeline.merging import Merger, Merging, Orders, orders_of
@@ -181,7 +182,9 @@ def _opened(
             told = lineage.base_is(options.base_is, base, made_by, cutting)
         if not options.force_base:
             lineage.require_fit(base, made_by, [name for name, _ in _tensors(places)], path)
-        mergings.append(Merging(adapter, places, values, weight, bool(cutting) and told == lineage.ORIGINAL))
+        cuts_base = bool(cutting) and told == lineage.ORIGINAL
+        cuts = known_cuts(path, base) if cuts_base else Cuts()
+        mergings.append(Merging(adapter, places, values, weight, cuts_base, cuts))
         used, there = consumed(adapter), adapter.container.tensors
         if left := sorted(there.keys() - used):
             raise unconsumed(left, adapter.container)

@@ -22,9 +22,10 @@ from kasa_cli.checkpoint.peft import PEFT_VERSION
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.methods import adapters as kinds
 from kasa_cli.methods.terms import Change, Term, weighted
+from kasa_cli.pipeline.cuts import Cuts
 from kasa_cli.pipeline.facts import Facts
 from kasa_cli.pipeline.operation import Operation, View
-from kasa_cli.pipeline.weights import Matrix, read_target, weigh
+from kasa_cli.pipeline.weights import Matrix, read_target
 from kasa_cli.report import Piece
 
 IN_FILE = "file"
@@ -35,13 +36,17 @@ KEPT = 4
 
 @dataclass(frozen=True)
 class Merging:
-    """One adapter, where its patches and values go, and its weight. `cuts_base`: KaSA's cut is still to be made."""
+    """One adapter, where its patches and values go, and its weight.
+
+    `cuts_base`: KaSA's cut is still to be made; `cuts` is what is known of it.
+    """
 
     adapter: Adapter
     placed: tuple[Placed, ...]
     values: tuple[PlacedValue, ...]
     weight: float
     cuts_base: bool
+    cuts: Cuts
 
 
 @dataclass(frozen=True)
@@ -188,17 +193,22 @@ class Merger:
     def _truncation(
         self, name: str, index: int | None, turned: bool, edits: Sequence[Edit]
     ) -> tuple[Change, ...]:
-        """KaSA's cut of the base, once: as many components as the largest of the adapters has rank, as in PEFT."""
-        cut = [
-            int(edit.place.patch.settings["r"])
-            for edit in edits
-            if edit.merging.cuts_base and edit.place.patch.settings.get("base_start") != IN_FILE
+        """KaSA's cut of the base, once: as many components as the adapter that lacks most of them, as in PEFT."""
+        cutting = [
+            (edit.merging.cuts.rank(name, rank), edit) for edit in edits if (rank := _rank_to_cut(edit))
         ]
-        if not cut:
+        if not cutting:
             return ()
+        rank, edit = max(cutting, key=lambda pair: pair[0])
         matrix = Matrix(name, (Piece(name, index),), is_transposed=turned)
-        weight = weigh(self.checkpoint, matrix, torch.device("cpu"))
-        return (kinds.truncation(self.facts.bench(weight).bottom(max(cut))),)
+        term = edit.merging.cuts.term(self.checkpoint, self.facts, matrix, edit.place.patch.module, rank)
+        return () if term is None else (Change(terms=(term,)),)
+
+
+def _rank_to_cut(edit: Edit) -> int:
+    """The rank of an adapter whose base is still to be cut; 0 for others."""
+    settings = edit.place.patch.settings
+    return int(settings["r"]) if edit.merging.cuts_base and settings.get("base_start") != IN_FILE else 0
 
 
 def _cut_out(change: Change, edit: Edit) -> Change:
