@@ -32,7 +32,7 @@ def test_what_the_library_wrote_is_read_back(tmp_path):
     with Reader(container) as reader:
         for name, weight in weights.items():
             assert torch.equal(reader.tensor(name), weight)
-            stored = b"".join(reader.chunks(name, size=3))
+            stored = b"".join(bytes(chunk) for chunk in reader.chunks(name, size=3))
             assert stored == weight.contiguous().view(torch.uint8).numpy().tobytes()
 
 

@@ -11,6 +11,7 @@ from matrices import FLOATS, gaussian, same_bytes
 from runs import environment, save
 from safetensors.torch import save_file
 
+from kasa_cli.checkpoint import container
 from kasa_cli.checkpoint.container import Reader
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
 from kasa_cli.checkpoint.streaming import filling, form
@@ -150,14 +151,13 @@ def test_pieces_are_slices_of_experts_stacked_by_rows(tmp_path, dtype):
 def test_of_a_stack_of_experts_only_one_is_read(tmp_path, monkeypatch):
     checkpoint = opened(tmp_path, fused=torch.randn(50, 4, 8))
     num_bytes = []
-    real = Reader.chunks
+    real = container.read_into
 
-    def chunks(self, name, *size):
-        for chunk in real(self, name, *size):
-            num_bytes.append(len(chunk))
-            yield chunk
+    def read_into(file, path, room, offset):
+        num_bytes.append(len(room))
+        real(file, path, room, offset)
 
-    monkeypatch.setattr(Reader, "chunks", chunks)
+    monkeypatch.setattr(container, "read_into", read_into)
     monkeypatch.setattr(Reader, "tensor", None)
     read_pieces(checkpoint, [Piece("fused", 7)])
     assert num_bytes == [4 * 8 * 4]

@@ -18,7 +18,14 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kasa_cli.checkpoint.untrusted import open_regular, parse_json, quote, read_exactly, refuse_unreadable
+from kasa_cli.checkpoint.untrusted import (
+    open_regular,
+    parse_json,
+    quote,
+    read_exactly,
+    read_into,
+    refuse_unreadable,
+)
 from kasa_cli.errors import IntegrityError, InvalidInput, ResourceError, UnsafeInput
 
 MAX_HEADER = 100_000_000  # the format's own limit
@@ -205,11 +212,25 @@ class Reader:
         self._check_unchanged()
         return tensor
 
-    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
-        """The raw bytes of one tensor, any dtype, piece by piece."""
+    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[memoryview]:
+        """The raw bytes of one tensor, any dtype, piece by piece, each in the same memory: use it before the next."""
         entry, path = self.container.tensors[name], self.container.path
+        room = memoryview(bytearray(min(size, entry.num_bytes)))
         for offset in range(entry.begin, entry.end, size):
-            yield read_exactly(self._file, path, min(size, entry.end - offset), offset)
+            piece = room[: entry.end - offset]
+            read_into(self._file, path, piece, offset)
+            yield piece
+        self._check_unchanged()
+
+    def rows(self, name: str, start: int, stop: int, room: torch.Tensor) -> None:
+        """Fill `room`, contiguous and of the dtype of the tensor, with its entries [start, stop) of the first side.
+
+        For a slice, safetensors 0.8 reads the whole tensor (with `pread`, see `tensor`), each time.
+        """
+        entry, path = self.container.tensors[name], self.container.path
+        stride = entry.num_bytes // entry.shape[0]
+        into: memoryview = room.reshape(-1).view(torch.uint8).numpy().data
+        read_into(self._file, path, into[: (stop - start) * stride], entry.begin + start * stride)
         self._check_unchanged()
 
     def _explained(self, name: str, error: Exception) -> InvalidInput | ResourceError:

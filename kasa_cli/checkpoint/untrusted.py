@@ -60,17 +60,21 @@ def refuse_unreadable(path: Path, error: OSError) -> NoReturn:
 
 def read_exactly(file: FileIO, path: Path, size: int, offset: int) -> bytes:
     """`size` bytes at `offset`, however many reads that takes."""
-    parts = []
-    while size:
+    room = bytearray(size)
+    read_into(file, path, memoryview(room), offset)
+    return bytes(room)
+
+
+def read_into(file: FileIO, path: Path, room: memoryview, offset: int) -> None:
+    """As many bytes at `offset` as there is room for, however many reads that takes."""
+    while room:
         try:
-            part = os.pread(file.fileno(), min(size, MAX_READ), offset)
+            num_read = os.preadv(file.fileno(), [room[:MAX_READ]], offset)
         except OSError as error:
             refuse_unreadable(path, error)
-        if not part:
+        if not num_read:
             raise InvalidInput(f"truncated: nothing at byte {offset}", str(path), "download it again")
-        parts.append(part)
-        size, offset = size - len(part), offset + len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        room, offset = room[num_read:], offset + num_read
 
 
 def read_small(path: Path, limit: int) -> bytes:

@@ -3,10 +3,11 @@
 Shapes: o = out_features, i = in_features, t = components dropped, j = columns of a block.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 BLOCK_BYTES = 512 << 10
@@ -19,6 +20,10 @@ ZERO_BITS: dict[torch.dtype, torch.dtype] = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+LOOK = 1024
+"""Entries looked over together for one that is halfway."""
+HALFWAY = torch.iinfo(torch.int32).min
+"""The bits of a float32 beyond those of a bfloat16, moved to the front, where it is halfway between two of these."""
 CAUTION = 1.0
 """Price of rounding error outside the dropped directions, relative to error inside them.
 
@@ -79,18 +84,34 @@ ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "preserve": preserve}
 def rounded(T: Float64[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
     """A cast that rounds once.
 
-    torch casts float64 to half precision by way of float32, and two roundings to nearest can end on the farther
-    neighbour. Rounding to odd on the way keeps what the second one must know (Boldo and Melquiond, 2008).
-
     >>> rounded(torch.tensor([1 + 2**-8 + 2**-40], dtype=torch.float64), torch.bfloat16)
     tensor([1.0078], dtype=torch.bfloat16)
     """
-    if dtype.itemsize > 2:
-        return T.to(dtype)
-    between = T.to(torch.float32)
-    back = between.to(torch.float64)
-    bits = between.view(torch.int32) - (back.abs() > T.abs()).to(torch.int32)
-    return (bits | (back != T).to(torch.int32)).view(torch.float32).to(dtype)
+    return T.to(dtype) if dtype.itemsize > 2 else on_the_way(T, dtype).to(dtype)
+
+
+def on_the_way(T: Float64[Tensor, "..."], dtype: torch.dtype) -> Float32[Tensor, "..."]:
+    """A float32 near T that torch rounds to half precision as T should be.
+
+    torch casts float64 to half precision by way of float32, and two roundings to nearest can end on the farther
+    neighbour. Rounding to odd on the way keeps what the second one must know (Boldo and Melquiond, 2008).
+    """
+    near = T.to(torch.float32)
+    if dtype != torch.bfloat16:
+        return rounded_to_odd(T, near)
+    # The first rounding misleads the second only where it ends halfway between two neighbours: 1 in 65536.
+    width = math.gcd(T.numel(), LOOK)
+    flat, exact = near.view(-1, width), T.reshape(-1, width)
+    misled = ((flat.view(torch.int32) << 16).amin(1) == HALFWAY).nonzero()[:, 0]
+    flat[misled] = rounded_to_odd(exact[misled], flat[misled])
+    return near
+
+
+def rounded_to_odd(T: Float64[Tensor, "..."], near: Float32[Tensor, "..."]) -> Float32[Tensor, "..."]:
+    """Of the float32 neighbours of T the one whose last bit is 1, or T itself; `near` is the nearest."""
+    back = near.to(torch.float64)
+    bits = near.view(torch.int32) - (back.abs() > T.abs()).to(torch.int32)
+    return (bits | (back != T).to(torch.int32)).view(torch.float32)
 
 
 def blocks(length: int, width: int, least: int = 16) -> Iterator[tuple[int, int]]:

@@ -21,11 +21,12 @@ from kasa_cli.checkpoint.durable import new_file, pwrite_all
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.sheets import Sheet
 from kasa_cli.checkpoint.streaming import TORCH_DTYPES, Form, filling, raw_bytes
-from kasa_cli.errors import NumericalError
+from kasa_cli.errors import IntegrityError, NumericalError
 from kasa_cli.pipeline.measure import Measured
 from kasa_cli.pipeline.workers import Watcher, run
 
-CHUNK = 16 << 20
+CHUNK = 1 << 20
+"""Bytes written, read back and hashed while they are in the cache of one core."""
 OPEN_FILES = 64
 """Shards written at once: enough to keep all workers busy, far below what a process may have open."""
 
@@ -38,8 +39,11 @@ Finding = TypeVar("Finding", covariant=True)
 class Patient(Protocol[Finding]):
     """One tensor on the table: what it becomes, and what is to be measured on it once it is stored."""
 
-    def operate(self, dtype: str) -> Tensor:
-        """The new value, rounded once to `dtype`, in the layout of the file."""
+    def pieces(self, dtype: str) -> Iterator[Tensor]:
+        """The new value, rounded once to `dtype`, in the layout of the file, from its first byte to its last.
+
+        Each piece is used before the next is asked for: they may share memory.
+        """
 
     def examine(self, rows: Rows) -> Finding:
         """Measure what was stored."""
@@ -81,7 +85,7 @@ def write_base(
     for start in range(0, len(sheets), OPEN_FILES):
         with ExitStack() as files:
             places = [
-                Place(sheet.name, descriptor, entry)
+                Place(sheet.name, descriptor, entry, sheet.sources.get(entry.name, entry.name))
                 for sheet in sheets[start : start + OPEN_FILES]
                 for descriptor in [files.enter_context(_headed(folder, sheet))]
                 for entry in sheet.form.tensors.values()
@@ -96,11 +100,12 @@ def write_base(
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor goes."""
+    """Where one tensor goes, and which one of the old base it is copied from if it does not change."""
 
     file: str
     descriptor: int
     entry: TensorEntry
+    source: str
 
     @property
     def name(self) -> str:
@@ -117,23 +122,35 @@ def _headed(folder: Path, sheet: Sheet) -> Iterator[int]:
 
 
 def _write_one(checkpoint: Checkpoint, surgeon: Surgeon[Finding], place: Place) -> Written[Finding]:
-    file, descriptor, entry = place.file, place.descriptor, place.entry
+    descriptor, entry = place.descriptor, place.entry
     if not surgeon.takes(entry.name):
-        return Written(entry.name, file, entry.dtype, _copy(checkpoint, entry, descriptor), None)
+        with Reader(checkpoint.shards[checkpoint.shard_of(place.source)]) as reader:
+            sha256 = _put(place, reader.chunks(place.source, CHUNK))
+        return Written(entry.name, place.file, entry.dtype, sha256, None)
     patient = surgeon.prepare(entry.name)
-    pwrite_all(descriptor, raw_bytes(patient.operate(entry.dtype)), entry.begin)
+    sha256 = _put(place, map(raw_bytes, patient.pieces(entry.dtype)))
     found = patient.examine(lambda start, stop: _rows(descriptor, entry, start, stop))
-    return Written(entry.name, file, entry.dtype, _digest(descriptor, entry), found)
+    return Written(entry.name, place.file, entry.dtype, sha256, found)
 
 
-def _copy(checkpoint: Checkpoint, entry: TensorEntry, descriptor: int) -> str:
-    """Copy the bytes of a tensor; their hash."""
-    digest, offset = hashlib.sha256(), entry.begin
-    with Reader(checkpoint.shards[checkpoint.shard_of(entry.name)]) as reader:
-        for chunk in reader.chunks(entry.name, CHUNK):
-            pwrite_all(descriptor, memoryview(chunk), offset)
+def _put(place: Place, buffers: Iterable[memoryview]) -> str:
+    """Write a tensor and read it back at once, while it is in the cache; its hash."""
+    digest, offset, room = hashlib.sha256(), place.entry.begin, bytearray()
+    for buffer in buffers:
+        for start in range(0, len(buffer), CHUNK):
+            chunk = buffer[start : start + CHUNK]
+            room = room if len(room) == len(chunk) else bytearray(len(chunk))
+            pwrite_all(place.descriptor, chunk, offset)
+            _read_into(place.descriptor, memoryview(room), offset)
+            if room != chunk:
+                where = f"{place.file}: {place.name}"
+                raise IntegrityError(
+                    "read back other than written", where, "the disk or the memory may be failing"
+                )
             digest.update(chunk)
             offset += len(chunk)
+    if offset != place.entry.end:
+        raise ValueError(f"{place.name}: {offset - place.entry.begin} of {place.entry.num_bytes} bytes")
     return digest.hexdigest()
 
 
@@ -144,7 +161,12 @@ def require_finite(Q: Tensor, name: str, dtype: str) -> None:
         NumericalError: an entry is NaN or infinite.
     """
     if Q.numel() and not all(math.isfinite(float(bound)) for bound in torch.aminmax(Q)):
-        raise NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype")
+        raise too_large(name, dtype)
+
+
+def too_large(name: str, dtype: str) -> NumericalError:
+    """The error for a result that its dtype cannot hold."""
+    return NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype")
 
 
 def _rows(descriptor: int, entry: TensorEntry, start: int, stop: int) -> Tensor:
@@ -155,18 +177,11 @@ def _rows(descriptor: int, entry: TensorEntry, start: int, stop: int) -> Tensor:
     return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
 
 
-def _digest(descriptor: int, entry: TensorEntry) -> str:
-    digest, room = hashlib.sha256(), memoryview(bytearray(min(CHUNK, entry.num_bytes)))
-    for offset in range(entry.begin, entry.end, CHUNK):
-        piece = room[: entry.end - offset]
-        _read_into(descriptor, piece, offset)
-        digest.update(piece)
-    return digest.hexdigest()
-
-
 def _read_into(descriptor: int, room: memoryview, offset: int) -> None:
     while room:
         num_read = os.preadv(descriptor, [room], offset)
+        if not num_read:
+            raise IntegrityError("cut short by somebody else while kasa wrote it")
         room, offset = room[num_read:], offset + num_read
 
 

@@ -14,7 +14,10 @@ from kasa_cli.pipeline.operate import Rows, require_finite
 
 @dataclass(frozen=True)
 class Merged:
-    """What was measured on a merged tensor as stored."""
+    """What was measured on a merged tensor as stored.
+
+    `max_abs_change` is over the rows that it had before and still has: a vocabulary may have been resized.
+    """
 
     max_abs_change: float
     rounding_error: float
@@ -45,7 +48,7 @@ class Operation:
     biases: Sequence[Change]
     round_off: str
 
-    def operate(self, dtype: str) -> Tensor:
+    def pieces(self, dtype: str) -> Iterator[Tensor]:
         """The new value, rounded once, in the layout of the file."""
         wanted = TORCH_DTYPES[dtype]
         if self.biases:
@@ -55,16 +58,14 @@ class Operation:
             for view in self.views:
                 view.of(Q).copy_(_rounded(view.of(self.X), view.changes, wanted, self.round_off))
         require_finite(Q, self.name, dtype)
-        return Q
+        yield Q
 
     def examine(self, rows_of: Rows) -> Merged:
         """Compare what was stored with the exact result and with what was there."""
         stored = rows_of(0, len(self.X))
-        change = (
-            float((stored.to(torch.float64) - self.before.to(torch.float64)).abs().max())
-            if stored.numel()
-            else 0.0
-        )
+        both = min(len(stored), len(self.before))
+        moved = stored[:both].to(torch.float64) - self.before[:both].to(torch.float64)
+        change = float(moved.abs().max()) if moved.numel() else 0.0
         error = norm = 0.0
         for Q, T in self._exact(stored):
             error += float((Q.to(torch.float64) - T).square().sum())

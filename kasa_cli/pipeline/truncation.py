@@ -1,6 +1,6 @@
 """OPERATE, for truncation: a target loses its smallest components, and is measured on what the file holds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,11 +49,11 @@ class Truncated:
     factors: Ends
     round_off: rounding.Rounding
 
-    def operate(self, dtype: str) -> Tensor:
+    def pieces(self, dtype: str) -> Iterator[Tensor]:
         """The new value, W plus its terms, rounded once to `dtype`, in the layout of the file."""
         Q = self.round_off(self.exact, self.factors.V, TORCH_DTYPES[dtype])
         require_finite(Q, self.target.name, dtype)
-        return as_weight(Q, self.target).contiguous()
+        yield as_weight(Q, self.target).contiguous()
 
     def examine(self, rows: Rows) -> Outcome:
         """Measure what was stored."""

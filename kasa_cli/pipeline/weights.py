@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -89,19 +89,10 @@ def _read(checkpoint: Checkpoint, piece: Piece) -> Tensor:
 
 
 def _rows(shard: Container, entry: TensorEntry, start: int, stop: int) -> Tensor:
-    """Entries [start, stop) along the first side of a tensor, and no other byte of it.
-
-    For a slice, safetensors 0.8 reads the whole tensor (with `pread`, see `Reader.tensor`), each time.
-    """
-    stride = entry.num_bytes // entry.shape[0]
-    shape = (stop - start, *entry.shape[1:])
-    part = replace(entry, shape=shape, begin=entry.begin + start * stride, end=entry.begin + stop * stride)
-    rows = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
-    room, reached = raw_bytes(rows), 0
-    with Reader(replace(shard, tensors={entry.name: part})) as reader:
-        for chunk in reader.chunks(entry.name):
-            room[reached : reached + len(chunk)] = chunk
-            reached += len(chunk)
+    """Entries [start, stop) along the first side of a tensor, and no other byte of it."""
+    rows = torch.empty((stop - start, *entry.shape[1:]), dtype=TORCH_DTYPES[entry.dtype])
+    with Reader(shard) as reader:
+        reader.rows(entry.name, start, stop, rows)
     return rows
 
 
