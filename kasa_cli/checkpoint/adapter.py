@@ -36,11 +36,21 @@ class Patch:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A parameter in memory that the file holds anew, and why: modules_to_save, bias, base layer, resized, norm."""
+    """A parameter in memory that the file holds anew, and why: modules_to_save, bias, base layer, resized, norm.
+
+    `copies` are tensors of the file that repeat it, and `before` is what it was before it was trained.
+    """
 
     parameter: str
     tensor: str
     why: str
+    copies: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the weight under the adapter, saved with it, and not what the adapter made of it."""
+        return self.why in ("base layer", "resized")
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,8 @@ def consumed(adapter: Adapter) -> frozenset[str]:
         name for patch in adapter.patches for name in (*patch.tensors.values(), *patch.copies.values())
     ]
     values: tuple[Replacement | TokenRows, ...] = (*adapter.replacements, *adapter.token_rows)
-    return frozenset((*patches, *(one.tensor for one in values)))
+    more = [name for one in adapter.replacements for name in (*one.copies, *one.before)]
+    return frozenset((*patches, *(one.tensor for one in values), *more))
 
 
 def unconsumed(names: Iterable[str], container: Container) -> InvalidInput:

@@ -72,6 +72,15 @@ class Base:
         held = self.holders.get((module, parameter), [])
         return held[0] if len(held) == 1 else None
 
+    def tied(self, module: str, parameter: str) -> str | None:
+        """The one tensor on disk that fills a parameter by way of another module: they are one in memory."""
+        held = [
+            name
+            for name, slot in self.names.slots.items()
+            if slot.tied_with == module and slot.parameter == parameter
+        ]
+        return held[0] if len(held) == 1 else None
+
     def lone(self, module: str, name: str, kind: Kind) -> Weight:
         """A weight that one tensor on disk holds as it is."""
         slot = self.names.slots[name]

@@ -153,7 +153,7 @@ def check_shapes(adapter: Adapter, found: Placed) -> None:
 
 def bias_of(base: Base, patch: Patch) -> str | None:
     """The bias on disk that a patch changes with its weight."""
-    name = base.holder(patch.module, "bias")
+    name = base.holder(patch.module, "bias") or base.tied(patch.module, "bias")
     if "lora_B.bias" in patch.tensors and name is None:
         raise InvalidInput(
             f"a bias for {quote(patch.module)}, which has none in the base", patch.tensors["lora_B.bias"]

@@ -1,6 +1,6 @@
 """From the parameters that an adapter holds anew to the bytes of the base that they replace."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kasa_cli.checkpoint.adapter import Adapter, Replacement, TokenRows
 from kasa_cli.checkpoint.adapter_base import Base, Landed, Part, Tensors, pieces_of
@@ -14,10 +14,12 @@ from kasa_cli.report import Piece
 class PlacedValue:
     """Where a parameter held anew goes: `shape` is that in memory, the pieces as in `Placed`.
 
-    `vocabulary` is the number of rows (on disk, in the adapter) where they differ: the vocabulary was resized.
+    `vocabulary` is the number of rows (on disk, in the adapter) where they differ: the vocabulary was resized. `tied`
+    is, as there, whether `tied_with`, the same tensor, is left alone.
     """
 
     value: Replacement | TokenRows
+    kind: Kind
     shape: tuple[int, ...]
     matrices: tuple[tuple[Part, ...], ...]
     is_turned: bool
@@ -32,22 +34,21 @@ def placed_values(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[P
     Raises:
         InvalidInput: the base has no such parameter, or one of another shape.
     """
-    base, touched = Base(names, tensors), adapter.touched
+    base = Base(names, tensors)
     values: tuple[Replacement | TokenRows, ...] = (*adapter.replacements, *adapter.token_rows)
-    return tuple(place_value(adapter, base, value, touched) for value in values)
+    return tuple(place_value(adapter, base, value) for value in values)
 
 
-def place_value(
-    adapter: Adapter, base: Base, value: Replacement | TokenRows, touched: frozenset[str]
-) -> PlacedValue:
+def place_value(adapter: Adapter, base: Base, value: Replacement | TokenRows) -> PlacedValue:
     """One parameter held anew, its shape checked. Only an embedding, or a head, may have another number of rows."""
-    weight = parameter_of(base, value)
+    weight, touched = parameter_of(base, value), adapter.touched
     landed = pieces_of(base, weight) if len(weight.shape) in (2, 3) else whole(weight)
     new = adapter.container.tensors[value.tensor].shape
     old = weight.shape
     vocabulary = None
     if isinstance(value, TokenRows):
-        check_rows(value, new, old)
+        anew = [one.tensor for one in adapter.replacements if one.parameter == value.parameter]
+        check_rows(value, new, adapter.container.tensors[anew[0]].shape if anew else old)
     elif new != old:
         is_vocabulary = value.why != "bias" and len(new) == len(old) and new[1:] == old[1:]
         if not (is_vocabulary and weight.kind in (Kind.EMBEDDING, Kind.HEAD)):
@@ -57,7 +58,9 @@ def place_value(
     is_alone = (
         isinstance(value, Replacement) and weight.tied_with is not None and weight.tied_with not in touched
     )
-    return PlacedValue(value, old, landed.matrices, landed.is_turned, vocabulary, weight.tied_with, is_alone)
+    return PlacedValue(
+        value, weight.kind, old, landed.matrices, landed.is_turned, vocabulary, weight.tied_with, is_alone
+    )
 
 
 def parameter_of(base: Base, value: Replacement | TokenRows) -> Weight:
@@ -69,6 +72,11 @@ def parameter_of(base: Base, value: Replacement | TokenRows) -> Weight:
     name = base.holder(module, parameter) or (value.parameter if value.parameter in base.shapes else None)
     if weight is None and name is not None:
         weight = base.lone(value.parameter, name, base.names.slots[name].kind)
+    if weight is None and (other := base.tied(module, parameter)):
+        found = base.lone(
+            value.parameter, other, base.weights[module].kind if module in base.weights else Kind.OTHER
+        )
+        weight = replace(found, tied_with=base.names.slots[other].module)
     if weight is None:
         what = f"no such parameter in the base: {quote(value.parameter)}"
         raise InvalidInput(what, value.tensor, "name the base that it was trained on")

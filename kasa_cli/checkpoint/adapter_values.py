@@ -10,8 +10,12 @@ from kasa_cli.checkpoint.untrusted import quote
 from kasa_cli.errors import InvalidInput
 
 TOKENS, NORM = "trainable_tokens_delta", "ln_tuning_layers"
+WRAPPER = ".token_adapter"
+"""What PEFT puts around an embedding some of whose rows are trained."""
+PARTS = ("modules_to_save", "original_module")
+"""The parts of PEFT's wrapper of a module that it saves whole: the trained one, and the one before."""
 EMBEDDINGS = frozenset(
-    {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"}
+    {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "proj_out"}
 )
 """Modules that PEFT saves whole, undeclared, after the vocabulary was resized."""
 
@@ -24,7 +28,7 @@ def token_rows(
     for name, place in rest.items():
         if place.short != TOKENS:
             continue
-        module = place.module.removesuffix(".token_adapter")
+        module = place.module.removesuffix(WRAPPER)
         indices = indices_of(said, module)
         shape = container.tensors[name].shape
         if indices is None or len(shape) != 2 or len(indices) != shape[0]:
@@ -50,24 +54,43 @@ def replacements(
 ) -> Iterator[Replacement]:
     """The parameters that the file holds anew, each with the reason that the config gives."""
     patched = {patch.module for patch in patches}
-    left = []
+    patched |= {place.module.removesuffix(WRAPPER) for place in rest.values() if place.short == TOKENS}
+    repeated, left = repeats(rest), []
     for name, place in rest.items():
-        if place.short == TOKENS:
+        if place.short == TOKENS or name in repeated:
             continue
         parameter, leaf = parameter_of(place)
         why = reason_for(config, parameter, place, patched)
         if why is None or (place.short and leaf not in ("weight", "bias")):
             left.append(name)
-        else:
-            yield Replacement(parameter, name, why)
+            continue
+        copies, before = (
+            tuple(other for other, of in repeated.items() if of == (parameter, part)) for part in PARTS
+        )
+        yield Replacement(parameter, name, why, copies, before)
     if left:
         raise unconsumed(left, container)
+
+
+def repeats(rest: Mapping[str, Place]) -> dict[str, tuple[str, str]]:
+    """What PEFT writes more of an embedding that it saves whole and, because the vocabulary was resized, once more.
+
+    By name in the file: the parameter, which is there too, and which of `PARTS` it is.
+    """
+    found, held = {}, {place.module for place in rest.values() if not place.short}
+    for name, place in rest.items():
+        path, _, leaf = place.module.rpartition(".")
+        module, _, part = path.rpartition(".")
+        if not place.short and part in PARTS and f"{module}.{leaf}" in held:
+            found[name] = (f"{module}.{leaf}", part)
+    return found
 
 
 def parameter_of(place: Place) -> tuple[str, str]:
     """The full name of a parameter in memory, and its last part."""
     if not place.short:
-        return place.module, place.module.rpartition(".")[2]
+        path, _, leaf = place.module.rpartition(".")
+        return f"{path.removesuffix(WRAPPER)}.{leaf}" if path else leaf, leaf
     leaf = place.short.partition(".")[2] or "weight"
     return f"{place.module}.{leaf}", leaf
 
@@ -84,7 +107,10 @@ def reason_for(config: Mapping[str, Any], parameter: str, place: Place, patched:
         return "base layer" if module in patched and leaf in ("weight", "bias") else None
     if any(ends_with_name(module, saved) for saved in declared(config)):
         return "modules_to_save"
-    return "resized" if leaf in ("weight", "bias") and module.rpartition(".")[2] in EMBEDDINGS else None
+    if leaf not in ("weight", "bias") or module.rpartition(".")[2] not in EMBEDDINGS:
+        return None
+    # the other end of a module that is declared: PEFT trains both as one
+    return "modules_to_save" if config.get("ensure_weight_tying") and declared(config) else "resized"
 
 
 def declared(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -25,9 +25,12 @@ def source_facts(root: Path, companions: tuple[str, ...]) -> dict[str, Any]:
     return {key: front[key] for key in CARRIED if key in front} if isinstance(front, Mapping) else {}
 
 
-def card(repo: str | None, facts: Mapping[str, Any], title: str, body: str) -> bytes:
+def card(
+    repo: str | None, facts: Mapping[str, Any], title: str, body: str, *, is_adapter: bool = False
+) -> bytes:
     """A card whose front matter no name can break out of."""
-    base = {"base_model": repo, "base_model_relation": "finetune"} if repo else {}
-    front = {**facts, **base, "library_name": "transformers", "tags": ["kasa", "peft", "lora"]}
+    relation, library = ("adapter", "peft") if is_adapter else ("finetune", "transformers")
+    base = {"base_model": repo, "base_model_relation": relation} if repo else {}
+    front = {**facts, **base, "library_name": library, "tags": ["kasa", "peft", "lora"]}
     matter = yaml.safe_dump(front, sort_keys=True, allow_unicode=True)
     return f"---\n{matter}---\n\n# {title}\n\n{body.strip()}\n".encode()

@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -135,6 +136,12 @@ def landed(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Landing]:
             landings[name] = landing
             taken.add(target)
     return landings
+
+
+def name_on_disk(model: PreTrainedModel, parameter: str) -> str:
+    """The name under which transformers would save a parameter that is one tensor on disk."""
+    saved: dict[str, Tensor] = revert_weight_conversion(model, {parameter: torch.empty(0, device="meta")})
+    return next(iter(saved))
 
 
 def in_loading_order(names: Iterable[str]) -> list[str]:

@@ -1,12 +1,12 @@
 """The files of a new base, planned from headers alone: as they were, or laid out anew.
 
-Where every dtype stays, a shard keeps its name, its header and the place of every tensor; where one changes, or a
-shard size is asked for, headers are made anew.
+A shard in which every tensor keeps its dtype and shape keeps its name, its header and the place of every tensor;
+where one changes or comes to it, or a shard size is asked for, headers are made anew.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,38 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from kasa_cli.checkpoint.durable import copy_file, make_folder, write_file
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.model_config import encoded, retyped
 from kasa_cli.checkpoint.streaming import Form, form
 from kasa_cli.errors import UsageError
 
 CARD = "README.md"
-HALVES = ("float16", "bfloat16")
-WIDE = "float32"
+Triples = Mapping[str, tuple[str, str, tuple[int, ...]]]
+"""Name, dtype and shape of every tensor to be, by name."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """One file of the new base: its header bytes, where its tensors go, and its size."""
+    """One file of the new base: its header bytes, where its tensors go, and its size.
+
+    `sources` names the tensor of the old base that each new one is made from.
+    """
 
     name: str
     form: Form
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
-def base_sheets(checkpoint: Checkpoint, dtypes: Mapping[str, str], max_shard_size: str | None) -> list[Sheet]:
-    """The files of the new base. `dtypes` names the stored dtype of every target that changes its own.
+def base_sheets(
+    checkpoint: Checkpoint,
+    dtypes: Mapping[str, str],
+    max_shard_size: str | None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> list[Sheet]:
+    """The files of the new base.
+
+    `dtypes` and `shapes` name what changes; `sources` the new tensors, each with the one that it is made from, whose
+    dtype and shape it has if nothing else is said, and beside which it is put.
 
     Raises:
         UsageError: a shard size is asked for, but config.json names the files.
@@ -41,29 +55,57 @@ def base_sheets(checkpoint: Checkpoint, dtypes: Mapping[str, str], max_shard_siz
         raise UsageError(
             "config.json names the files of the weights", str(named), "leave out --max-shard-size"
         )
-    if not dtypes and max_shard_size is None:
-        return [
-            Sheet(file, Form(_header(shard.path, shard.data_start), shard.tensors, shard.identity.size))
-            for file, shard in checkpoint.shards.items()
-        ]
-    triples = {
-        name: (name, dtypes.get(name, entry.dtype), entry.shape) for name, entry in checkpoint.tensors.items()
-    }
-    files = _split(triples, max_shard_size) if max_shard_size else _as_before(checkpoint)
-    return [Sheet(file, form(triples[name] for name in names)) for file, names in files.items()]
+    shapes, sources = shapes or {}, sources or {}
+    changed = {*dtypes, *shapes, *sources}
+    triples = {name: _triple(checkpoint, name, name, dtypes, shapes) for name in checkpoint.tensors}
+    triples |= {new: _triple(checkpoint, new, old, dtypes, shapes) for new, old in sources.items()}
+    if max_shard_size:
+        files = _split(triples, max_shard_size)
+    else:
+        files = {file: [*shard.tensors] for file, shard in checkpoint.shards.items()}
+        for new, old in sources.items():
+            files[checkpoint.shard_of(old)].append(new)
+    return [
+        _kept(checkpoint, file)
+        if max_shard_size is None and changed.isdisjoint(names)
+        else Sheet(file, form(triples[name] for name in names), sources)
+        for file, names in files.items()
+    ]
 
 
-def copy_companions(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
+def _triple(
+    checkpoint: Checkpoint,
+    name: str,
+    source: str,
+    dtypes: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[str, str, tuple[int, ...]]:
+    entry = checkpoint.tensors[source]
+    return name, dtypes.get(name, entry.dtype), shapes.get(name, entry.shape)
+
+
+def _kept(checkpoint: Checkpoint, file: str) -> Sheet:
+    shard = checkpoint.shards[file]
+    return Sheet(file, Form(_header(shard.path, shard.data_start), shard.tensors, shard.identity.size))
+
+
+def copy_companions(
+    checkpoint: Checkpoint, folder: Path, dtype: str, config: Mapping[str, Any] | None = None
+) -> None:
     """Copy every non-weight file of the model but its card, which speaks of the original.
 
-    Where a target becomes wider than the dtype that config.json names, it names a wide enough one: loaders would
-    else round the new tensors again.
+    config.json is written anew where it changes: where a target becomes wider than the dtype that it names, and where
+    `config` says more.
     """
     for name in checkpoint.companions:
         make_folder((folder / name).parent)
-        if name == "config.json" and (retyped := _retyped(checkpoint, dtype)):
-            write_file(folder / name, [retyped])
-        elif name != CARD:
+        if name == "config.json":
+            old = json.loads((checkpoint.root / name).read_text(encoding="utf-8"))
+            new = retyped(old if config is None else config, dtype)
+            if new != old:
+                write_file(folder / name, [encoded(new)])
+                continue
+        if name != CARD:
             copy_file(checkpoint.root / name, folder / name)
 
 
@@ -89,28 +131,12 @@ def new_index(sheets: Iterable[Sheet]) -> dict[str, Any]:
     }
 
 
-def _retyped(checkpoint: Checkpoint, dtype: str) -> bytes | None:
-    """config.json with a dtype that holds old and new tensors; None where the one it names does."""
-    config = json.loads((checkpoint.root / "config.json").read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    named = config.get(key)
-    if dtype == "auto" or named == dtype or (named not in HALVES and dtype in HALVES):
-        return None
-    return (json.dumps({**config, key: WIDE}, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def _header(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         return file.read(size)
 
 
-def _as_before(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    return {file: list(shard.tensors) for file, shard in checkpoint.shards.items()}
-
-
-def _split(
-    triples: Mapping[str, tuple[str, str, tuple[int, ...]]], max_shard_size: str
-) -> dict[str, list[str]]:
+def _split(triples: Triples, max_shard_size: str) -> dict[str, list[str]]:
     """The Hub's own plan of shards, from sizes alone."""
     sizes = {name: form([triple]).size - form([]).size for name, triple in triples.items()}
     plan = split_state_dict_into_shards_factory(

@@ -26,11 +26,18 @@ from kasa_cli.pipeline.lineage import BASES, Origin
 from kasa_cli.pipeline.merging import Merger, Merging, Orders, orders_of
 from kasa_cli.pipeline.operate import Written, write_base
 from kasa_cli.pipeline.operation import Merged
+from kasa_cli.pipeline.outline import Outline, outline
 from kasa_cli.pipeline.papers import file_records
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
 from kasa_cli.report import AdapterRow, MergedRow, MergeReport
 
 __all__ = ["Options", "Running", "Where", "merge"]
+
+RECOMPUTED = frozenset({"pissa", "olora"})
+"""Starts that are no part of an adapter's file, and are found again by the same decomposition of the base."""
+OWN_FACTORS = "its own factors"
+RESIDUAL = "residual"
+"""What a manifest calls a tensor off which a start was taken."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Options:
     weights: tuple[float, ...] = ()
     base_is: str = "auto"
     force_base: bool = False
+    untie: bool = False
     dtype: str = "auto"
     rounding: str = "nearest"
     max_shard_size: str | None = None
@@ -65,9 +73,11 @@ def merge(
     check_running(running)
     source, checkpoint, names = planning.survey(where)
     check_apart(output, [source.root, *adapters])
-    rows, mergings, base_is = _opened(adapters, lineage.origin(checkpoint), names, options)
+    base = lineage.origin(checkpoint)
+    rows, mergings, base_is = _opened(adapters, base, names, options)
+    made, mergings = outline(base, names, mergings, options.untie)
     orders = orders_of(mergings)
-    sheets = _sheets(checkpoint, orders, options)
+    sheets = _sheets(checkpoint, made, orders, options)
     require_space(output.parent, sum(sheet.form.size for sheet in sheets))
     facts = planning.open_facts(running)
     record = {
@@ -75,16 +85,17 @@ def merge(
         "environment": manifest.numeric_environment(running.threads_per_worker, "cpu"),
         "source": {"commit": source.commit, "repo": source.repo},
         **_recorded(options, rows, base_is),
+        "merged_before": sorted(lineage.merged_before(base)),
     }
     headers = [[file, shard.identity.size] for file, shard in checkpoint.shards.items()]
     job = {**record, "inputs": headers}
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
-    with staging, blas_threads(running.threads_per_worker):
-        merger = Merger(checkpoint, orders, facts, options.rounding)
+    merger = Merger(checkpoint, orders, facts, options.rounding, made.sources)
+    with staging, blas_threads(running.threads_per_worker), merger:
         written = write_base(checkpoint, merger, sheets, staging.out, running.num_workers, watcher)
-        copy_companions(checkpoint, staging.out, options.dtype)
+        copy_companions(checkpoint, staging.out, options.dtype, made.config)
         write_index(checkpoint, sheets, staging.out)
-        record = {**record, "model_class": names.model_class, "tensors": _records(checkpoint, written)}
+        record = {**record, "model_class": names.model_class, "tensors": _records(sheets, written)}
         sealed = _write_papers(checkpoint, staging.out, record, rows, running.num_workers)
         staging.publish()
     return MergeReport(
@@ -98,15 +109,18 @@ def merge(
         adapters=rows,
         totals=_totals(written, sheets),
         output={"directory": str(output), "manifest_sha256": hashlib.sha256(sealed).hexdigest()},
-        notes=tuple(_notes(names, planning.store_notes(facts))),
+        notes=tuple(_notes(names, [*made.notes, *_start_notes(mergings), *planning.store_notes(facts)])),
     )
 
 
-def _sheets(checkpoint: Checkpoint, orders: Mapping[str, Orders], options: Options) -> list[Sheet]:
+def _sheets(
+    checkpoint: Checkpoint, made: Outline, orders: Mapping[str, Orders], options: Options
+) -> list[Sheet]:
     """The files of the merged model."""
     dtype = DTYPES[options.dtype]
-    changing = {name: dtype for name in orders if dtype not in (None, checkpoint.tensors[name].dtype)}
-    return base_sheets(checkpoint, {k: v for k, v in changing.items() if v}, options.max_shard_size)
+    before = {name: checkpoint.tensors[made.sources.get(name, name)].dtype for name in orders}
+    dtypes = {name: dtype for name in orders if dtype is not None and dtype != before[name]}
+    return base_sheets(checkpoint, dtypes, options.max_shard_size, made.shapes, made.sources)
 
 
 def _write_papers(
@@ -167,9 +181,7 @@ def _opened(
         before.add(digest)
         places = placed(adapter, names, base.checkpoint.tensors)
         values = placed_values(adapter, names, base.checkpoint.tensors)
-        _refuse(path, [place.patch.settings.get("base_start") for place in places])
-        _require_untied(path, [place.tied_with for place in places if place.tied])
-        _require_untied(path, [value.tied_with for value in values if value.tied])
+        _refuse(path, places, base)
         made_by = lineage.adapter_manifest(path)
         cutting = [
             part.piece.name
@@ -199,16 +211,32 @@ def _tensors(places: Sequence[Placed]) -> list[tuple[str, str]]:
     ]
 
 
-def _require_untied(path: Path, others: Sequence[str | None]) -> None:
-    for other in others:
-        what = f"the same tensor as {other}, which the adapter leaves as it is"
-        raise InvalidInput(what, str(path), "untie the base first: save it with tie_word_embeddings false")
-
-
-def _refuse(path: Path, starts: Sequence[Any]) -> None:
+def _refuse(path: Path, places: Sequence[Placed], base: Origin) -> None:
+    """Refuse an adapter whose start is lost, and a base that has lost it already."""
+    starts = {place.patch.settings.get("base_start") for place in places}
     if "lost" in starts:
         what = "an adapter that took a random or data-driven start off its base"
         raise InvalidInput(what, str(path), REFUSED["pissa_niter"])
+    records = base.manifest["tensors"] if base.manifest else {}
+    for name, _ in _tensors([one for one in places if one.patch.settings.get("base_start") in RECOMPUTED]):
+        if records.get(name, {}).get("role") == RESIDUAL:
+            what = "a residual base, off which an adapter's start is taken already"
+            raise InvalidInput(what, name, f"merge {path.name} into the original")
+
+
+def _start_notes(mergings: Sequence[Merging]) -> list[str]:
+    """What an adapter took off its base, and where that is known from."""
+    notes = []
+    for merging in mergings:
+        starts = {place.patch.settings.get("base_start") for place in merging.placed}
+        name = merging.adapter.path.name
+        if not starts.isdisjoint(RECOMPUTED):
+            notes.append(f"{name}: its start is computed anew from this base: was it trained on it?")
+        if OWN_FACTORS in starts:
+            notes.append(
+                f"{name}: what it took off its base is rebuilt from its own tensors, as rounded there"
+            )
+    return notes
 
 
 def _recorded(options: Options, rows: Sequence[AdapterRow], base_is: str | None) -> dict[str, Any]:
@@ -218,18 +246,22 @@ def _recorded(options: Options, rows: Sequence[AdapterRow], base_is: str | None)
         "dtype": options.dtype,
         "max_shard_size": options.max_shard_size,
         "rounding": options.rounding,
+        "untie": options.untie,
     }
     return {"adapters": adapters, "base_is": base_is, "options": recorded}
 
 
-def _records(checkpoint: Checkpoint, written: Sequence[Written[Merged]]) -> dict[str, Any]:
+def _records(sheets: Sequence[Sheet], written: Sequence[Written[Merged]]) -> dict[str, Any]:
+    shapes = {name: entry.shape for sheet in sheets for name, entry in sheet.form.tensors.items()}
+    sources = {name: source for sheet in sheets for name, source in sheet.sources.items()}
     return {
         one.name: {
             "file": one.file,
             "dtype": one.dtype,
             "sha256": one.sha256,
-            "shape": list(checkpoint.tensors[one.name].shape),
+            "shape": list(shapes[one.name]),
             "role": "merged" if one.outcome else "copied",
+            **({"made_from": sources[one.name]} if one.name in sources else {}),
             **(asdict(one.outcome) if one.outcome else {}),
         }
         for one in written

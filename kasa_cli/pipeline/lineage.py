@@ -18,6 +18,8 @@ from kasa_cli.pipeline.intact import hash_tensor
 
 ORIGINAL, TRUNCATED = "original", "truncated"
 BASES = ("auto", ORIGINAL, TRUNCATED)
+MAKERS = ("truncate", "convert")
+"""Commands that make adapters, and know for which base."""
 REMEDY = "say --base-is original or --base-is truncated"
 
 
@@ -81,13 +83,13 @@ def require_fit(base: Origin, made_by: Mapping[str, Any] | None, names: Iterable
     Raises:
         IntegrityError: naming the first tensor that is another.
     """
-    if not made_by or made_by.get("command") != "truncate":
+    if not made_by or made_by.get("command") not in MAKERS:
         return
     for name in names:
-        known = made_by["tensors"].get(name)
-        if known and not _states(known, base.sha256(name)):
+        known = made_by["tensors"].get(name, {})
+        if known.get("input_sha256") and not _states(known, base.sha256(name)):
             what = f"not the base that {adapter.name} was made for"
-            raise IntegrityError(what, name, "merge it into that one, or insist with --force-base")
+            raise IntegrityError(what, name, "take that one, or insist with --force-base")
 
 
 def digest(path: Path, weights: Path) -> str:
@@ -98,10 +100,11 @@ def digest(path: Path, weights: Path) -> str:
 
 
 def merged_before(base: Origin) -> set[str]:
-    """The hashes of the adapters that are in a base already."""
+    """The hashes of the adapters that are in a base already, merged into it or into what it was made from."""
     if not base.manifest or base.manifest.get("command") != "merge":
         return set()
-    return {str(one.get("sha256")) for one in base.manifest.get("adapters", []) if isinstance(one, dict)}
+    known = {str(one.get("sha256")) for one in base.manifest.get("adapters", []) if isinstance(one, dict)}
+    return known | {str(one) for one in base.manifest.get("merged_before", [])}
 
 
 def _states(known: Mapping[str, Any], sha256: str) -> set[str]:

@@ -7,13 +7,17 @@ which may be left out: a replacement of the whole, replacements of rows, and cha
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from kasa_cli.checkpoint.adapter import Adapter, TokenRows
+from kasa_cli.checkpoint.adapter import Adapter, Replacement, TokenRows
 from kasa_cli.checkpoint.adapter_places import Placed
 from kasa_cli.checkpoint.adapter_value_places import PlacedValue
 from kasa_cli.checkpoint.container import Reader
@@ -21,13 +25,15 @@ from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.peft import PEFT_VERSION
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.methods import adapters as kinds
-from kasa_cli.methods.terms import Change, Term, weighted
+from kasa_cli.methods.terms import Change, Term, factors, transposed, weighted
 from kasa_cli.pipeline.cuts import Cuts
 from kasa_cli.pipeline.facts import Facts
 from kasa_cli.pipeline.operation import Operation, View
+from kasa_cli.pipeline.streamed import Streamed
 from kasa_cli.pipeline.weights import Matrix, read_target
 from kasa_cli.report import Piece
 
+NONE: Mapping[str, str] = MappingProxyType({})
 IN_FILE = "file"
 """The adapter's file holds its module's own base, cut already."""
 KEPT = 4
@@ -59,6 +65,11 @@ class Edit:
     index: int | None
     span: tuple[int, int]
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether the file has the matrix the other way round from what the adapter makes."""
+        return self.place.is_turned != self.place.is_transposed
+
 
 @dataclass
 class Orders:
@@ -69,6 +80,13 @@ class Orders:
     replacement: tuple[Adapter, PlacedValue] | None = None
     rows: list[tuple[Adapter, TokenRows]] = field(default_factory=list)
     modules: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def adds_terms(self) -> bool:
+        """Whether all that is done may be to add terms that are known without the weight."""
+        whole = self.biases or self.rows or self.replacement
+        kinds_of = [kinds.KINDS[edit.place.patch.kind] for edit in self.edits]
+        return not whole and not any(kind.needs_weight for kind in kinds_of)
 
     @property
     def num_terms(self) -> int:
@@ -88,6 +106,8 @@ def orders_of(mergings: Sequence[Merging]) -> dict[str, Orders]:
             _order_patch(orders, merging, place)
         for value in merging.values:
             _order_value(orders, merging, value)
+    for name, order in orders.items():
+        _check_rows(name, order)
     return dict(orders)
 
 
@@ -109,10 +129,8 @@ def _order_value(orders: dict[str, Orders], merging: Merging, value: PlacedValue
     pieces = [part.piece for parts in value.matrices for part in parts]
     if len(pieces) != 1 or pieces[0].index is not None:
         raise InvalidInput("a parameter that lies in pieces on disk is not replaced", one.tensor)
-    if value.vocabulary:
-        what = f"{value.vocabulary[1]} rows, {value.vocabulary[0]} in the base: kasa changes no shape"
-        raise InvalidInput(what, one.tensor, "resize the vocabulary of the base first")
-    if merging.weight != 1:
+    is_base = isinstance(one, Replacement) and one.is_base
+    if merging.weight != 1 and not is_base:
         raise UsageError("an adapter that replaces parameters has no weight but 1", one.tensor)
     order = orders[pieces[0].name]
     order.modules[one.parameter.rpartition(".")[0]] = None
@@ -120,28 +138,70 @@ def _order_value(orders: dict[str, Orders], merging: Merging, value: PlacedValue
         order.rows.append((merging.adapter, one))
     elif order.replacement is None:
         order.replacement = (merging.adapter, value)
-    else:
+    elif not (is_base and _is_repeated(order.replacement, merging.adapter, one)):
         raise InvalidInput("two adapters replace it", one.parameter, "merge one of them")
 
 
+def _is_repeated(replacement: tuple[Adapter, PlacedValue], adapter: Adapter, other: Replacement) -> bool:
+    """Whether two adapters were trained on the same base, saved with each."""
+    first, value = replacement
+    with Reader(first.container) as one, Reader(adapter.container) as two:
+        return torch.equal(one.tensor(value.value.tensor), two.tensor(other.tensor))
+
+
+def _check_rows(name: str, order: Orders) -> None:
+    """Every adapter means the vocabulary that the tensor has in the end."""
+    if order.replacement is None or order.replacement[1].vocabulary is None:
+        return
+    new = order.replacement[1].vocabulary[1]
+    for edit in order.edits:
+        if edit.place.shape[0] != new:
+            what = f"{edit.place.shape[0]} rows, {new} in another adapter"
+            raise InvalidInput(
+                what, f"{edit.merging.adapter.path}: {name}", "merge adapters of one vocabulary"
+            )
+    for _, rows in order.rows:
+        if rows.indices and max(rows.indices) >= new:
+            raise InvalidInput(f"row {max(rows.indices)} of {new}", rows.tensor)
+
+
 class Merger:
-    """Who merges: the orders for each tensor, and how to carry them out."""
+    """Who merges: the orders for each tensor, and how to carry them out. It holds the adapters' files open."""
 
     def __init__(
-        self, checkpoint: Checkpoint, orders: Mapping[str, Orders], facts: Facts, round_off: str
+        self,
+        checkpoint: Checkpoint,
+        orders: Mapping[str, Orders],
+        facts: Facts,
+        round_off: str,
+        sources: Mapping[str, str] = NONE,
     ) -> None:
+        """`sources`: tensors that the base does not have, with those of it that they are made from."""
         self.checkpoint, self.orders, self.facts, self.round_off = checkpoint, orders, facts, round_off
+        self.sources = sources
         self._stacks: dict[int, list[Change]] = {}
-        self._lock = threading.Lock()
+        self._readers: dict[Path, Reader] = {}
+        self._files = ExitStack()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
 
     def takes(self, name: str) -> bool:
         """Whether an adapter says anything about a tensor."""
         return name in self.orders
 
-    def prepare(self, name: str) -> "Operation":
-        """Read a tensor and make the changes of it."""
-        orders = self.orders[name]
-        before = read_target(self.checkpoint, name)
+    def prepare(self, name: str) -> Operation | Streamed:
+        """Make the changes of a tensor, and read it, unless all that they do is to add terms."""
+        orders, source = self.orders[name], self.sources.get(name, name)
+        if orders.adds_terms and self.round_off == "nearest":
+            changes = [(edit, self.change(edit, None)) for edit in orders.edits]
+            if all(change.is_low_rank for _, change in changes):
+                return Streamed(self.checkpoint, source, self._terms(source, changes))
+        before = read_target(self.checkpoint, source)
         X = _with_rows(_replaced(before, orders, name), orders)
         biases = [self.change(edit, None) for edit in orders.biases]
         if X.ndim < 2 or biases:
@@ -149,7 +209,7 @@ class Merger:
         views = []
         for index in dict.fromkeys(edit.index for edit in orders.edits):
             own = [edit for edit in orders.edits if edit.index == index]
-            views.append(self._view(name, X, index, own))
+            views.append(self._view(source, X, index, own))
         return Operation(name, before, X, views, biases, self.round_off)
 
     def change(self, edit: Edit, W: Tensor | None) -> Change:
@@ -162,9 +222,21 @@ class Merger:
         )
         return _cut_out(weighted(found, weight), edit)
 
+    def _terms(self, name: str, changes: Sequence[tuple[Edit, Change]]) -> dict[int, Term]:
+        """What is added to each matrix of a tensor, in the layout of its file."""
+        terms = {}
+        for index in dict.fromkeys(edit.index for edit, _ in changes):
+            own = [edit for edit, _ in changes if edit.index == index]
+            turned = own[0].is_turned
+            cuts = self._truncation(name, index, turned, own)
+            added = (*cuts, *(change for edit, change in changes if edit.index == index))
+            if (term := factors([transposed(one) for one in added] if turned else added)) is not None:
+                terms[index or 0] = term
+        return terms
+
     def _view(self, name: str, X: Tensor, index: int | None, edits: Sequence[Edit]) -> "View":
         matrix = X if index is None else X[index]
-        turned = edits[0].place.is_turned != edits[0].place.is_transposed
+        turned = edits[0].is_turned
         W = matrix.T if turned else matrix
         cuts = self._truncation(name, index, turned, edits)
         return View(index, turned, (*cuts, *(self.change(edit, W) for edit in edits)))
@@ -187,7 +259,12 @@ class Merger:
             return self._stacks[key]
 
     def _tensors(self, edit: Edit) -> dict[str, Tensor]:
-        with Reader(edit.merging.adapter.container) as reader:
+        """A patch's tensors. The file stays open: an adapter of many experts has a header that takes long to read."""
+        container = edit.merging.adapter.container
+        with self._reading:
+            if container.path not in self._readers:
+                self._readers[container.path] = self._files.enter_context(Reader(container))
+            reader = self._readers[container.path]
             return {short: reader.tensor(name) for short, name in edit.place.patch.tensors.items()}
 
     def _truncation(
@@ -249,8 +326,11 @@ def _replaced(before: Tensor, orders: Orders, name: str) -> Tensor:
     adapter, value = orders.replacement
     with Reader(adapter.container) as reader:
         found = reader.tensor(value.value.tensor)
+        for copy in value.value.copies if isinstance(value.value, Replacement) else ():
+            if not torch.equal(found, reader.tensor(copy)):
+                raise InvalidInput(f"not what {value.value.tensor} is, which it repeats", copy)
     found = found.T if value.is_turned else found
-    if found.shape != before.shape:
+    if found.shape[1:] != before.shape[1:] or (found.shape != before.shape and not value.vocabulary):
         what = f"of shape {tuple(found.shape)}, in the base {tuple(before.shape)}"
         raise InvalidInput(what, name, "is this the base that it was trained on?")
     return found.contiguous()

@@ -52,6 +52,14 @@ def merge(
         bool,
         typer.Option("--force-base", help="Merge into a base it was not made for.", rich_help_panel=INPUT),
     ] = False,
+    untie: Annotated[
+        bool,
+        typer.Option(
+            "--untie",
+            help="When an adapter changes one end of tied weights: write both ends.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of the tensors changed; auto keeps.")] = Dtype.AUTO,
     rounding: Annotated[
         RoundingName, typer.Option(help="preserve keeps the update in half precision.")
@@ -81,6 +89,7 @@ def merge(
         weights=tuple(weight or ()),
         base_is=base_is,
         force_base=force_base,
+        untie=untie,
         dtype=dtype,
         rounding=rounding,
         max_shard_size=max_shard_size,
