@@ -86,6 +86,27 @@ class BaseIs(StrEnum):
     TRUNCATED = "truncated"
 
 
+class FormName(StrEnum):
+    """What an adapter is converted to."""
+
+    LORA = "lora"
+    LORA_LITE = "lora-lite"
+
+
+class BaseName(StrEnum):
+    """Which of KaSA's two bases."""
+
+    ORIGINAL = "original"
+    TRUNCATED = "truncated"
+
+
+class FlavourName(StrEnum):
+    """Whose names the tensors have."""
+
+    PEFT = "peft"
+    DISK = "disk"
+
+
 class EmitName(StrEnum):
     """Spelling of a choice for those who train on it."""
 

@@ -33,9 +33,11 @@ VERBS = (
     ["truncate"],
     ["inspect"],
     ["inspect", "spectrum"],
+    ["inspect", "adapter"],
     ["inspect", "diff"],
     ["select-targets"],
     ["merge"],
+    ["convert"],
     ["verify"],
     ["store"],
     ["store", "ls"],
@@ -50,8 +52,11 @@ MORE_OPTIONS = {
     "select-targets": f"{COMMON} --dry-run --config --top-p --num-modules --threshold --criterion --prefer --rule"
     " --max-dim --per-type --shape-fair --match-budget --compare --emit --output",
     "inspect spectrum": f"{COMMON} --dry-run --config --html --png --values --overwrite",
+    "inspect adapter": "--base --base-is --revision --workers --store --no-store --json --format",
     "inspect diff": f"{COMMON} --rank --revision-b",
     "merge": "--into --weight --base-is --force-base --dtype --rounding --max-shard-size --overwrite --restart",
+    "convert": "--to --base --on --names --rank --energy --pad-rank --base-is --force-base --overwrite --restart"
+    " --json --workers --store --no-store --revision --cache-dir --config",
     "store prune": "--max-size --older-than --all --dry-run",
 }
 

@@ -86,6 +86,18 @@ def energy(S: Float64[Tensor, " k"], rank: int) -> float:
     return float(squares[:rank].sum() / squares.sum())
 
 
+def rank_of_energy(S: Float64[Tensor, " k"], share: float) -> int:
+    """How many of the largest hold this share of Σσ²; none of a zero weight.
+
+    >>> [rank_of_energy(torch.tensor([2.0, 1.0, 1.0]).double(), share) for share in (0.5, 0.8, 1.0)]
+    [1, 2, 3]
+    """
+    if not S[0] > 0:
+        return 0
+    squares = (S / S[0]).square()
+    return min(int((squares.cumsum(0) < share * squares.sum()).sum()) + 1, len(S))
+
+
 def numerical_rank(S: Float64[Tensor, " k"], shape: tuple[int, int], eps: float = EPS) -> int:
     """How many values exceed σ_max · max(o, i) · eps: the convention of LAPACK's users, numpy's and MATLAB's.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapters_kind import Given, Kind, Setting, spec
 from kasa_cli.methods.adapters_lora import ALPHA, orthonormal
-from kasa_cli.methods.terms import Change, Map, Term, scaled_rows
+from kasa_cli.methods.terms import Change, Map, Term, right_factor, scaled_rows
 
 Columns = tuple[Float64[Tensor, " o"], Float64[Tensor, " o"]]
 
@@ -40,7 +40,7 @@ def hra(x: Given) -> Change:
     U = x["U"]
     if x.settings["apply_GS"]:
         Q = orthonormal(U, "the vectors of hra_u")
-        return Change(map=lambda X, first: torch.addmm(X, X @ Q, Q.T, alpha=-2))
+        return right_factor(2 * Q, Q)
     lengths = U.norm(dim=0)
     if not (lengths > 0).all():
         raise InvalidInput("a direction of length zero", "hra_u")
@@ -53,8 +53,7 @@ def reflected(U: Float64[Tensor, "i r"], tau: Float64[Tensor, " r"]) -> Change:
     products = U.T @ U
     for n in range(1, len(tau)):
         T[:n, n] = -tau[n] * (T[:n, :n] @ products[:n, n])
-    UT = U @ T
-    return Change(map=lambda X, first: torch.addmm(X, X @ UT, U.T, alpha=-1))
+    return right_factor(U @ T, U)
 
 
 def oft(x: Given) -> Change:

@@ -22,6 +22,8 @@ Dense = Callable[[int, int], Float64[Tensor, "j i"]]
 Map = Callable[[Float64[Tensor, "j i"], int], Float64[Tensor, "j i"]]
 """What the rows from `start` on become; never in place."""
 BiasMap = Callable[[Float64[Tensor, " o"]], Float64[Tensor, " o"]]
+OfWeight = Callable[[Float[Tensor, "o i"]], "Term"]
+"""What is added, from the weight as it was."""
 
 LEAST_ROWS = 16
 """Rows of a block at least: a product of fewer is slow, and a transposed weight is read in runs of as many."""
@@ -39,7 +41,8 @@ class Term:
 class Change:
     """What one adapter does to one weight and its bias: W' = map(W + Σ L R + dense), b' = bias_map(b + shift).
 
-    The map takes blocks of rows that begin at multiples of `grain` and end at one, or at the last row.
+    The map takes blocks of rows that begin at multiples of `grain` and end at one, or at the last row. Where it adds
+    a low-rank term once the weight is known, `of_weight` is that.
     """
 
     terms: tuple[Term, ...] = ()
@@ -48,6 +51,7 @@ class Change:
     grain: int = 1
     shift: Float64[Tensor, " o"] | None = None
     bias_map: BiasMap | None = None
+    of_weight: OfWeight | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -58,6 +62,18 @@ class Change:
     def is_low_rank(self) -> bool:
         """Whether terms are all that it does to the weight."""
         return self.map is None and self.dense is None
+
+
+def right_factor(P: Float64[Tensor, "i r"], Q: Float64[Tensor, "i r"]) -> Change:
+    """The map W' = W - W P Q^T: low-rank once W is known."""
+
+    def of_weight(W: Tensor) -> Term:
+        L = P.new_empty(len(W), P.shape[1])
+        for start, stop in row_blocks(W.shape, ()):
+            L[start:stop] = -(W[start:stop].to(torch.float64) @ P)
+        return Term(L, Q.T)
+
+    return Change(map=lambda X, first: torch.addmm(X, X @ P, Q.T, alpha=-1), of_weight=of_weight)
 
 
 def scaled_rows(scale: Float64[Tensor, " o"]) -> Map:

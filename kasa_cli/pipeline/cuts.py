@@ -72,13 +72,14 @@ class Cuts:
         return term
 
 
-def known_cuts(adapter: Path, base: Origin) -> Cuts:
+def known_cuts(adapter: Path, base: Origin | None) -> Cuts:
     """What is known of the cuts that an adapter was trained with, by the manifest beside it or beside its base.
 
     Raises:
         IntegrityError: the tail is not as it was written.
     """
-    for folder, known in ((adapter, adapter_manifest(adapter)), (base.checkpoint.root, base.manifest)):
+    beside_base = [(base.checkpoint.root, base.manifest)] if base else []
+    for folder, known in ((adapter, adapter_manifest(adapter)), *beside_base):
         if known and known.get("command") == "truncate":
             cut = {name: one for name, one in known["tensors"].items() if "truncation_rank" in one}
             return Cuts(

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from kasa_cli.render import tables
-from kasa_cli.report import DemoReport, Report, SelectReport, StoreReport, VerifyReport
+from kasa_cli.report import AdapterReport, DemoReport, Report, SelectReport, StoreReport, VerifyReport
 
 
 def as_json(report: Report) -> str:
@@ -67,6 +67,8 @@ def _rows(report: Report) -> list[dict[str, Any]]:
         return [dict(one) for one in report.compared] or [figures | {"compared": 0}]
     if isinstance(report, SelectReport):
         return [asdict(row) for row in report.candidates]
+    if isinstance(report, AdapterReport):
+        return [asdict(row) for row in report.modules]
     if isinstance(report, StoreReport):
         return [dict(row) for row in report.tensors]
     rows = report.truncated.tensors if isinstance(report, DemoReport) else report.tensors

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from kasa_cli.errors import printable
-from kasa_cli.report import DiffRow, SpectrumReport, SpectrumRow
+from kasa_cli.report import DiffRow, ModuleRow, SpectrumReport, SpectrumRow
 
 NO_LAYER = "–"
 INFINITE = "∞"
@@ -132,14 +132,14 @@ class Grid:
         return [_point(n, row, self.places[n]) for n, row in enumerate(self.report.tensors)]
 
 
-def placed(rows: Sequence[SpectrumRow | DiffRow]) -> list[tuple[str, str]]:
+def placed(rows: Sequence[SpectrumRow | DiffRow | ModuleRow]) -> list[tuple[str, str]]:
     """(module type, layer) of each row, the types abbreviated."""
     found = places(rows)
     names = abbreviated([kind for kind, _ in found])
     return [(printable(names[kind]), layer) for kind, layer in found]
 
 
-def places(rows: Sequence[SpectrumRow | DiffRow]) -> list[tuple[str, str]]:
+def places(rows: Sequence[SpectrumRow | DiffRow | ModuleRow]) -> list[tuple[str, str]]:
     """Module type and layer of each row: the last number of the path, or the first where that is not unique."""
     last = [(row.module_type, _layer(row.module)) for row in rows]
     if len(set(last)) == len(rows):

@@ -14,10 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from kasa_cli.errors import printable
+from kasa_cli.render import adapters
 from kasa_cli.render.choices import choice_tables, choices_by_type, store_tables
+from kasa_cli.render.conversions import closing as converted
+from kasa_cli.render.conversions import converted_tables
 from kasa_cli.render.spectra import diff_tables, summary_tables
 from kasa_cli.render.units import big, duration, number, percent
 from kasa_cli.report import (
+    AdapterReport,
+    ConvertReport,
     DemoReport,
     DiffReport,
     MeasurePlan,
@@ -283,8 +288,10 @@ SUMMARIES: dict[type[Report], Callable[[Any], list[Summary]]] = {
     MeasurePlan: lambda report: [to_measure(report.tensors), skipped(report.skipped)],
     SpectrumReport: lambda report: [*summary_tables(report), skipped(report.skipped)],
     DiffReport: lambda report: [*diff_tables(report), skipped(report.skipped)],
+    AdapterReport: adapters.adapter_tables,
     SelectReport: lambda report: [*choice_tables(report), skipped(report.skipped)],
     MergeReport: lambda report: [merged_by_type(report), merged_adapters(report)],
+    ConvertReport: converted_tables,
     StoreReport: store_tables,
     VerifyReport: lambda report: [checked(report)],
     DemoReport: lambda report: [
@@ -300,8 +307,10 @@ CLOSINGS: dict[type[Report], Callable[[Any], list[str]]] = {
     MeasurePlan: _planned,
     SpectrumReport: _cost,
     DiffReport: _cost,
+    AdapterReport: adapters.closing,
     SelectReport: _cost,
     MergeReport: _merged,
+    ConvertReport: converted,
     VerifyReport: lambda report: ["all is as the manifest says"],
     DemoReport: _demo_closing,
 }

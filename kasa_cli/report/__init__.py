@@ -1,5 +1,7 @@
 """What a run planned, saw and did: frozen plain data, for any renderer and for Python."""
 
+from kasa_cli.report.adapters import AdapterReport, InCut, ModuleRow, ValueRow
+from kasa_cli.report.converted import ConvertedRow, ConvertReport
 from kasa_cli.report.done import (
     AdapterRow,
     DemoReport,
@@ -34,17 +36,22 @@ from kasa_cli.report.plan import (
 )
 
 __all__ = [
+    "AdapterReport",
     "AdapterRow",
     "Candidate",
     "CandidateRow",
+    "ConvertReport",
+    "ConvertedRow",
     "Curve",
     "DemoReport",
     "DiffReport",
     "DiffRow",
     "Emission",
+    "InCut",
     "MeasurePlan",
     "MergeReport",
     "MergedRow",
+    "ModuleRow",
     "Piece",
     "PlanReport",
     "Report",
@@ -59,6 +66,7 @@ __all__ = [
     "TensorRow",
     "ToMeasure",
     "TruncateReport",
+    "ValueRow",
     "VerifyReport",
     "module_type",
 ]
@@ -70,8 +78,10 @@ Report = (
     | VerifyReport
     | DemoReport
     | MergeReport
+    | ConvertReport
     | SelectReport
     | SpectrumReport
     | DiffReport
+    | AdapterReport
     | StoreReport
 )

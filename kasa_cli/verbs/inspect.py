@@ -1,4 +1,4 @@
-"""`kasa inspect spectrum` and `kasa inspect diff`."""
+"""`kasa inspect spectrum`, `kasa inspect adapter` and `kasa inspect diff`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,7 @@ from kasa_cli.errors import ExitCode
 from kasa_cli.flags import (
     INPUT,
     OUTPUT,
+    BaseIs,
     CacheDir,
     Config,
     Device,
@@ -34,7 +35,8 @@ from kasa_cli.flags import (
 from kasa_cli.terminal import publish, refuse_occupied, show, watching
 
 app = typer.Typer(
-    help="Look at spectra: of one checkpoint, or of the change between two.", no_args_is_help=True
+    help="Look: at the spectra of a checkpoint, at an adapter, at the change between two checkpoints.",
+    no_args_is_help=True,
 )
 
 
@@ -86,6 +88,38 @@ def spectrum(
         publish(report, html, png)
     show(report, spelling, quiet)
     return ExitCode.BELOW_STANDARD if report.totals["unmeasured"] else ExitCode.DONE
+
+
+@app.command(epilog="Example: kasa inspect adapter my-adapter --base org/model")
+def adapter(
+    path: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder, or a lora-lite file.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="A directory, or a Hub id: for kinds that change it.", rich_help_panel=INPUT),
+    ] = None,
+    base_is: Annotated[
+        BaseIs, typer.Option(help="Of KaSA: auto asks the manifests.", rich_help_panel=INPUT)
+    ] = BaseIs.AUTO,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+    workers: Workers = 0,
+    threads_per_worker: Threads = 1,
+    store: StoreOption = None,
+    no_store: NoStore = False,
+    output_format: FormatOption = Format.TABLE,
+    json_format: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Look at an adapter: scaling, norm, singular values, diagonal, orthogonality, KaSA's penalties and cut."""
+    from kasa_cli.commands import adapter as verb
+
+    where = verb.Where(base, revision, cache_dir, local_files_only) if base is not None else None
+    running = verb.Running(workers, threads_per_worker, "cpu", store, not no_store)
+    with watching(quiet) as watcher:
+        report = verb.adapter(path, where, base_is, running, watcher)
+    return show(report, Format.JSON if json_format else output_format, quiet)
 
 
 @app.command(epilog="Example: kasa inspect diff org/base org/chat")

@@ -1,0 +1,90 @@
+"""What an adapter holds: one row a weight that it changes, and what it replaces.
+
+Norms and singular values are in the units of the weight. Figures that are not known are None, with the reason.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class InCut:
+    """How much of an update lies where the base was cut: shares of ‖ΔW‖², and those of a random update.
+
+    `rank` is the number of components cut, U_d and V_d their directions: `both` is ‖U_dᵀ ΔW V_d‖², `left`
+    ‖U_dᵀ ΔW‖², `right` ‖ΔW V_d‖². `source` is where the directions come from, the tail or the base.
+    """
+
+    rank: int
+    both: float
+    left: float
+    right: float
+    random_both: float
+    random_left: float
+    random_right: float
+    source: str
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """One weight, or one expert of a fused parameter, and what an adapter says about it.
+
+    `parameter` is None where only the base could tell it. `why` says why norm or singular values are None. `diagonal`
+    is learned; `core` are the singular values of a dense core in its place. `defect_a` is ‖A Aᵀ - I‖_F, `defect_b`
+    ‖Bᵀ B - I‖_F. `penalties` are KaSA's of this layer: `l2`, and `l3_…` by convention.
+    """
+
+    name: str
+    module: str
+    module_type: str
+    parameter: str | None
+    expert: int | None
+    shape: tuple[int, int] | None
+    rank: int | None
+    alpha: float | None
+    scaling: float | None
+    norm: float | None
+    singular_values: tuple[float, ...] | None
+    why: str | None
+    sigma_max: float | None
+    stable_rank: float | None
+    effective_rank: float | None
+    rank_90: int | None
+    diagonal: tuple[float, ...] | None
+    diagonal_signs: dict[str, int] | None
+    core: tuple[float, ...] | None
+    defect_a: float | None
+    defect_b: float | None
+    penalties: dict[str, float] | None
+    in_cut: InCut | None
+    in_cut_why: str | None
+
+
+@dataclass(frozen=True)
+class ValueRow:
+    """A parameter that the adapter's file holds anew, or rows of one, and why."""
+
+    parameter: str
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    why: str
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What `kasa inspect adapter` found. `base_is` is what a base was taken for, None where nobody had to know.
+
+    `penalties` are KaSA's of the whole adapter: `beta`, `gamma` and by convention `l2`, `l3` and the `loss` they add.
+    """
+
+    command: str
+    adapter: str
+    kind: str
+    base: str | None
+    base_is: str | None
+    modules: tuple[ModuleRow, ...]
+    values: tuple[ValueRow, ...]
+    penalties: dict[str, Any] | None
+    totals: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
