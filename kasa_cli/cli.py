@@ -17,7 +17,7 @@ from typer.exceptions import TyperException
 
 from kasa_cli import __version__
 from kasa_cli.errors import ExitCode, KasaError, printable
-from kasa_cli.verbs import demo, inspect, merge, select_targets, store, truncate, verify
+from kasa_cli.verbs import convert, demo, inspect, merge, select_targets, store, truncate, verify
 
 app = typer.Typer(
     help="Spectral surgery on Hugging Face checkpoints: offline KaSA, streamed, exact and verified.",
@@ -54,6 +54,7 @@ app.command(epilog=truncate.EXAMPLE)(truncate.truncate)
 app.add_typer(inspect.app, name="inspect")
 app.command(epilog=select_targets.EXAMPLE)(select_targets.select_targets)
 app.command(epilog=merge.EXAMPLE)(merge.merge)
+app.command(epilog=convert.EXAMPLE)(convert.convert)
 app.command(epilog=verify.EXAMPLE)(verify.verify)
 app.add_typer(store.app, name="store")
 app.command(epilog=demo.EXAMPLE)(demo.demo)

@@ -61,3 +61,9 @@ def test_a_look_at_the_few_that_are_halfway_is_as_good_as_rounding_all_to_odd(sh
         odd = rounded_to_odd(T, T.to(torch.float32)).to(torch.bfloat16)
         assert torch.equal(on_the_way(T, torch.bfloat16).to(torch.bfloat16), odd)
         assert torch.equal(rounded(T, torch.bfloat16), odd)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_transposed_view_is_rounded_like_its_copy(dtype):
+    T = torch.randn(24, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).T
+    assert torch.equal(rounded(T, dtype), rounded(T.contiguous(), dtype))

@@ -43,16 +43,25 @@ def lora_config(
     model_class: str | None,
 ) -> dict[str, Any]:
     """A plain LoRA on exactly these of all modules. `base` is (Hub id, commit), None for a local model."""
+    named = target_modules([target.module for target in targets], modules)
+    config = plain_config(named, rank, base, model_class)
+    return {**config, "fan_in_fan_out": any(t.is_transposed for t in targets), "lora_alpha": alpha}
+
+
+def plain_config(
+    modules: Sequence[str], rank: int, base: tuple[str | None, str | None], model_class: str | None
+) -> dict[str, Any]:
+    """A plain LoRA of scaling 1 on the modules that PEFT takes by these names, or this pattern."""
     repo, commit = base
     return {
         "alpha_pattern": {},
         "base_model_name_or_path": repo,
         "bias": "none",
         "exclude_modules": None,
-        "fan_in_fan_out": any(target.is_transposed for target in targets),
+        "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": alpha,
+        "lora_alpha": rank,
         "lora_bias": False,
         "lora_dropout": 0.0,
         "modules_to_save": None,
@@ -61,7 +70,7 @@ def lora_config(
         "r": rank,
         "rank_pattern": {},
         "revision": commit,
-        "target_modules": target_modules([target.module for target in targets], modules),
+        "target_modules": modules,
         "target_parameters": None,
         "task_type": next((task for end, task in TASKS.items() if (model_class or "").endswith(end)), None),
         "use_dora": False,

@@ -30,8 +30,10 @@ class Form:
     size: int
 
 
-def form(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Form:
-    """Lay out (name, dtype, shape) triples as the library would."""
+def form(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: tuple[str, str] = ("format", "pt")
+) -> Form:
+    """Lay out (name, dtype, shape) triples as the library would, with one (key, value) of metadata."""
     ordered = sorted(tensors, key=lambda item: (-BITS[item[1]], item[0]))
     offset, fields, places = 0, {}, []
     for name, dtype, shape in ordered:
@@ -39,7 +41,7 @@ def form(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Form:
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         places.append((name, dtype, shape, offset, end))
         offset = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **fields}, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps({"__metadata__": dict([metadata]), **fields}, separators=(",", ":"), ensure_ascii=False)
     raw = text.encode()
     raw += b" " * (-len(raw) % 8)
     start = 8 + len(raw)

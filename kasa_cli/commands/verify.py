@@ -31,7 +31,7 @@ def verify(
     watcher, num_workers = watcher or Silent(), workers or num_cores()
     found = manifest.load(output)
     if against and found["command"] != "truncate":
-        raise UsageError("--against recomputes truncations, not merges", str(output), "use --read-data")
+        raise UsageError("--against recomputes truncations only", str(output), "use --read-data")
     intact.check_files(output, found)
     num_bytes = intact.check_hashes(output, found, num_workers, watcher) if read_data else 0
     intact.check_structure(output, found)

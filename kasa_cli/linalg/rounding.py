@@ -96,7 +96,7 @@ def on_the_way(T: Float64[Tensor, "..."], dtype: torch.dtype) -> Float32[Tensor,
     torch casts float64 to half precision by way of float32, and two roundings to nearest can end on the farther
     neighbour. Rounding to odd on the way keeps what the second one must know (Boldo and Melquiond, 2008).
     """
-    near = T.to(torch.float32)
+    near = T.to(torch.float32, memory_format=torch.contiguous_format)
     if dtype != torch.bfloat16:
         return rounded_to_odd(T, near)
     # The first rounding misleads the second only where it ends halfway between two neighbours: 1 in 65536.

@@ -74,6 +74,8 @@ def check_structure(output: Path, manifest: Manifest) -> None:
         recorded = {name: (one["dtype"], one["shape"]) for name, one in tensors.items()}
         _require_equal(_base_forms(base), recorded, str(base))
     targets = [one for one in tensors.values() if "module" in one]
+    if manifest["command"] == "convert":
+        _check_converted(output / manifest["adapter"]["file"], manifest["adapter"]["tensors"])
     if (output / "adapter").is_dir():
         rank = manifest["options"]["rank"]
         _check_small(output / "adapter", targets, rank, with_diag=True)
@@ -108,16 +110,32 @@ def _check_hash(output: Path, manifest: Manifest, name: str) -> None:
 
 def _altered_tensor(output: Path, manifest: Manifest, name: str) -> str:
     """The first tensor of a shard whose bytes are not those recorded, for the message."""
-    if not (output / name).is_relative_to(base_of(output, manifest)) or not name.endswith(".safetensors"):
+    tensors = _tensors_in(output, manifest, name)
+    if tensors is None:
         return ""
     try:
         container = read_header(output / name)
     except (InvalidInput, UnsafeInput):
         return " (its header)"
     for tensor in container.tensors:
-        if hash_tensor(container, tensor) != manifest["tensors"].get(tensor, {}).get("sha256"):
+        if hash_tensor(container, tensor) != tensors.get(tensor, {}).get("sha256"):
             return f" (tensor {tensor})"
     return " (its header)"
+
+
+def _tensors_in(output: Path, manifest: Manifest, name: str) -> Mapping[str, Any] | None:
+    """What is known of each tensor of a file; None where nothing is."""
+    if manifest["command"] == "convert":
+        converted: Mapping[str, Any] = manifest["adapter"]["tensors"]
+        return converted if name == manifest["adapter"]["file"] else None
+    is_shard = (output / name).is_relative_to(base_of(output, manifest)) and name.endswith(".safetensors")
+    return manifest["tensors"] if is_shard else None
+
+
+def _check_converted(path: Path, tensors: Mapping[str, Any]) -> None:
+    """The header of a converted adapter is the one that was written."""
+    recorded = {name: (one["dtype"], one["shape"]) for name, one in tensors.items()}
+    _require_equal(_small_forms(path), recorded, str(path))
 
 
 def _check_small(folder: Path, targets: list[dict[str, Any]], rank: int, *, with_diag: bool) -> None:
@@ -129,11 +147,14 @@ def _check_small(folder: Path, targets: list[dict[str, Any]], rank: int, *, with
         expected |= {names["A"]: ("F32", [rank, ins]), names["B"]: ("F32", [outs, rank])}
         expected |= {names["diag"]: ("F32", [rank])} if with_diag else {}
     path = folder / peft.WEIGHTS
+    _require_equal(_small_forms(path), expected, str(path))
+
+
+def _small_forms(path: Path) -> dict[str, Form]:
     try:
-        present = _forms(read_header(path))
+        return _forms(read_header(path))
     except (InvalidInput, UnsafeInput) as error:
         raise IntegrityError(f"altered ({error})", str(path)) from error
-    _require_equal(present, expected, str(path))
 
 
 def _base_forms(folder: Path) -> dict[str, Form]:
