@@ -1,15 +1,15 @@
 """How long does a merge take against a plain copy of the same files and against PEFT, and in how much memory?
 
     python benchmarks/merge.py --width 2048 --layers 16 --repeat 3
-    python benchmarks/merge.py --width 4096 --layers 8 --repeat 3
+    python benchmarks/merge.py --width 4096 --layers 8 --repeat 3 --cold
 
 A LoRA on every linear weight of the layers. All start from the same files, read once before each run so that the page
-cache holds them, and with nothing left to write; each is a process of its own, one after the other, round by round,
-and the run of median time counts. PEFT: `from_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload`,
-`save_pretrained`. What kasa leaves is on disk and has been read back, so the copy to compare it with syncs its files
-and its folder too; PEFT and the other copy leave that to the system. Both merges must have the same entries, but for
-rounding. Half the layers are merged once more: memory must not follow the size of the model.
-About four seconds of either merge are imports, so few layers say little.
+cache holds them (with --cold, dropped from it, so that they are on the disk only), and with nothing left to write; each
+is a process of its own, one after the other, round by round, and the run of median time counts. PEFT:
+`from_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload`, `save_pretrained`. What kasa leaves is on disk and
+has been read back, so the copy to compare it with syncs its files and its folder too; PEFT and the other copy leave
+that to the system. Both merges must have the same entries, but for rounding. Half the layers are merged once more:
+memory must not follow the size of the model. About three seconds of either merge are imports, so few layers say little.
 """
 
 import argparse
@@ -151,6 +151,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=1, help="rounds; the median counts")
+    parser.add_argument(
+        "--cold", action="store_true", help="drop the input from the page cache before each run"
+    )
     parser.add_argument("--without-peft", action="store_true", help="only kasa and the copies")
     parser.add_argument("--dir", type=Path, help="where to work: the disk to be measured; default: TMPDIR")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -175,7 +178,7 @@ def compare(arguments: argparse.Namespace) -> None:
         size, half_size = (num_bytes(place / name) for name in ("model", "half"))
         shape = f"width {arguments.width}, {arguments.layers} layers, {arguments.dtype}, {gib(size)}"
         print(f"Llama-shaped, {shape}; LoRA of rank {arguments.rank} on all linear weights", flush=True)
-        runs = rounds(place, contenders(place, arguments), arguments.repeat)
+        runs = rounds(place, contenders(place, arguments), arguments.repeat, arguments.cold)
         figures = {who: middle(usages) for who, usages in runs.items()}
         show(figures)
         conclude(figures, size, half_size)
@@ -188,24 +191,28 @@ def compare(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps(found, indent=1))
 
 
-def rounds(place: Path, who: dict[str, Callable[[], Usage]], repeat: int) -> dict[str, list[Usage]]:
+def rounds(
+    place: Path, who: dict[str, Callable[[], Usage]], repeat: int, is_cold: bool
+) -> dict[str, list[Usage]]:
     """Every contender in turn, and again: what is slow for a while is slow for all."""
     runs: dict[str, list[Usage]] = {name: [] for name in who}
     for _ in range(repeat):
         for name, start in who.items():
-            prepare(place, place / OUTPUTS[name])
+            prepare(place, place / OUTPUTS[name], is_cold)
             runs[name].append(start())
     return runs
 
 
-def prepare(place: Path, output: Path) -> None:
-    """No output of the same name, nothing of anyone else's left to write, all input in the page cache."""
+def prepare(place: Path, output: Path, is_cold: bool) -> None:
+    """No output of the same name, nothing of anyone else's left to write, the input in the page cache or out of it."""
     for folder in (output, place / OUTPUTS[COPY]):
         shutil.rmtree(folder, ignore_errors=True)
     os.sync()
     for file in sorted((*place.glob("model*/*"), *place.glob("half*/*"))):
         with file.open("rb", buffering=0) as opened:
-            while opened.read(CHUNK):
+            if is_cold:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while not is_cold and opened.read(CHUNK):
                 pass
 
 

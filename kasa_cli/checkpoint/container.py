@@ -216,11 +216,18 @@ class Reader:
         """The raw bytes of one tensor, any dtype, piece by piece, each in the same memory: use it before the next."""
         entry, path = self.container.tensors[name], self.container.path
         room = memoryview(bytearray(min(size, entry.num_bytes)))
+        self.expect(name)
         for offset in range(entry.begin, entry.end, size):
             piece = room[: entry.end - offset]
             read_into(self._file, path, piece, offset)
             yield piece
         self._check_unchanged()
+
+    def expect(self, name: str) -> None:
+        """Let the system fetch a tensor from the disk while this process does something else."""
+        entry = self.container.tensors[name]
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), entry.begin, entry.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def rows(self, name: str, start: int, stop: int, room: torch.Tensor) -> None:
         """Fill `room`, contiguous and of the dtype of the tensor, with its entries [start, stop) of the first side.

@@ -6,10 +6,12 @@ What is reported of a tensor was measured on what the file holds.
 import hashlib
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -90,7 +92,7 @@ def write_base(
                 for descriptor in [files.enter_context(_headed(folder, sheet))]
                 for entry in sheet.form.tensors.values()
             ]
-            places.sort(key=lambda place: -place.entry.num_bytes)
+            places = _in_turns(places)
             task = partial(_write_one, checkpoint, surgeon)
             written += run(
                 task, places, num_workers, lambda one: watcher.finished(one.name, one.entry.num_bytes)
@@ -111,6 +113,14 @@ class Place:
     def name(self) -> str:
         """The name of the tensor."""
         return self.entry.name
+
+
+def _in_turns(places: Iterable[Place]) -> list[Place]:
+    """The largest of each file, then the next of each: a file lets one thread write at a time, the others wait."""
+    of_file: defaultdict[str, list[Place]] = defaultdict(list)
+    for place in sorted(places, key=lambda place: -place.entry.num_bytes):
+        of_file[place.file].append(place)
+    return [place for turn in zip_longest(*of_file.values()) for place in turn if place is not None]
 
 
 @contextmanager

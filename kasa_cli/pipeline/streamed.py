@@ -42,6 +42,7 @@ class Streamed:
         step = max(LEAST_ROWS, BLOCK_ENTRIES // max(num_columns, 1))
         room = torch.empty(min(step, num_rows), num_columns, dtype=TORCH_DTYPES[entry.dtype])
         with Reader(replace(shard, tensors={self.name: flat})) as reader:
+            reader.expect(self.name)
             for first in range(0, flat.shape[0], num_rows):
                 total = self._sum(first // num_rows, flat.shape[1], TORCH_DTYPES[dtype], len(room))
                 for start in range(0, num_rows, step):
