@@ -4,12 +4,12 @@
     python benchmarks/merge.py --width 4096 --layers 8 --repeat 3 --cold
 
 A LoRA on every linear weight of the layers. All start from the same files, read once before each run so that the page
-cache holds them (with --cold, dropped from it, so that they are on the disk only), and with nothing left to write; each
-is a process of its own, one after the other, round by round, and the run of median time counts. PEFT:
+cache holds them (with --cold, dropped from it, so that they are only on the disk), and with nothing left to write.
+Each is a process of its own, one after the other, round by round, and the run of median time counts. PEFT:
 `from_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload`, `save_pretrained`. What kasa leaves is on disk and
 has been read back, so the copy to compare it with syncs its files and its folder too; PEFT and the other copy leave
 that to the system. Both merges must have the same entries, but for rounding. Half the layers are merged once more:
-memory must not follow the size of the model. About three seconds of either merge are imports, so few layers say little.
+memory must not follow the size of the model. Three seconds of either merge are imports, so few layers say little.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def rounds(
 
 
 def prepare(place: Path, output: Path, is_cold: bool) -> None:
-    """No output of the same name, nothing of anyone else's left to write, the input in the page cache or out of it."""
+    """No output of that name, nothing of anyone else's left to write, the input in the page cache or out of it."""
     for folder in (output, place / OUTPUTS[COPY]):
         shutil.rmtree(folder, ignore_errors=True)
     os.sync()
