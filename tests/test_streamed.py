@@ -9,14 +9,18 @@ import pytest
 import tiny_models
 import torch
 from adapters import CONFIG, WEIGHTS, saved
+from faults import tree_hash
 from runs import environment
 from safetensors.torch import save_file
 
+from kasa_cli.checkpoint.manifest import load as load_manifest
 from kasa_cli.checkpoint.streaming import filling, form
 from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import IntegrityError
 from kasa_cli.pipeline import operate, streamed
+from kasa_cli.pipeline.intact import check_hashes
 from kasa_cli.pipeline.operation import Operation
+from kasa_cli.pipeline.workers import Silent
 
 MODEL = "model.safetensors"
 CASES = {
@@ -51,6 +55,22 @@ def test_small_blocks_and_whole_tensors_make_the_same_bytes(name, dtype, tmp_pat
     used = []
     monkeypatch.setattr(Operation, "pieces", lambda *args: used.append(args) or whole(*args))
     assert merged(name, tmp_path, tmp_path / "c", dtype=dtype) == at_once and used
+
+
+def test_files_from_end_to_end_and_tensors_in_parallel_make_the_same_output(tmp_path, monkeypatch):
+    """Hashes of files that were taken on the way among them: the manifest holds them."""
+    base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora", tmp_path)
+    options, modes = Options(max_shard_size="20KB"), []
+    monkeypatch.setattr(
+        operate, "_by_tensor", lambda *args, by=operate._by_tensor: modes.append(args) or by(*args)
+    )
+    for workers in (1, 16):
+        merge(
+            [adapter], Where(str(base)), tmp_path / str(workers), options, Running(workers, use_store=False)
+        )
+        assert len(modes) == (workers > 1)
+    assert tree_hash(tmp_path / "1") == tree_hash(tmp_path / "16")
+    check_hashes(tmp_path / "1", load_manifest(tmp_path / "1"), 1, Silent())
 
 
 def test_bytes_that_do_not_read_back_as_written_are_found(tmp_path, monkeypatch):

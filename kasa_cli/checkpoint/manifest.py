@@ -13,7 +13,7 @@ import scipy
 import torch
 
 from kasa_cli import __version__
-from kasa_cli.checkpoint.durable import canonical_json, sha256_file
+from kasa_cli.checkpoint.durable import canonical_json
 from kasa_cli.checkpoint.staging import MANIFEST
 from kasa_cli.checkpoint.untrusted import parse_json, read_small
 from kasa_cli.errors import IntegrityError, InvalidInput
@@ -77,11 +77,6 @@ def _is_sealed(content: Mapping[str, Any], raw: bytes) -> bool:
         return seal({key: value for key, value in content.items() if key != "digest"}) == raw
     except ValueError:  # an infinity, which kasa never writes
         return False
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def fingerprint(tensors: Mapping[str, Mapping[str, Any]]) -> str:

@@ -92,11 +92,12 @@ def merge(
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     merger = Merger(checkpoint, orders, facts, options.rounding, made.sources)
     with staging, blas_threads(running.threads_per_worker), merger:
-        written = write_base(checkpoint, merger, sheets, staging.out, running.num_workers, watcher)
+        base_written = write_base(checkpoint, merger, sheets, staging.out, running.num_workers, watcher)
+        written = base_written.tensors
         copy_companions(checkpoint, staging.out, options.dtype, made.config)
         write_index(checkpoint, sheets, staging.out)
         record = {**record, "model_class": names.model_class, "tensors": _records(sheets, written)}
-        sealed = _write_papers(checkpoint, staging.out, record, rows, running.num_workers)
+        sealed = _write_papers(checkpoint, staging.out, record, rows, running.num_workers, base_written.sha256)
         staging.publish()
     return MergeReport(
         command="merge",
@@ -129,6 +130,7 @@ def _write_papers(
     record: Mapping[str, Any],
     rows: Sequence[AdapterRow],
     num_workers: int,
+    known: Mapping[str, str],
 ) -> bytes:
     """The card, then the manifest, which is last: whoever finds it finds all else."""
     carried = card.source_facts(checkpoint.root, checkpoint.companions)
@@ -138,7 +140,7 @@ def _write_papers(
     sealed = manifest.seal(
         {
             **record,
-            "files": file_records(folder, num_workers),
+            "files": file_records(folder, num_workers, known),
             "left_out": {left.name: left.reason for left in checkpoint.left_out},
             "schema": manifest.SCHEMA,
         }

@@ -19,7 +19,7 @@ from kasa_cli.pipeline import planning
 from kasa_cli.pipeline.adapters import write_adapter, write_tail
 from kasa_cli.pipeline.job import DTYPES, PARTS, Options, Where, check, recorded
 from kasa_cli.pipeline.measure import Measured, Measurer, measure
-from kasa_cli.pipeline.operate import Written, write_base
+from kasa_cli.pipeline.operate import NewBase, Written, write_base
 from kasa_cli.pipeline.papers import write_papers
 from kasa_cli.pipeline.planning import Plan
 from kasa_cli.pipeline.truncation import Truncation
@@ -138,9 +138,9 @@ def _write_parts(
     staging: Staging,
     measured: list[Measured],
     watcher: Watcher,
-) -> list[Written[Outcome]]:
+) -> NewBase[Outcome]:
     """Write what was asked for; what was written of the base."""
-    written: list[Written[Outcome]] = []
+    written: NewBase[Outcome] = NewBase([], {})
     if sheets:
         folder = staging.out / "base"
         make_folder(folder)
@@ -183,10 +183,10 @@ def _report(
     output: Path,
     options: Options,
     made: Plan,
-    done: tuple[list[Measured], list[Written[Outcome]]],
+    done: tuple[list[Measured], NewBase[Outcome]],
     sealed: bytes,
 ) -> TruncateReport:
-    measured, written = done
+    measured, written = done[0], done[1].tensors
     outcomes = {one.name: one for one in written}
     rows = tuple(_row(one, outcomes.get(one.target.name)) for one in measured)
     tied = [row.name for row in rows if row.is_tied]

@@ -29,13 +29,12 @@ from kasa_cli.methods.terms import Change, Term, factors, transposed, weighted
 from kasa_cli.pipeline.cuts import Cuts
 from kasa_cli.pipeline.facts import Facts
 from kasa_cli.pipeline.operation import Operation, View
+from kasa_cli.pipeline.patches import IN_FILE, is_stack, module_of
 from kasa_cli.pipeline.streamed import Streamed
 from kasa_cli.pipeline.weights import Matrix, read_target
 from kasa_cli.report import Piece
 
 NONE: Mapping[str, str] = MappingProxyType({})
-IN_FILE = "file"
-"""The adapter's file holds its module's own base, cut already."""
 KEPT = 4
 """Patches of fused experts whose changes are kept: each is asked for once an expert."""
 
@@ -217,7 +216,7 @@ class Merger:
         place, weight = edit.place, edit.merging.weight
         found = (
             self._stack(edit)[edit.number]
-            if len(place.matrices) > 1 or _is_stack(place)
+            if len(place.matrices) > 1 or is_stack(place)
             else self._one(edit, W)
         )
         return _cut_out(weighted(found, weight), edit)
@@ -243,7 +242,7 @@ class Merger:
 
     def _one(self, edit: Edit, W: Tensor | None) -> Change:
         patch = edit.place.patch
-        return kinds.change(patch.kind, self._tensors(edit), _module(edit.place), W)
+        return kinds.change(patch.kind, self._tensors(edit), module_of(edit.place), W)
 
     def _stack(self, edit: Edit) -> list[Change]:
         """The changes of all experts of a patch, made once for as long as they are asked for."""
@@ -252,7 +251,7 @@ class Merger:
             if key not in self._stacks:
                 place = edit.place
                 # `placed` has settled which side is which, by the version that wrote the file
-                made = kinds.experts(self._tensors(edit), _module(place), len(place.matrices), PEFT_VERSION)
+                made = kinds.experts(self._tensors(edit), module_of(place), len(place.matrices), PEFT_VERSION)
                 while len(self._stacks) >= KEPT:
                     self._stacks.pop(next(iter(self._stacks)))
                 self._stacks[key] = made
@@ -308,16 +307,6 @@ def _rows(part: slice, term: Term) -> Term:
 
 def _columns(part: slice, term: Term) -> Term:
     return Term(term.L, term.R[:, part])
-
-
-def _module(place: Placed) -> kinds.Module:
-    outs, ins = place.sides
-    return kinds.Module(outs, ins, place.patch.settings, place.is_transposed)
-
-
-def _is_stack(place: Placed) -> bool:
-    """Whether the patch is of a parameter that holds experts, even if it is one."""
-    return place.matrices[0][0].piece.index is not None or place.patch.parameter != "weight"
 
 
 def _replaced(before: Tensor, orders: Orders, name: str) -> Tensor:

@@ -7,10 +7,9 @@ import hashlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -29,8 +28,8 @@ from kasa_cli.pipeline.workers import Watcher, run
 
 CHUNK = 1 << 20
 """Bytes written, read back and hashed while they are in the cache of one core."""
-OPEN_FILES = 64
-"""Shards written at once: enough to keep all workers busy, far below what a process may have open."""
+FILES_EACH = 2
+"""Files a worker, from which on it writes whole files: the last of them keep few waiting."""
 
 
 Rows = Callable[[int, int], Tensor]
@@ -72,34 +71,6 @@ class Written(Generic[Finding]):
     outcome: Finding | None
 
 
-def write_base(
-    checkpoint: Checkpoint,
-    surgeon: Surgeon[Finding],
-    sheets: list[Sheet],
-    folder: Path,
-    num_workers: int,
-    watcher: Watcher,
-) -> list[Written[Finding]]:
-    """Write every file of the base, tensors in parallel; what is reported was read back from the file."""
-    total = sum(sheet.form.size for sheet in sheets)
-    watcher.stage("write", sum(len(sheet.form.tensors) for sheet in sheets), total)
-    written: list[Written[Finding]] = []
-    for start in range(0, len(sheets), OPEN_FILES):
-        with ExitStack() as files:
-            places = [
-                Place(sheet.name, descriptor, entry, sheet.sources.get(entry.name, entry.name))
-                for sheet in sheets[start : start + OPEN_FILES]
-                for descriptor in [files.enter_context(_headed(folder, sheet))]
-                for entry in sheet.form.tensors.values()
-            ]
-            places = _in_turns(places)
-            task = partial(_write_one, checkpoint, surgeon)
-            written += run(
-                task, places, num_workers, lambda one: watcher.finished(one.name, one.entry.num_bytes)
-            )
-    return written
-
-
 @dataclass(frozen=True)
 class Place:
     """Where one tensor goes, and which one of the old base it is copied from if it does not change."""
@@ -115,6 +86,49 @@ class Place:
         return self.entry.name
 
 
+@dataclass(frozen=True)
+class NewBase(Generic[Finding]):
+    """A base that was written: its tensors, and the hashes of those files that were written from end to end."""
+
+    tensors: list[Written[Finding]]
+    sha256: Mapping[str, str]
+
+
+def write_base(
+    checkpoint: Checkpoint,
+    surgeon: Surgeon[Finding],
+    sheets: list[Sheet],
+    folder: Path,
+    num_workers: int,
+    watcher: Watcher,
+) -> NewBase[Finding]:
+    """Write every file of the base; what is reported was read back from it.
+
+    Of many files each is one worker's, from end to end: so it is hashed on the way, and nobody waits for the disk at
+    the end. Of few, tensors go in parallel.
+    """
+    total = sum(sheet.form.size for sheet in sheets)
+    watcher.stage("write", sum(len(sheet.form.tensors) for sheet in sheets), total)
+    operation = _Operation(checkpoint, surgeon, folder)
+
+    def finished(places: Iterable[Place]) -> None:
+        for place in places:
+            watcher.finished(place.name, place.entry.num_bytes)
+
+    if len(sheets) < FILES_EACH * num_workers:
+        return NewBase(_by_tensor(operation, sheets, num_workers, finished), {})
+    ordered = sorted(sheets, key=lambda sheet: -sheet.form.size)
+    files = run(operation.write_file, ordered, num_workers, lambda sheet: finished(_places(sheet, -1)))
+    tensors = [one for written, _ in files for one in written]
+    return NewBase(tensors, {sheet.name: sha256 for sheet, (_, sha256) in zip(ordered, files, strict=True)})
+
+
+def _places(sheet: Sheet, descriptor: int) -> list[Place]:
+    """The tensors of a file, in the order of their bytes."""
+    entries = sorted(sheet.form.tensors.values(), key=lambda entry: entry.begin)
+    return [Place(sheet.name, descriptor, one, sheet.sources.get(one.name, one.name)) for one in entries]
+
+
 def _in_turns(places: Iterable[Place]) -> list[Place]:
     """The largest of each file, then the next of each: a file lets one thread write at a time, the others wait."""
     of_file: defaultdict[str, list[Place]] = defaultdict(list)
@@ -123,28 +137,58 @@ def _in_turns(places: Iterable[Place]) -> list[Place]:
     return [place for turn in zip_longest(*of_file.values()) for place in turn if place is not None]
 
 
-@contextmanager
-def _headed(folder: Path, sheet: Sheet) -> Iterator[int]:
-    """A new file of the base with its header in place, to be filled."""
-    with new_file(folder / sheet.name, sheet.form.size) as descriptor:
-        pwrite_all(descriptor, memoryview(sheet.form.header), 0)
-        yield descriptor
+@dataclass(frozen=True)
+class _Operation(Generic[Finding]):
+    checkpoint: Checkpoint
+    surgeon: Surgeon[Finding]
+    folder: Path
+
+    @contextmanager
+    def headed(self, sheet: Sheet) -> Iterator[int]:
+        """A new file of the base with its header in place, to be filled."""
+        with new_file(self.folder / sheet.name, sheet.form.size) as descriptor:
+            pwrite_all(descriptor, memoryview(sheet.form.header), 0)
+            yield descriptor
+
+    def write_file(self, sheet: Sheet) -> tuple[list[Written[Finding]], str]:
+        """A file from end to end, and its hash."""
+        digest = hashlib.sha256(sheet.form.header)
+        with self.headed(sheet) as descriptor:
+            written = [self.write_one(place, digest.update) for place in _places(sheet, descriptor)]
+        return written, digest.hexdigest()
+
+    def write_one(
+        self, place: Place, also: Callable[[memoryview], None] = lambda data: None
+    ) -> Written[Finding]:
+        """A tensor, changed or copied."""
+        entry = place.entry
+        if not self.surgeon.takes(entry.name):
+            with Reader(self.checkpoint.shards[self.checkpoint.shard_of(place.source)]) as reader:
+                sha256 = _put(place, reader.chunks(place.source, CHUNK), also)
+            return Written(entry.name, place.file, entry.dtype, sha256, None)
+        patient = self.surgeon.prepare(entry.name)
+        sha256 = _put(place, map(raw_bytes, patient.pieces(entry.dtype)), also)
+        found = patient.examine(lambda start, stop: _rows(place.descriptor, entry, start, stop))
+        return Written(entry.name, place.file, entry.dtype, sha256, found)
 
 
-def _write_one(checkpoint: Checkpoint, surgeon: Surgeon[Finding], place: Place) -> Written[Finding]:
-    descriptor, entry = place.descriptor, place.entry
-    if not surgeon.takes(entry.name):
-        with Reader(checkpoint.shards[checkpoint.shard_of(place.source)]) as reader:
-            sha256 = _put(place, reader.chunks(place.source, CHUNK))
-        return Written(entry.name, place.file, entry.dtype, sha256, None)
-    patient = surgeon.prepare(entry.name)
-    sha256 = _put(place, map(raw_bytes, patient.pieces(entry.dtype)))
-    found = patient.examine(lambda start, stop: _rows(descriptor, entry, start, stop))
-    return Written(entry.name, place.file, entry.dtype, sha256, found)
+def _by_tensor(
+    operation: _Operation[Finding],
+    sheets: list[Sheet],
+    num_workers: int,
+    finished: Callable[[Iterable[Place]], None],
+) -> list[Written[Finding]]:
+    with ExitStack() as files:
+        places = [
+            place
+            for sheet in sheets
+            for place in _places(sheet, files.enter_context(operation.headed(sheet)))
+        ]
+        return run(operation.write_one, _in_turns(places), num_workers, lambda one: finished([one]))
 
 
-def _put(place: Place, buffers: Iterable[memoryview]) -> str:
-    """Write a tensor and read it back at once, while it is in the cache; its hash."""
+def _put(place: Place, buffers: Iterable[memoryview], also: Callable[[memoryview], None]) -> str:
+    """Write a tensor and read it back at once, while it is in the cache; its hash. `also` sees the bytes, too."""
     digest, offset, room = hashlib.sha256(), place.entry.begin, bytearray()
     for buffer in buffers:
         for start in range(0, len(buffer), CHUNK):
@@ -158,6 +202,7 @@ def _put(place: Place, buffers: Iterable[memoryview]) -> str:
                     "read back other than written", where, "the disk or the memory may be failing"
                 )
             digest.update(chunk)
+            also(chunk)
             offset += len(chunk)
     if offset != place.entry.end:
         raise ValueError(f"{place.name}: {offset - place.entry.begin} of {place.entry.num_bytes} bytes")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kasa_cli.checkpoint import card, manifest
-from kasa_cli.checkpoint.durable import write_file
+from kasa_cli.checkpoint.durable import sha256_file, write_file
 from kasa_cli.checkpoint.sheets import CARD
 from kasa_cli.checkpoint.staging import MANIFEST, Staging
 from kasa_cli.linalg.outcome import Outcome
 from kasa_cli.pipeline.job import Options, recorded
 from kasa_cli.pipeline.measure import Measured
-from kasa_cli.pipeline.operate import Written
+from kasa_cli.pipeline.operate import NewBase, Written
 from kasa_cli.pipeline.planning import Plan
 from kasa_cli.pipeline.workers import run
 
@@ -23,7 +23,7 @@ def write_papers(
     options: Options,
     staging: Staging,
     environment: Mapping[str, Any],
-    done: tuple[list[Measured], list[Written[Outcome]]],
+    done: tuple[list[Measured], NewBase[Outcome]],
 ) -> bytes:
     """Cards, then the manifest, which is last: whoever finds it finds all else."""
     carried = card.source_facts(made.checkpoint.root, made.checkpoint.companions)
@@ -31,13 +31,15 @@ def write_papers(
     write_file(staging.out / CARD, [text])
     if "base" in options.emit:
         write_file(staging.out / "base" / CARD, [text])
-    records = _tensor_records(made, *done)
+    measured, base = done
+    records = _tensor_records(made, measured, base.tensors)
+    known = {f"base/{name}": sha256 for name, sha256 in base.sha256.items()}
     content = {
         "base_fingerprint": manifest.fingerprint(records),
         "schema": manifest.SCHEMA,
         "command": "truncate",
         "environment": dict(environment),
-        "files": file_records(staging.out, options.num_workers),
+        "files": file_records(staging.out, options.num_workers, known),
         "left_out": {left.name: left.reason for left in made.checkpoint.left_out},
         "model_class": made.names.model_class,
         "options": recorded(options),
@@ -49,11 +51,20 @@ def write_papers(
     return sealed
 
 
-def file_records(folder: Path, num_workers: int) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below a folder, by relative POSIX path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = run(manifest.file_record, files, num_workers, lambda path: None)
-    return {path.relative_to(folder).as_posix(): record for path, record in zip(files, found, strict=True)}
+def file_records(
+    folder: Path, num_workers: int, known: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below a folder, by relative POSIX path; `known` holds hashes, by the same."""
+    known = known or {}
+    files = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    unknown = [path for name, path in files.items() if name not in known]
+    found = dict(zip(unknown, run(sha256_file, unknown, num_workers, lambda path: None), strict=True))
+    return {
+        name: {"size": path.stat().st_size, "sha256": known.get(name) or found[path]}
+        for name, path in files.items()
+    }
 
 
 def _tensor_records(made: Plan, measured: list[Measured], written: list[Written[Outcome]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ TITLES = {
     "tail": "writing tail",
     "hash": "hashing",
     "compare": "recomputing",
+    "convert": "converting",
+    "look": "looking",
 }
 NAME_WIDTH = 44
 
