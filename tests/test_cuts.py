@@ -1,5 +1,6 @@
 """KaSA's cut in a merge: as deep as the manifest says, its factors from the tail, the store or a decomposition."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,3 +115,37 @@ def test_an_altered_tail_is_named(output, tmp_path):
     path.write_bytes(raw)
     with pytest.raises(IntegrityError, match="altered"):
         output.merged(output.model, tmp_path / "a")
+
+
+def test_of_two_adapters_the_one_that_lacks_more_says_how_deep_the_cut_is(tmp_path):
+    """As in PEFT, where the base ends at the larger truncation, whatever the order."""
+    model = tiny_models.save("llama", tmp_path / "model")
+    name = "model.layers.0.self_attn.q_proj"
+    W = load_file(model / "model.safetensors")[f"{name}.weight"]
+    exact, generator = torch.from_numpy(kept(W, -4)), torch.Generator().manual_seed(8)
+    adapters = []
+    for rank in (2, 4, 3):
+        place = tmp_path / str(rank)
+        place.mkdir()
+        A, B = (
+            torch.randn(rank, W.shape[1], generator=generator),
+            torch.randn(W.shape[0], rank, generator=generator),
+        )
+        d = torch.randn(rank, generator=generator)
+        key = f"base_model.model.{name}"
+        tensors = {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B, f"{key}.lora_diag": d}
+        save_file(tensors, place / WEIGHTS, {"format": "pt"})
+        words = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": [name],
+            "kasa_config": {},
+        }
+        (place / "adapter_config.json").write_text(json.dumps({**words, "peft_version": "0.21.2"}))
+        adapters.append(place)
+        exact = exact + (B.double() * d.double()) @ A.double()
+    options = Options(base_is="original")
+    merge(adapters, Where(str(model)), tmp_path / "OUT", options, Running(1, use_store=False))
+    found = load_file(tmp_path / "OUT" / "model.safetensors")[f"{name}.weight"]
+    assert float((found - exact).abs().max()) <= 1e-6 * float(exact.abs().max())
