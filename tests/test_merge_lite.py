@@ -368,6 +368,8 @@ def test_a_base_that_lost_the_start_already_is_refused(folder, tmp_path, capsys)
     done = merged(capsys, file, residual, tmp_path / "OUT")
     assert (done.code, done.out) == (ExitCode.INVALID, "")
     assert "residual" in done.err and not (tmp_path / "OUT").exists()
+    done = inside(capsys, "convert", file, "--to", "lora", "--base", residual, "-o", tmp_path / "OUT")
+    assert done.code == ExitCode.INVALID and "residual" in done.err
     assert merged(capsys, other, residual, tmp_path / "OUT").code == 0
 
 

@@ -45,8 +45,11 @@ class Base:
             if not weight.is_module:
                 self.stacks[split_name(weight.label)[0]].append(weight)
         self.holders: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        self.by_way_of: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         for name, slot in names.slots.items():
             self.holders[slot.module, slot.parameter].append(name)
+            if slot.tied_with is not None:
+                self.by_way_of[slot.tied_with, slot.parameter].append(name)
 
     def memory_name(self, module: str) -> str:
         """A module by its name in memory. An adapter of an older transformers may have the one on disk."""
@@ -74,11 +77,7 @@ class Base:
 
     def tied(self, module: str, parameter: str) -> str | None:
         """The one tensor on disk that fills a parameter by way of another module: they are one in memory."""
-        held = [
-            name
-            for name, slot in self.names.slots.items()
-            if slot.tied_with == module and slot.parameter == parameter
-        ]
+        held = self.by_way_of.get((module, parameter), [])
         return held[0] if len(held) == 1 else None
 
     def lone(self, module: str, name: str, kind: Kind) -> Weight:

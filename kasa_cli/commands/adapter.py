@@ -8,17 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kasa_cli.checkpoint.adapter import Adapter, consumed, unconsumed
-from kasa_cli.checkpoint.adapter_files import open_adapter
-from kasa_cli.checkpoint.adapter_places import Placed, placed
-from kasa_cli.checkpoint.adapter_value_places import placed_values
+from kasa_cli.checkpoint.adapter import Adapter
+from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.errors import UsageError
 from kasa_cli.methods.penalties import Layer, penalties
 from kasa_cli.pipeline import figures, lineage, planning
 from kasa_cli.pipeline.cuts import known_cuts
 from kasa_cli.pipeline.dropped import CUT_ALREADY, NO_BASE, NOT_SAID, Dropped, what_base_is
 from kasa_cli.pipeline.facts import Facts
-from kasa_cli.pipeline.figures import KASA
+from kasa_cli.pipeline.fitting import Fitted, fitted, read_adapter
 from kasa_cli.pipeline.job import Running, Where, check_running
 from kasa_cli.pipeline.lineage import BASES, ORIGINAL, TRUNCATED, Origin
 from kasa_cli.pipeline.updates import Item, Opened
@@ -35,10 +33,10 @@ ADDED_BIAS = "lora_B.bias"
 
 @dataclass(frozen=True)
 class Base:
-    """A base, and what of it the adapter is about."""
+    """A base, and the adapter led to it."""
 
     origin: Origin
-    places: tuple[Placed, ...]
+    fitted: Fitted
     facts: Facts
     notes: tuple[str, ...]
 
@@ -63,13 +61,13 @@ def adapter(
         raise UsageError(f"unknown kind of base {base_is!r}", "", f"known: {', '.join(BASES)}")
     if where is None and base_is != "auto":
         raise UsageError("--base-is without a base", "", "give the base with --base")
-    opened = open_adapter(path)
-    if left := sorted(opened.container.tensors.keys() - consumed(opened)):
-        raise unconsumed(left, opened.container)
+    opened = read_adapter(path)
     base = _base(opened, where, running) if where else None
-    told = _base_is(base_is, path, base) if base else None
+    told = _base_is(base_is, base) if base else None
     cuts = _cuts(path, base, told)
-    looked = _look(Opened(opened, base.origin.checkpoint if base else None), base, cuts, running, watcher)
+    with OpenFiles() as files:
+        seen = Opened(opened, base.origin.checkpoint if base else None, files)
+        looked = _look(seen, base, cuts, running, watcher)
     rows = tuple(one.row for one in looked)
     return AdapterReport(
         command=COMMAND,
@@ -89,32 +87,24 @@ def _base(opened: Adapter, where: Where, running: Running) -> Base:
     """The base, where every tensor of the adapter fits."""
     _, checkpoint, names = planning.survey(where)
     origin = lineage.origin(checkpoint)
-    places = placed(opened, names, checkpoint.tensors)
-    placed_values(opened, names, checkpoint.tensors)
-    pieces = [part.piece.name for place in places for parts in place.matrices for part in parts]
-    lineage.require_fit(origin, lineage.adapter_manifest(opened.path), pieces, opened.path)
+    led = fitted(opened, origin, names)
+    led.require_base(origin)
     facts = planning.open_facts(running)
-    return Base(origin, places, facts, (*([names.note] if names.note else []), *planning.store_notes(facts)))
+    return Base(origin, led, facts, (*([names.note] if names.note else []), *planning.store_notes(facts)))
 
 
-def _base_is(asked: str, path: Path, base: Base) -> str | None:
-    """Whether the base is truncated, if the adapter is one to which that matters; "" where nothing says so."""
-    names = [
-        part.piece.name
-        for place in base.places
-        if place.patch.kind == KASA
-        for parts in place.matrices
-        for part in parts
-    ]
-    return what_base_is(asked, base.origin, lineage.adapter_manifest(path), names) if names else None
+def _base_is(asked: str, base: Base) -> str | None:
+    """Whether the base is truncated, if the adapter is one to which that matters; None where nothing says so."""
+    names = base.fitted.cut_targets
+    return what_base_is(asked, base.origin, base.fitted.made_by, names) if names else None
 
 
 def _cuts(path: Path, base: Base | None, told: str | None) -> Dropped:
-    made_by = lineage.adapter_manifest(path) or {}
-    known = made_by["tensors"] if made_by.get("command") == "truncate" else {}
-    names = {one["module"]: name for name, one in known.items() if "truncation_rank" in one}
     cuts = known_cuts(path, base.origin if base else None)
     if base is None:
+        made_by = lineage.adapter_manifest(path) or {}
+        known = made_by["tensors"] if made_by.get("command") == "truncate" else {}
+        names = {one["module"]: name for name, one in known.items() if "truncation_rank" in one}
         return Dropped(cuts, names, None, NO_BASE)
     if told == ORIGINAL:
         return Dropped(cuts, {}, (base.origin.checkpoint, base.facts))
@@ -122,16 +112,16 @@ def _cuts(path: Path, base: Base | None, told: str | None) -> Dropped:
 
 
 def _look(
-    opened: Opened, base: Base | None, cuts: Dropped, running: Running, watcher: Watcher
+    seen: Opened, base: Base | None, cuts: Dropped, running: Running, watcher: Watcher
 ) -> list[figures.Looked]:
     """Every patch, in the order of the layers."""
-    items = [Item(place.patch, place) for place in base.places] if base else []
-    items = items or [Item(patch) for patch in opened.adapter.patches]
+    items = [Item(place.patch, place) for place in base.fitted.places] if base else []
+    items = items or [Item(patch) for patch in seen.adapter.patches]
     items.sort(key=lambda item: _natural(item.name))
     watcher.stage("look", len(items), len(items))
     with blas_threads(running.threads_per_worker):
         found = run(
-            lambda item: figures.rows(opened, item, cuts),
+            lambda item: figures.rows(seen, item, cuts),
             items,
             running.num_workers,
             lambda item: watcher.finished(item.name, 1),

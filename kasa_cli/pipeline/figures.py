@@ -14,10 +14,11 @@ from kasa_cli.methods import learned
 from kasa_cli.methods.learned import Factors, Update
 from kasa_cli.methods.penalties import CONVENTIONS, Layer
 from kasa_cli.pipeline.dropped import Cut, Dropped
+from kasa_cli.pipeline.fitting import KASA
+from kasa_cli.pipeline.patches import IN_FILE
 from kasa_cli.pipeline.updates import Item, Look, Opened
 from kasa_cli.report import InCut, ModuleRow, module_type
 
-KASA = "kasa"
 ENERGY = 0.9
 
 
@@ -85,9 +86,11 @@ def _row(look: Look, number: int | None, pair: Factors | None, update: Update | 
 def _spectral(update: Update | None) -> dict[str, Any]:
     """What the singular values say, if they are known."""
     S = update.svd[1] if update and update.svd else None
+    names = ("sigma_max", "stable_rank", "effective_rank", "rank_90")
     if S is None:
-        names = ("singular_values", "sigma_max", "stable_rank", "effective_rank", "rank_90")
-        return dict.fromkeys(names)
+        return {"singular_values": None, **dict.fromkeys(names)}
+    if not len(S):  # every component of an AdaLoRA was pruned
+        return {"singular_values": (), **dict.fromkeys(names, 0.0), "rank_90": 0}
     return {
         "singular_values": tuple(S.tolist()),
         "sigma_max": float(S[0]),
@@ -124,5 +127,5 @@ def _in_cut(
     if update is None or update.svd is None or rank is None or look.shape is None or look.item.is_stack:
         return None, None
     patch = look.patch
-    is_kasa = patch.kind == KASA and patch.settings.get("base_start") != "file"
+    is_kasa = patch.kind == KASA and patch.settings.get("base_start") != IN_FILE
     return cuts.share(Cut(patch.module, is_kasa, rank, look.shape, look.item.matrix), update.svd)

@@ -15,7 +15,7 @@ from kasa_cli.checkpoint.names import Kind, NameMap, landed
 from kasa_cli.checkpoint.ties import Group
 from kasa_cli.errors import InvalidInput
 from kasa_cli.pipeline.lineage import Origin
-from kasa_cli.pipeline.merging import Merging
+from kasa_cli.pipeline.orders import Merging
 
 NOT_NEEDED = "--untie: no tied weights came apart, nothing to untie"
 VOCABULARIES = (Kind.EMBEDDING, Kind.HEAD)

@@ -15,17 +15,17 @@ from torch import Tensor
 from kasa_cli.checkpoint.adapter import UNKNOWN_PARAMETER, Adapter, Patch
 from kasa_cli.checkpoint.adapter_places import Placed
 from kasa_cli.checkpoint.adapter_shapes import TRANSPOSED, bound
-from kasa_cli.checkpoint.container import Reader
 from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.peft import PEFT_VERSION
+from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods import adapters as kinds
 from kasa_cli.methods import learned
 from kasa_cli.methods.learned import Factors, Update
-from kasa_cli.pipeline.weights import Matrix, read_pieces
+from kasa_cli.pipeline.patches import LOST, expert_changes, label, matrix_of, needs_weight, weight_under
+from kasa_cli.pipeline.weights import Matrix
 
 NEEDS_BASE = "not known without the base: give --base"
-LOST = "its start took something off the base that is not in the file"
+START_IS_LOST = "its start took something off the base that is not in the file"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Item:
         patch = self.patch
         if patch.parameter == UNKNOWN_PARAMETER:
             return patch.module + ".base_layer" * patch.depth
-        return patch.module if patch.parameter == "weight" else f"{patch.module}.{patch.parameter}"
+        return label(patch)
 
     @property
     def is_stack(self) -> bool:
@@ -60,16 +60,16 @@ class Item:
         place = self.place
         if place is None or self.is_stack or (place.is_turned and len(place.matrices[0]) > 1):
             return None
-        pieces = tuple(part.piece for part in place.matrices[0])
-        return Matrix(pieces[0].name, pieces, is_transposed=place.is_turned != place.is_transposed)
+        return matrix_of(place)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An adapter, and the base that it was looked at with, if any."""
+    """An adapter, its file held open, and the base that it is looked at with, if any."""
 
     adapter: Adapter
     base: Checkpoint | None
+    files: OpenFiles
 
     def tensors(self, patch: Patch) -> dict[str, Tensor]:
         """A patch's tensors by their short names.
@@ -77,8 +77,7 @@ class Opened:
         Raises:
             InvalidInput: a number in one of them is not finite.
         """
-        with Reader(self.adapter.container) as reader:
-            found = {short: reader.tensor(name) for short, name in patch.tensors.items()}
+        found = self.files.tensors(self.adapter.container, patch.tensors)
         for short, tensor in found.items():
             if not torch.isfinite(tensor).all():
                 raise InvalidInput("a tensor with numbers that are not finite", patch.tensors[short])
@@ -90,16 +89,12 @@ class Opened:
         own = f"{patch.module}.weight"
         for one in self.adapter.replacements:
             if one.parameter == own and one.is_base:
-                with Reader(self.adapter.container) as reader:
-                    found = reader.tensor(one.tensor)
+                found = self.files.tensor(self.adapter.container, one.tensor)
                 turned = place.is_transposed if place else not TRANSPOSED.isdisjoint(patch.tensors)
                 return found.T if turned else found
         if place is None or self.base is None or item.is_stack:
             return None
-        read = [read_pieces(self.base, [part.piece]) for part in place.matrices[0]]
-        read = [piece.T for piece in read] if place.is_turned else read
-        W = read[0] if len(read) == 1 else torch.cat(read)
-        return W.T if place.is_transposed else W
+        return weight_under(self.base, place)
 
     @property
     def has_patterns(self) -> bool:
@@ -154,21 +149,21 @@ class Look:
         """What the adapter does to each matrix, or why that is not known; of experts one at a time."""
         if self.num_matrices is None or self.shape is None:
             return [NEEDS_BASE]
-        if self.patch.settings.get("base_start") == "lost":
-            return [LOST] * self.num_matrices
+        if self.patch.settings.get("base_start") == LOST:
+            return [START_IS_LOST] * self.num_matrices
         is_transposed = self.item.place is not None and self.item.place.is_transposed
         shape = self.shape
         module = kinds.Module(*shape, self.patch.settings, is_transposed)
         if self.item.is_stack:
-            made = kinds.experts(self.tensors, module, self.num_matrices, PEFT_VERSION)
+            made = expert_changes(self.tensors, module, self.num_matrices)
             return (learned.update(change, None, shape) for change in made)
         return [self._update(module)]
 
     def _update(self, module: kinds.Module) -> Update | str:
         """The weight is read only where the change depends on it."""
-        needs_weight = kinds.KINDS[self.patch.kind].needs_weight
-        W = self.opened.weight(self.item) if needs_weight else None
-        if needs_weight and W is None:
+        needs = needs_weight(self.patch)
+        W = self.opened.weight(self.item) if needs else None
+        if needs and W is None:
             return NEEDS_BASE
         change = kinds.change(self.patch.kind, self.tensors, module, W)
         if change.map is not None and W is None:

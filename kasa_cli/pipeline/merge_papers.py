@@ -1,0 +1,87 @@
+"""The papers of a merge: the card, and the manifest, which is written last."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.checkpoint import card, manifest
+from kasa_cli.checkpoint.durable import write_file
+from kasa_cli.checkpoint.sheets import CARD, Sheet
+from kasa_cli.checkpoint.staging import MANIFEST
+from kasa_cli.pipeline import lineage
+from kasa_cli.pipeline.job import Running
+from kasa_cli.pipeline.merge_case import Case
+from kasa_cli.pipeline.operate import NewBase, Written
+from kasa_cli.pipeline.operation import Merged
+from kasa_cli.pipeline.papers import file_records
+from kasa_cli.report import AdapterRow
+
+
+def recorded(case: Case, running: Running) -> dict[str, Any]:
+    """What the bytes depend on beside the base: no path."""
+    options = ("dtype", "max_shard_size", "rounding", "untie")
+    adapters = [
+        {name: value for name, value in asdict(row).items() if name != "path"} for row in case.adapters
+    ]
+    return {
+        "adapters": adapters,
+        "base_is": case.told,
+        "command": "merge",
+        "environment": manifest.numeric_environment(running.threads_per_worker, "cpu"),
+        "merged_before": sorted(lineage.merged_before(case.base)),
+        "options": {name: getattr(case.options, name) for name in options},
+        "source": {"commit": case.source.commit, "repo": case.source.repo},
+    }
+
+
+def write_papers(
+    case: Case,
+    folder: Path,
+    record: Mapping[str, Any],
+    sheets: Sequence[Sheet],
+    written: NewBase[Merged],
+    num_workers: int,
+) -> bytes:
+    """The card, then the manifest, which is last: whoever finds it finds all else."""
+    base = case.checkpoint
+    carried = card.source_facts(base.root, base.companions)
+    text = card.card(case.source.repo, carried, "A merged model", _card_body(case.adapters))
+    write_file(folder / CARD, [text])
+    content = {
+        **record,
+        "files": file_records(folder, num_workers, written.sha256),
+        "left_out": {left.name: left.reason for left in base.left_out},
+        "model_class": case.names.model_class,
+        "schema": manifest.SCHEMA,
+        "tensors": _tensor_records(sheets, written.tensors),
+    }
+    sealed = manifest.seal(content)
+    write_file(folder / MANIFEST, [sealed])
+    return sealed
+
+
+def _tensor_records(sheets: Sequence[Sheet], written: Sequence[Written[Merged]]) -> dict[str, Any]:
+    shapes = {name: entry.shape for sheet in sheets for name, entry in sheet.form.tensors.items()}
+    sources = {name: source for sheet in sheets for name, source in sheet.sources.items()}
+    return {
+        one.name: {
+            "file": one.file,
+            "dtype": one.dtype,
+            "sha256": one.sha256,
+            "shape": list(shapes[one.name]),
+            "role": "merged" if one.outcome else "copied",
+            **({"made_from": sources[one.name]} if one.name in sources else {}),
+            **(asdict(one.outcome) if one.outcome else {}),
+        }
+        for one in written
+    }
+
+
+def _card_body(rows: Sequence[AdapterRow]) -> str:
+    lines = [f"- {row.kind}, weight {row.weight:g}, {row.tensors_total} tensors" for row in rows]
+    head = (
+        f"Made by kasa: {len(rows)} adapter{'s' if len(rows) > 1 else ''} merged, every tensor rounded once."
+    )
+    tail = f"- `{MANIFEST}`: what was done to every tensor, with hashes; `kasa verify` checks it."
+    return "\n".join([head, "", *lines, tail])
