@@ -4,8 +4,8 @@ A field that changes the maths and is not understood must stop the run: PEFT war
 row: any value for what only training needs, a type for what is used, a reason for what cannot be merged once set.
 """
 
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,8 +35,8 @@ def is_count(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A finite number. `true` is none."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """A finite number that float64 can hold. `true` is none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def are_names(value: Any) -> bool:
@@ -97,6 +97,12 @@ def rows(field: Field, names: str) -> dict[str, Field]:
     return dict.fromkeys(names.split(), field)
 
 
+LAYERS = Field(
+    lambda value: (
+        value is None or all(type(one) is int for one in (value if isinstance(value, list) else [value]))
+    ),
+    "must be a number or a list of numbers",
+)
 KASA = Field(map_of(is_number), "must map beta and gamma to numbers")
 INDICES = Field(
     lambda value: value is None or isinstance(value, list | dict), "must be a list, or map layers to lists"

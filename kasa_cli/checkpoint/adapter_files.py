@@ -4,6 +4,7 @@ PEFT drops what it does not know in silence. Here each tensor is part of a patch
 anew, or the trained rows of an embedding; what is none of these stops the run by name.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -32,7 +33,7 @@ from kasa_cli.checkpoint.adapter_settings import (
     version_of,
 )
 from kasa_cli.checkpoint.adapter_shapes import block_size, bound
-from kasa_cli.checkpoint.adapter_values import NORM, TOKENS, replacements, token_rows
+from kasa_cli.checkpoint.adapter_values import EMBEDDINGS, NORM, TOKENS, replacements, token_rows
 from kasa_cli.checkpoint.container import Container, read_header
 from kasa_cli.checkpoint.folder import require_inside
 from kasa_cli.checkpoint.layout import enumerated
@@ -44,6 +45,8 @@ from kasa_cli.errors import InvalidInput, UnsafeInput
 __all__ = ["Adapter", "Patch", "Replacement", "TokenRows", "open_adapter"]
 
 PICKLE = "adapter_model.bin"
+FIRST_NUMBER = re.compile(r"[^.]+(?:\.[^.]+)*?\.[^.]+\.([0-9]{1,9})\.")
+"""PEFT's number of a layer: the first with two names before it."""
 STARTED = frozenset({"pissa", "olora"})
 """Kinds that are a plain LoRA but for what their start took off the base."""
 
@@ -106,6 +109,9 @@ def assembled(path: Path, container: Container, resolver: Resolver) -> Adapter:
     rows = tuple(token_rows(container, resolver.config, rest))
     replaced = tuple(replacements(resolver.config, container, rest, patches))
     require_targets(resolver, patches, replaced)
+    require_targeted(resolver, patches)
+    if not rows and not is_absent(resolver.config.get("trainable_token_indices")):
+        raise InvalidInput("trainable_token_indices without trained rows", str(container.path))
     if not patches and not replaced and not rows:
         raise InvalidInput("an adapter without tensors", str(container.path))
     patches = tuple(on_own_base(patch, replaced) for patch in patches)
@@ -257,6 +263,36 @@ def require_targets(resolver: Resolver, patches: Iterable[Patch], replaced: Iter
     absent = [quote(target) for target in numbered if target not in ends]
     if absent:
         raise InvalidInput(f"targets without tensors: {enumerated(absent, 3)}", str(resolver.path))
+
+
+def require_targeted(resolver: Resolver, patches: Iterable[Patch]) -> None:
+    """Lists of targets, exclusions and layers name the modules that the file patches: PEFT drops any other."""
+    listed = resolver.config.get("target_modules")
+    if not isinstance(listed, list) or not listed or resolver.config.get("target_parameters"):
+        return
+    for patch in patches:
+        if not is_targeted(resolver.config, patch.module, listed):
+            what = f"tensors of {quote(patch.module)}, which is no target by the config"
+            raise InvalidInput(what, str(resolver.path), "PEFT would leave them out: correct the config")
+
+
+def is_targeted(config: Mapping[str, Any], module: str, listed: list[str]) -> bool:
+    """Whether a list of targets names a module that nothing excludes, or the other end of one that is tied."""
+    if config.get("ensure_weight_tying") and module.rpartition(".")[2] in EMBEDDINGS:
+        return True
+    excluded = config.get("exclude_modules")
+    if isinstance(excluded, list) and any(ends_with(module, end) for end in excluded):
+        return False
+    return any(ends_with(module, end) for end in listed) and is_in_layers(config, module, listed)
+
+
+def is_in_layers(config: Mapping[str, Any], module: str, listed: Iterable[str]) -> bool:
+    """Whether a module is in the layers to be transformed. Patterns of a stranger are not matched."""
+    layers = config.get("layers_to_transform")
+    if layers in (None, []) or module in listed or not is_absent(config.get("layers_pattern")):
+        return True
+    found = FIRST_NUMBER.match(module)
+    return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
 
 
 def endings(path: str) -> Iterator[str]:

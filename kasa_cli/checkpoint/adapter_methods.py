@@ -12,6 +12,7 @@ from kasa_cli.checkpoint.adapter_fields import (
     INDICES,
     KASA,
     LABEL,
+    LAYERS,
     LIST,
     NAMES,
     NUMBER,
@@ -26,9 +27,10 @@ from kasa_cli.checkpoint.adapter_fields import (
 )
 
 COMMON = {
-    **rows(ANY, "task_type auto_mapping inference_mode layers_to_transform layers_pattern init_weights"),
+    **rows(ANY, "task_type auto_mapping inference_mode layers_pattern init_weights"),
     **rows(LABEL, "peft_type base_model_name_or_path revision"),
     **rows(NAMES, "target_modules exclude_modules modules_to_save"),
+    "layers_to_transform": LAYERS,
     "peft_version": VERSION,
 }
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from kasa_cli.checkpoint.adapter import UNKNOWN_PARAMETER, Adapter, Patch
 from kasa_cli.checkpoint.adapter_base import Base, Landed, Part, Tensors, pieces_of
-from kasa_cli.checkpoint.adapter_fields import is_absent
+from kasa_cli.checkpoint.adapter_complete import require_complete
 from kasa_cli.checkpoint.adapter_names import ends_with
 from kasa_cli.checkpoint.adapter_settings import Resolver, resolver_of, version_of
 from kasa_cli.checkpoint.adapter_shapes import TRANSPOSED, bound
@@ -48,6 +48,11 @@ class Placed:
     bias: str | None
     tied_with: str | None
     tied: bool
+
+    @property
+    def name(self) -> str:
+        """The module that it is about."""
+        return self.patch.module
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -213,21 +218,3 @@ def settled(resolver: Resolver, patch: Patch, parameter: str) -> Patch:
     numbers = resolver.settings(full if is_named else patch.module)
     settings = {**patch.settings, **{key: numbers[key] for key in ("r", "alpha", "scaling")}}
     return replace(patch, parameter=parameter, settings=MappingProxyType(settings))
-
-
-def require_complete(adapter: Adapter, base: Base, touched: frozenset[str]) -> None:
-    """A list of targets, taken as PEFT takes it, names no module of the base that the file says nothing about."""
-    config = adapter.config
-    listed = config.get("target_modules")
-    narrowed = ("exclude_modules", "layers_to_transform")
-    if not isinstance(listed, list) or not all(is_absent(config.get(field)) for field in narrowed):
-        return
-    labels = [
-        w.label
-        for w in base.names.weights
-        if w.is_module and w.label not in touched and w.tied_with not in touched
-    ]
-    absent = [quote(label) for label in labels if any(ends_with(label, target) for target in listed)]
-    if absent:
-        what = f"targets in the base without tensors in the adapter: {enumerated(absent, 3)}"
-        raise InvalidInput(what, str(adapter.container.path), "the file is incomplete, or of another base")

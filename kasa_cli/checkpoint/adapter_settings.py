@@ -28,6 +28,7 @@ PLAIN = re.compile(
              | \( (?: \?: )? | \) \?? | [|^$] )*"""
 )
 """Patterns in which nothing but one character, or a class, is repeated. Others can fill the memory or never end."""
+COMPILE_SECONDS = 20.0  # for all patterns of one adapter
 MATCH_SECONDS = 20.0  # for all matches of one adapter
 FIRST_WITH_VERSION = (0, 18)
 """The first PEFT that wrote its version into the config."""
@@ -66,10 +67,11 @@ class Patterns:
 
     def __init__(self, field: str, patterns: Any, path: Path) -> None:
         self._field, self._path = field, path
-        self._deadline = time.monotonic() + MATCH_SECONDS
         if isinstance(patterns, dict) and len(patterns) > MAX_PATTERNS:
             raise InvalidInput(f"{field} has {len(patterns)} patterns", str(path))
+        self._latest = time.monotonic() + COMPILE_SECONDS
         self._values = [(tail_of(key), self._compiled(key), value) for key, value in (patterns or {}).items()]
+        self._deadline = time.monotonic() + MATCH_SECONDS
 
     def value(self, name: str, otherwise: Any) -> Any:
         """What is said about a name, or what holds otherwise."""
@@ -86,6 +88,8 @@ class Patterns:
         if not PLAIN.fullmatch(key):
             what = f"{self._field} {quote(key)} repeats groups, looks around or counts: not matched here"
             raise InvalidInput(what, str(self._path), "write it with names, dots and simple repetitions")
+        if time.monotonic() > self._latest:
+            raise InvalidInput(f"the patterns of {self._field} take too long to compile", str(self._path))
         try:
             with warnings.catch_warnings(action="ignore"):
                 return regex.compile(rf"(.*\.)?({key})$")

@@ -78,6 +78,9 @@ SIDES: Mapping[str, Mapping[str, str]] = {
 TRANSPOSED = frozenset({"lora_embedding_A", "hira_embedding_A", "oft_embedding_R.weight"})
 """Tensors of adapters whose product is the transpose of an embedding: its rows are the columns of A."""
 
+MAY_BE_ZERO = frozenset("ne")
+"""Letters that may stand for nothing: all components of an AdaLoRA pruned, blocks of one entry that cannot turn."""
+
 
 def form_of(kind: str, settings: Settings) -> str:
     """The row of `SIDES` that holds for a module."""
@@ -101,7 +104,8 @@ def bound(
             forms = [form.split() for form in sides.split("|")]
             fitting = [form for form in forms if len(form) == len(shapes[short])]
             bind(letters, (fitting or forms)[0], shapes[short], names[short])
-    problem = RULES.get(kind, no_rule)(letters, settings)
+    empty = [letter for letter, side in letters.items() if not side and letter not in MAY_BE_ZERO]
+    problem = f"{empty[0]} is 0" if empty else RULES.get(kind, no_rule)(letters, settings)
     if problem:
         raise InvalidInput(f"does not fit: {problem}", next(iter(names.values())))
     return letters

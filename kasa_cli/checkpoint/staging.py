@@ -35,13 +35,24 @@ from kasa_cli.checkpoint.durable import (
     write_file,
 )
 from kasa_cli.checkpoint.lock import RunLock
-from kasa_cli.errors import IntegrityError, Locked, OutputExists, ResourceError, UnsafeInput, UsageError
+from kasa_cli.errors import (
+    IntegrityError,
+    InvalidInput,
+    Locked,
+    NumericalError,
+    OutputExists,
+    ResourceError,
+    UnsafeInput,
+    UsageError,
+)
 
 MANIFEST = "kasa.manifest.json"
 STAGING, OLD = "kasa-partial", "kasa-old"
 _KEY = re.compile(r"[0-9A-Za-z_-]{1,128}")
 _PATIENCE = 5
 _REPLACE = b"replace\n"
+HOPELESS = (InvalidInput, NumericalError, UsageError)
+"""What the same command would say again: with no finished part there is nothing to go on with."""
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.ENOTEMPTY}
 
 
@@ -86,7 +97,11 @@ class Staging:
             undo.pop_all()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, HOPELESS) and not self._kept:
+            with suppress(OSError):
+                self._discard()
+                self._remove_folder()
         self._lock.release()
 
     def part(self, key: str) -> Path | None:

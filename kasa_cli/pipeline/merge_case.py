@@ -96,14 +96,14 @@ def opened_case(paths: Sequence[Path], where: Where, output: Path, options: Opti
     base = lineage.origin(checkpoint)
     before, rows, mergings, told = lineage.merged_before(base), [], [], None
     for path, weight in zip(paths, options.weights or [1.0] * len(paths), strict=True):
-        adapter = read_adapter(path)
-        digest = lineage.digest(path, adapter.container.path)
+        one = fitted(read_adapter(path), base, names)
+        digest = lineage.digest(path, one.adapter.container.path)
         if digest in before:
             raise AlreadyMerged("merged already", str(path), "an adapter is merged once")
         before.add(digest)
-        merging, own = _merging(fitted(adapter, base, names), base, weight, options)
+        merging, own = _merging(one, base, weight, options)
         mergings.append(merging)
-        rows.append(_row(path, adapter, weight, digest))
+        rows.append(_row(path, one.adapter, weight, digest))
         told = own or told
     made, mergings = outline(base, names, mergings, options.untie)
     notes = (*([names.note] if names.note else []), *made.notes, *_start_notes(mergings))

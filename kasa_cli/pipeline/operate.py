@@ -32,6 +32,7 @@ FILES_EACH = 2
 """Files a worker, from which on it writes whole files: the last of them keep few waiting."""
 
 
+HALVES = ("BF16", "F16")
 Rows = Callable[[int, int], Tensor]
 """Rows [start, stop) of a stored matrix, or entries of a stored vector."""
 Finding = TypeVar("Finding", covariant=True)
@@ -221,7 +222,7 @@ def require_finite(Q: Tensor, name: str, dtype: str) -> None:
 
 def too_large(name: str, dtype: str) -> NumericalError:
     """The error for a result that its dtype cannot hold."""
-    return NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype")
+    return NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype" if dtype in HALVES else "")
 
 
 def _rows(descriptor: int, entry: TensorEntry, start: int, stop: int) -> Tensor:

@@ -108,7 +108,9 @@ def _guarded(task: Callable[[Item], Result], item: Item) -> Result:
     except KasaError:
         raise
     except torch.linalg.LinAlgError as error:
-        raise NumericalError(str(error).splitlines()[0], _name(item)) from error
+        is_overflow = "non-finite" in str(error)
+        what = "numbers beyond float64 in a decomposition" if is_overflow else str(error).splitlines()[0]
+        raise NumericalError(what, _name(item)) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -116,4 +118,6 @@ def _guarded(task: Callable[[Item], Result], item: Item) -> Result:
 
 
 def _name(item: object) -> str:
-    return str(getattr(item, "name", item))
+    """What to call an item in an error; nothing, where only its whole content would say it."""
+    name = getattr(item, "name", item)
+    return name if isinstance(name, str) else ""
