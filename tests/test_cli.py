@@ -54,7 +54,8 @@ MORE_OPTIONS = {
     "inspect spectrum": f"{COMMON} --dry-run --config --html --png --values --overwrite",
     "inspect adapter": "--base --base-is --revision --workers --store --no-store --json --format",
     "inspect diff": f"{COMMON} --rank --revision-b",
-    "merge": "--into --weight --base-is --force-base --dtype --rounding --max-shard-size --overwrite --restart",
+    "merge": "--into --weight --base-is --force-base --untie --dry-run --dtype --rounding --max-shard-size"
+    " --overwrite --restart",
     "convert": "--to --base --on --names --rank --energy --pad-rank --base-is --force-base --overwrite --restart"
     " --json --workers --store --no-store --revision --cache-dir --config",
     "store prune": "--max-size --older-than --all --dry-run",

@@ -15,7 +15,7 @@ from peft import PeftModel
 from runs import finished, inside
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.checkpoint.container import read_header
+from kasa_cli.checkpoint.container import Reader, read_header
 from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import AlreadyMerged, ExitCode, IntegrityError, InvalidInput, UsageError
@@ -397,3 +397,36 @@ def test_a_pickle_is_not_opened(folder, tmp_path, capsys):
     (adapter / "adapter_model.bin").write_bytes(b"cos\nsystem\n")
     done = inside(capsys, "merge", adapter, "--into", base_of("lora", folder), "-o", tmp_path / "OUT")
     assert done.code == ExitCode.UNSAFE
+
+
+# --- the plan ---
+
+
+@pytest.mark.parametrize("name", ["lora", "experts", "saved", "tokens", "dora", "bias-all"])
+def test_the_plan_names_what_the_merge_does_and_reads_no_weight(name, folder, tmp_path, capsys, monkeypatch):
+    base, adapter = base_of(name, folder), saved(name, folder)
+    asked = ("merge", adapter, "--into", base, "-o", tmp_path / "OUT", "--max-shard-size", "30KB", "--json")
+    with monkeypatch.context() as headers_only:
+        for reading in ("tensor", "chunks", "rows"):
+            headers_only.setattr(Reader, reading, lambda *args: pytest.fail("a weight was read"))
+        planned = inside(capsys, *asked, "--dry-run").json
+    assert planned["dry_run"] and not (tmp_path / "OUT").exists()
+    done = inside(capsys, *asked).json
+    changed = {(one["name"], one["module"]) for one in done["tensors"]}
+    assert {(one["name"], one["module"]) for one in planned["tensors"]} == changed
+    written = sum(path.stat().st_size for path in (tmp_path / "OUT").glob("*.safetensors"))
+    assert planned["totals"]["bytes_to_write"] == written
+    for total in ("tensors_merged", "tensors_copied"):
+        assert planned["totals"][total] == done["totals"][total]
+    table = inside(capsys, *asked[:-1], "--dry-run").out
+    assert f"{len(changed)} tensors would change" in table and "nothing was written" in table
+
+
+def test_what_a_merge_refuses_its_plan_refuses(folder, tmp_path, capsys):
+    adapter = tampered(
+        saved("lora", folder), tmp_path / "odd", lambda tensors: tensors.update(extra=torch.ones(3))
+    )
+    done = inside(
+        capsys, "merge", adapter, "--into", base_of("lora", folder), "-o", tmp_path / "O", "--dry-run"
+    )
+    assert (done.code, done.out) == (ExitCode.INVALID, "") and "extra" in done.err

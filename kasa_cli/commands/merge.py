@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,50 @@ from kasa_cli.pipeline.operate import Written, write_base
 from kasa_cli.pipeline.operation import Merged
 from kasa_cli.pipeline.orders import Orders
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
-from kasa_cli.report import MergedRow, MergeReport
+from kasa_cli.report import MergedRow, MergePlan, MergeReport, ToChange
 
-__all__ = ["Options", "Running", "Where", "merge"]
+__all__ = ["Options", "Running", "Where", "merge", "plan"]
+
+
+def plan(
+    adapters: Sequence[Path],
+    where: Where,
+    output: Path,
+    options: Options | None = None,
+    running: Running | None = None,
+) -> MergePlan:
+    """What `merge` would do.
+
+    Raises:
+        KasaError: whatever `merge` would refuse before it changes a weight.
+    """
+    options, running = options or Options(), running or Running()
+    check(adapters, options)
+    check_running(running)
+    case = opened_case(adapters, where, output, options)
+    sheets = _sheets(case)
+    entries = {name: entry for sheet in sheets for name, entry in sheet.form.tensors.items()}
+    tensors = tuple(
+        ToChange(name, ", ".join(order.modules), entries[name].shape, entries[name].dtype, order.kinds)
+        for name, order in case.orders.items()
+    )
+    num_bytes = sum(sheet.form.size for sheet in sheets)
+    held = max(
+        (prod(entries[name].shape) for name, order in case.orders.items() if not order.adds_terms), default=0
+    )
+    return MergePlan(
+        command="merge",
+        model=where.model,
+        base_is=case.told,
+        tensors=tensors,
+        totals={
+            "tensors_merged": len(tensors),
+            "tensors_copied": len(entries) - len(tensors),
+            "bytes_to_write": num_bytes,
+            **planning.streaming_cost(num_bytes, held, running.num_workers),
+        },
+        notes=case.notes,
+    )
 
 
 def merge(

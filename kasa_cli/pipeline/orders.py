@@ -63,6 +63,14 @@ class Orders:
         return not whole and not any(needs_weight(edit.place.patch) for edit in self.edits)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of those adapters, in their order."""
+        named = [edit.merging.adapter.kind for edit in (*self.edits, *self.biases)]
+        named += [adapter.kind for adapter, _ in self.rows]
+        named += [self.replacement[0].kind] if self.replacement else []
+        return tuple(dict.fromkeys(named))
+
+    @property
     def num_terms(self) -> int:
         """How many adapters' words are in it."""
         return len(self.edits) + len(self.biases) + len(self.rows) + (self.replacement is not None)

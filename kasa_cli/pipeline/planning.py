@@ -25,6 +25,10 @@ from kasa_cli.report import Candidate, MeasurePlan, Piece, Selection, Skipped, T
 
 RUNTIME_BYTES = 400 << 20
 """What torch and transformers occupy before the first tensor."""
+STREAMED_ROOM = 16 << 20
+"""What a worker occupies that adds to a tensor as it streams by."""
+START_SECONDS, STREAMED_BYTES_PER_SECOND = 3.0, 2.5e8
+"""Of a merge: imports, and what a worker reads, adds to, hashes and writes."""
 GRAM_FLOPS_PER_SECOND = 4e10
 """A rank-k update of float64 on one core of a server of 2023: an estimate is all that a plan asks of it."""
 
@@ -144,6 +148,18 @@ def store_notes(facts: Facts) -> list[str]:
     return [
         f"the store could not keep everything, so the next run measures some again: {trouble.what}{where}"
     ]
+
+
+def streaming_cost(num_bytes: int, held: int, num_workers: int) -> dict[str, float]:
+    """Peak bytes and wall seconds expected of a pass over a base of so many bytes, by `benchmarks/merge.py`.
+
+    `held`: entries of the largest tensor that a worker holds whole, with the float64 of what it becomes.
+    """
+    seconds = START_SECONDS + num_bytes / STREAMED_BYTES_PER_SECOND / num_workers
+    return {
+        "memory_bytes": RUNTIME_BYTES + num_workers * (STREAMED_ROOM + 24 * held),
+        "seconds": round(seconds, 1),
+    }
 
 
 def memory_needed(targets: tuple[Target, ...], num_workers: int) -> int:

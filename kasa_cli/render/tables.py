@@ -27,6 +27,7 @@ from kasa_cli.report import (
     DiffReport,
     MeasurePlan,
     MergedRow,
+    MergePlan,
     MergeReport,
     PlanReport,
     Report,
@@ -36,6 +37,7 @@ from kasa_cli.report import (
     StoreReport,
     Target,
     TensorRow,
+    ToChange,
     ToMeasure,
     TruncateReport,
     VerifyReport,
@@ -147,6 +149,26 @@ def merged_by_type(report: MergeReport) -> Summary:
     return title, ("module type", "n", "largest change", "rounding error"), rows
 
 
+def to_change(report: MergePlan) -> Summary:
+    """Tensors that would change, by module type."""
+    groups: dict[str, list[ToChange]] = {}
+    for row in report.tensors:
+        groups.setdefault(module_type(row.module), []).append(row)
+    rows = [
+        (
+            kind,
+            str(len(members)),
+            ", ".join(dict.fromkeys("×".join(map(str, row.shape)) for row in members)),
+            ", ".join(sorted({row.dtype for row in members})),
+            ", ".join(sorted({kind for row in members for kind in row.kinds})),
+        )
+        for kind, members in groups.items()
+    ]
+    copied = report.totals["tensors_copied"]
+    title = f"{len(report.tensors)} tensors would change, {copied} be copied"
+    return title, ("module type", "n", "shape", "stored as", "adapters"), rows
+
+
 def merged_adapters(report: MergeReport) -> Summary:
     """Every adapter with what was used of it."""
     rows = [
@@ -190,9 +212,9 @@ def _closing(report: Report) -> list[str]:
     return CLOSINGS[type(report)](report) if type(report) in CLOSINGS else []
 
 
-def _planned(report: PlanReport | MeasurePlan) -> list[str]:
+def _planned(report: PlanReport | MeasurePlan | MergePlan) -> list[str]:
     totals = report.totals
-    written = f"write {big(totals['bytes_to_write'])}, " if isinstance(report, PlanReport) else ""
+    written = f"write {big(totals['bytes_to_write'])}, " if totals["bytes_to_write"] else ""
     return [
         f"would {written}use about {big(totals['memory_bytes'])} of memory "
         f"and take about {duration(totals['seconds'])}; nothing was written"
@@ -290,6 +312,7 @@ SUMMARIES: dict[type[Report], Callable[[Any], list[Summary]]] = {
     DiffReport: lambda report: [*diff_tables(report), skipped(report.skipped)],
     AdapterReport: adapters.adapter_tables,
     SelectReport: lambda report: [*choice_tables(report), skipped(report.skipped)],
+    MergePlan: lambda report: [to_change(report)],
     MergeReport: lambda report: [merged_by_type(report), merged_adapters(report)],
     ConvertReport: converted_tables,
     StoreReport: store_tables,
@@ -309,6 +332,7 @@ CLOSINGS: dict[type[Report], Callable[[Any], list[str]]] = {
     DiffReport: _cost,
     AdapterReport: adapters.closing,
     SelectReport: _cost,
+    MergePlan: _planned,
     MergeReport: _merged,
     ConvertReport: converted,
     VerifyReport: lambda report: ["all is as the manifest says"],

@@ -26,11 +26,13 @@ from kasa_cli.report.looks import (
 from kasa_cli.report.plan import (
     Candidate,
     MeasurePlan,
+    MergePlan,
     Piece,
     PlanReport,
     Selection,
     Skipped,
     Target,
+    ToChange,
     ToMeasure,
     module_type,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "Emission",
     "InCut",
     "MeasurePlan",
+    "MergePlan",
     "MergeReport",
     "MergedRow",
     "ModuleRow",
@@ -64,6 +67,7 @@ __all__ = [
     "StoreReport",
     "Target",
     "TensorRow",
+    "ToChange",
     "ToMeasure",
     "TruncateReport",
     "ValueRow",
@@ -74,6 +78,7 @@ __all__ = [
 Report = (
     PlanReport
     | MeasurePlan
+    | MergePlan
     | TruncateReport
     | VerifyReport
     | DemoReport

@@ -127,3 +127,31 @@ class MeasurePlan:
     totals: dict[str, Any]
     notes: tuple[str, ...] = ()
     dry_run: bool = True
+
+
+@dataclass(frozen=True)
+class ToChange:
+    """A tensor that adapters would change: `kinds` of those that have a word in it."""
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    dtype: str
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What `--dry-run` of a merge prints: nothing was written.
+
+    Of the base only headers were read, but for weights that a manifest had to be compared with. `base_is` as in
+    `MergeReport`.
+    """
+
+    command: str
+    model: str
+    base_is: str | None
+    tensors: tuple[ToChange, ...]
+    totals: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    dry_run: bool = True

@@ -11,6 +11,7 @@ from kasa_cli.flags import (
     BaseIs,
     CacheDir,
     Config,
+    DryRun,
     Dtype,
     Format,
     FormatOption,
@@ -73,6 +74,7 @@ def merge(
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
     config: Config = None,
+    dry_run: DryRun = False,
     workers: Workers = 0,
     threads_per_worker: Threads = 1,
     store: StoreOption = None,
@@ -98,6 +100,9 @@ def merge(
     )
     where = verb.Where(base, revision, cache_dir, local_files_only)
     running = verb.Running(workers, threads_per_worker, "cpu", store, not no_store)
+    spelling = Format.JSON if json_format else output_format
+    if dry_run:
+        return show(verb.plan(adapters, where, output_dir, options, running), spelling, quiet)
     with watching(quiet) as watcher:
         report = verb.merge(adapters, where, output_dir, options, running, watcher)
-    return show(report, Format.JSON if json_format else output_format, quiet)
+    return show(report, spelling, quiet)
