@@ -56,8 +56,8 @@ MORE_OPTIONS = {
     "inspect diff": f"{COMMON} --rank --revision-b",
     "merge": "--into --weight --base-is --force-base --untie --dry-run --dtype --rounding --max-shard-size"
     " --overwrite --restart",
-    "convert": "--to --base --on --names --rank --energy --pad-rank --base-is --force-base --overwrite --restart"
-    " --json --workers --store --no-store --revision --cache-dir --config",
+    "convert": "--to --base --dry-run --on --names --rank --energy --pad-rank --base-is --force-base"
+    " --overwrite --restart --json --workers --store --no-store --revision --cache-dir --config",
     "store prune": "--max-size --older-than --all --dry-run",
 }
 

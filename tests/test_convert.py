@@ -749,3 +749,38 @@ def test_a_person_sees_what_was_kept_and_what_comes_next(folder, tmp_path, capsy
     assert re.search(r"q_proj +2 +2 +4–8", done.out) and "kasa verify" in done.out
     exact = inside(capsys, "convert", saved("patterns", folder), *arguments, "--overwrite")
     assert "most lost" not in exact.out and "exact:" in exact.out
+
+
+# --- the plan ---
+
+
+@pytest.mark.parametrize("name", ["kasa", "lora", "experts", "hra"])
+def test_the_plan_names_what_is_converted_and_writes_nothing(name, folder, tmp_path, capsys):
+    adapter, base = saved(name, folder), base_of(name, folder)
+    asked = (
+        "convert",
+        adapter,
+        "--to",
+        "lora",
+        "--base",
+        base,
+        "--base-is",
+        "original",
+        "-o",
+        tmp_path / "OUT",
+    )
+    planned = inside(capsys, *asked, "--dry-run", "--json").json
+    assert planned["dry_run"] and planned["totals"]["bytes_to_write"] is None and not list(tmp_path.iterdir())
+    table = inside(capsys, *asked, "--dry-run").out
+    done = inside(capsys, *asked, "--json").json
+    assert [one["module"] for one in planned["tensors"]] == [one["module"] for one in done["tensors"]]
+    assert planned["totals"]["tensors_to_write"] == done["totals"]["tensors_written"]
+    assert f"{len(done['tensors'])} updates would become lora" in table and "nothing was written" in table
+
+
+def test_what_a_conversion_refuses_its_plan_refuses(folder, tmp_path, capsys):
+    adapter, base = saved("dora", folder), base_of("dora", folder)
+    done = inside(
+        capsys, "convert", adapter, "--to", "lora", "--base", base, "-o", tmp_path / "OUT", "--dry-run"
+    )
+    assert (done.code, done.out) == (ExitCode.INVALID, "") and "dora" in done.err

@@ -11,15 +11,65 @@ from kasa_cli.checkpoint.staging import Staging
 from kasa_cli.pipeline import planning
 from kasa_cli.pipeline.conversion_case import Case, Options, check, opened_case
 from kasa_cli.pipeline.conversion_papers import entries_of, recorded, said, write_config, write_papers
-from kasa_cli.pipeline.converting import Converted, Converter, convert_all, loss_of_all, write_factors
+from kasa_cli.pipeline.converting import (
+    Converted,
+    Converter,
+    convert_all,
+    is_decomposed,
+    loss_of_all,
+    working_room,
+    write_factors,
+)
 from kasa_cli.pipeline.job import Running, Where, check_running
 from kasa_cli.pipeline.lineage import TRUNCATED
+from kasa_cli.pipeline.patches import label
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
-from kasa_cli.report import ConvertReport
+from kasa_cli.report import ConvertPlan, ConvertReport, ToChange
 
-__all__ = ["Options", "Running", "Where", "convert"]
+__all__ = ["Options", "Running", "Where", "convert", "plan"]
 
 HALVES = ("BF16", "F16")
+
+
+def plan(
+    adapter: Path, where: Where, output: Path, options: Options | None = None, running: Running | None = None
+) -> ConvertPlan:
+    """What `convert` would do.
+
+    Raises:
+        KasaError: whatever `convert` would refuse before it reads a weight.
+    """
+    options, running = options or Options(), running or Running()
+    check(options)
+    check_running(running)
+    case = opened_case(adapter, where, output, options)
+    tensors = [
+        ToChange(
+            ", ".join(dict.fromkeys(part.piece.name for parts in place.matrices for part in parts)),
+            label(place.patch),
+            place.sides,
+            "F32",
+            (place.patch.kind,),
+        )
+        for place in case.places
+    ]
+    decomposed = [place for place in case.places if is_decomposed(place, case.cutting)]
+    rooms = [working_room(case.checkpoint, place) for place in decomposed]
+    return ConvertPlan(
+        command="convert",
+        model=where.model,
+        to=options.to,
+        on=case.on,
+        base_is=case.told,
+        tensors=tuple(tensors),
+        totals={
+            "weights": len(tensors),
+            "tensors_to_write": 2 * sum(len(entries) for entries in entries_of(case)),
+            "bytes_to_write": None,
+            **planning.decomposition_cost([place.shape for place in decomposed], rooms, running.num_workers),
+        },
+        notes=tuple(_notes(case)),
+    )
 
 
 def convert(

@@ -26,13 +26,13 @@ from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.staging import Staging
 from kasa_cli.checkpoint.streaming import Filling, filling, form
 from kasa_cli.errors import IntegrityError, InvalidInput, NumericalError
-from kasa_cli.methods.conversion import Compact, Limit, of_terms, of_weight
+from kasa_cli.methods.conversion import Compact, Limit, has_low_rank_form, of_terms, of_weight
 from kasa_cli.methods.terms import Change, Term
 from kasa_cli.pipeline.convertible import no_form
 from kasa_cli.pipeline.facts import SOLVER_EDITION, Facts, header
 from kasa_cli.pipeline.intact import hash_tensor
 from kasa_cli.pipeline.lora_cuts import Cutting
-from kasa_cli.pipeline.patches import changes_of, label, weight_under
+from kasa_cli.pipeline.patches import changes_of, label, needs_weight, weight_under
 from kasa_cli.pipeline.weights import working_set
 from kasa_cli.pipeline.workers import Watcher, run
 from kasa_cli.report import ConvertedRow
@@ -100,7 +100,7 @@ def convert_all(
         ordered,
         num_workers,
         lambda place: watcher.finished(place.patch.module, 1),
-        partial(_working_set, converter),
+        partial(working_room, converter.checkpoint),
     )
     by_place = {id(place): one for place, one in zip(ordered, found, strict=True)}
     return [by_place[id(place)] for place in places]
@@ -211,8 +211,15 @@ def _part_key(place: Placed, hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(canonical_json({"part": about})).hexdigest()
 
 
-def _working_set(converter: Converter, place: Placed) -> int:
+def working_room(checkpoint: Checkpoint, place: Placed) -> int:
     """Bytes that a conversion occupies at most: as for a decomposition, and the difference in float32 besides."""
-    entry = converter.checkpoint.tensors[place.matrices[0][0].piece.name]
+    entry = checkpoint.tensors[place.matrices[0][0].piece.name]
     size = math.prod(place.shape)
     return working_set(place.shape, size * BITS[entry.dtype] // 8) + 4 * size
+
+
+def is_decomposed(place: Placed, cutting: Cutting | None) -> bool:
+    """Whether a conversion may come to a decomposition of the weight: of the original base, or of a dense update."""
+    patch = place.patch
+    has_form = has_low_rank_form(patch.kind, patch.settings)
+    return needs_weight(patch) or not has_form or (cutting is not None and not cutting.is_made)

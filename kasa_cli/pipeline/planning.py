@@ -1,5 +1,6 @@
 """DECIDE: from headers, names and options to a plan; no weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -94,15 +95,14 @@ def measure_plan(
 ) -> MeasurePlan:
     """What a question would read and cost, from headers alone."""
     checkpoint, names = found
-    tensors, sizes, work = [], [0], 0.0
+    tensors, sizes, shapes = [], [], []
     for one in chosen:
         for matrix in matrices(one):
             entry, shape = checkpoint.tensors[matrix.pieces[0].name], stored_shape(checkpoint, matrix)
             num_bytes = prod(shape) * BITS[entry.dtype] // 8
             tensors.append(ToMeasure(matrix.name, one.module, shape, entry.dtype))
             sizes.append(working_set(shape, num_bytes))
-            work += min(shape) ** 2 * sum(shape)
-    largest = sorted(sizes)[-running.num_workers :]
+            shapes.append(shape)
     return MeasurePlan(
         command=command,
         model=where.model,
@@ -112,8 +112,7 @@ def measure_plan(
             "tensors": len(tensors),
             "tensors_skipped": len(skipped),
             "bytes_to_write": 0,
-            "memory_bytes": RUNTIME_BYTES + max(largest[-1], min(sum(largest), BUDGET)),
-            "seconds": round(2.5 * work / GRAM_FLOPS_PER_SECOND / running.num_workers, 1),
+            **decomposition_cost(shapes, sizes, running.num_workers),
         },
         notes=(names.note,) if names.note else (),
     )
@@ -148,6 +147,18 @@ def store_notes(facts: Facts) -> list[str]:
     return [
         f"the store could not keep everything, so the next run measures some again: {trouble.what}{where}"
     ]
+
+
+def decomposition_cost(
+    shapes: Sequence[tuple[int, int]], rooms: Sequence[int], num_workers: int
+) -> dict[str, float]:
+    """Peak bytes and wall seconds expected of decomposing weights that occupy so many bytes each."""
+    largest = sorted([0, *rooms])[-num_workers:]
+    work = sum(min(shape) ** 2 * sum(shape) for shape in shapes)
+    return {
+        "memory_bytes": RUNTIME_BYTES + max(largest[-1], min(sum(largest), BUDGET)),
+        "seconds": round(2.5 * work / GRAM_FLOPS_PER_SECOND / num_workers, 1),
+    }
 
 
 def streaming_cost(num_bytes: int, held: int, num_workers: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ from kasa_cli.render.spectra import diff_tables, summary_tables
 from kasa_cli.render.units import big, duration, number, percent
 from kasa_cli.report import (
     AdapterReport,
+    ConvertPlan,
     ConvertReport,
     DemoReport,
     DiffReport,
@@ -149,7 +150,7 @@ def merged_by_type(report: MergeReport) -> Summary:
     return title, ("module type", "n", "largest change", "rounding error"), rows
 
 
-def to_change(report: MergePlan) -> Summary:
+def to_change(report: MergePlan | ConvertPlan) -> Summary:
     """Tensors that would change, by module type."""
     groups: dict[str, list[ToChange]] = {}
     for row in report.tensors:
@@ -164,8 +165,11 @@ def to_change(report: MergePlan) -> Summary:
         )
         for kind, members in groups.items()
     ]
-    copied = report.totals["tensors_copied"]
-    title = f"{len(report.tensors)} tensors would change, {copied} be copied"
+    if isinstance(report, MergePlan):
+        title = f"{len(report.tensors)} tensors would change, {report.totals['tensors_copied']} be copied"
+    else:
+        base = f" for the {report.on} base" if report.on else ""
+        title = f"{len(report.tensors)} updates would become {report.to}{base}"
     return title, ("module type", "n", "shape", "stored as", "adapters"), rows
 
 
@@ -212,7 +216,7 @@ def _closing(report: Report) -> list[str]:
     return CLOSINGS[type(report)](report) if type(report) in CLOSINGS else []
 
 
-def _planned(report: PlanReport | MeasurePlan | MergePlan) -> list[str]:
+def _planned(report: PlanReport | MeasurePlan | MergePlan | ConvertPlan) -> list[str]:
     totals = report.totals
     written = f"write {big(totals['bytes_to_write'])}, " if totals["bytes_to_write"] else ""
     return [
@@ -313,6 +317,7 @@ SUMMARIES: dict[type[Report], Callable[[Any], list[Summary]]] = {
     AdapterReport: adapters.adapter_tables,
     SelectReport: lambda report: [*choice_tables(report), skipped(report.skipped)],
     MergePlan: lambda report: [to_change(report)],
+    ConvertPlan: lambda report: [to_change(report)],
     MergeReport: lambda report: [merged_by_type(report), merged_adapters(report)],
     ConvertReport: converted_tables,
     StoreReport: store_tables,
@@ -333,6 +338,7 @@ CLOSINGS: dict[type[Report], Callable[[Any], list[str]]] = {
     AdapterReport: adapters.closing,
     SelectReport: _cost,
     MergePlan: _planned,
+    ConvertPlan: _planned,
     MergeReport: _merged,
     ConvertReport: converted,
     VerifyReport: lambda report: ["all is as the manifest says"],

@@ -25,6 +25,7 @@ from kasa_cli.report.looks import (
 )
 from kasa_cli.report.plan import (
     Candidate,
+    ConvertPlan,
     MeasurePlan,
     MergePlan,
     Piece,
@@ -42,6 +43,7 @@ __all__ = [
     "AdapterRow",
     "Candidate",
     "CandidateRow",
+    "ConvertPlan",
     "ConvertReport",
     "ConvertedRow",
     "Curve",
@@ -79,6 +81,7 @@ Report = (
     PlanReport
     | MeasurePlan
     | MergePlan
+    | ConvertPlan
     | TruncateReport
     | VerifyReport
     | DemoReport

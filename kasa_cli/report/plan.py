@@ -155,3 +155,22 @@ class MergePlan:
     totals: dict[str, Any]
     notes: tuple[str, ...] = ()
     dry_run: bool = True
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """What `--dry-run` of a conversion prints: nothing was written.
+
+    Of the base only headers were read, but for weights that a manifest had to be compared with. Memory and time are
+    those of decomposing what may have to be; the store and a tail spare it. Bytes are not foretold: ranks are not.
+    """
+
+    command: str
+    model: str
+    to: str
+    on: str | None
+    base_is: str | None
+    tensors: tuple[ToChange, ...]
+    totals: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    dry_run: bool = True

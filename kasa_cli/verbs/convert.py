@@ -12,6 +12,7 @@ from kasa_cli.flags import (
     BaseName,
     CacheDir,
     Config,
+    DryRun,
     FlavourName,
     Format,
     FormatOption,
@@ -81,6 +82,7 @@ def convert(
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
     config: Config = None,
+    dry_run: DryRun = False,
     workers: Workers = 0,
     threads_per_worker: Threads = 1,
     store: StoreOption = None,
@@ -107,6 +109,9 @@ def convert(
     )
     where = verb.Where(base, revision, cache_dir, local_files_only)
     running = verb.Running(workers, threads_per_worker, "cpu", store, not no_store)
+    spelling = Format.JSON if json_format else output_format
+    if dry_run:
+        return show(verb.plan(adapter, where, output_dir, options, running), spelling, quiet)
     with watching(quiet) as watcher:
         report = verb.convert(adapter, where, output_dir, options, running, watcher)
-    return show(report, Format.JSON if json_format else output_format, quiet)
+    return show(report, spelling, quiet)
