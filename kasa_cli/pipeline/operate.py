@@ -32,7 +32,6 @@ FILES_EACH = 2
 """Files a worker, from which on it writes whole files: the last of them keep few waiting."""
 
 
-HALVES = ("BF16", "F16")
 Rows = Callable[[int, int], Tensor]
 """Rows [start, stop) of a stored matrix, or entries of a stored vector."""
 Finding = TypeVar("Finding", covariant=True)
@@ -222,7 +221,8 @@ def require_finite(Q: Tensor, name: str, dtype: str) -> None:
 
 def too_large(name: str, dtype: str) -> NumericalError:
     """The error for a result that its dtype cannot hold."""
-    return NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype" if dtype in HALVES else "")
+    is_half = TORCH_DTYPES[dtype].itemsize <= 2
+    return NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype" if is_half else "")
 
 
 def _rows(descriptor: int, entry: TensorEntry, start: int, stop: int) -> Tensor:
