@@ -75,6 +75,22 @@ def test_a_file_cut_short_while_it_is_read_is_invalid(tmp_path, is_open):
             list(reader.chunks("b"))
 
 
+def test_a_file_rewritten_while_its_rows_are_read_is_an_integrity_error(tmp_path):
+    path = st(tmp_path / "x", ONE, BODY)
+    container, room = read_header(path), torch.empty(1, 2)
+    name, entry = next(iter(container.tensors.items()))
+    assert entry.shape[1:] == (2,)
+
+    def rewritten_between():
+        with Reader(container) as reader:
+            reader.rows(name, 0, 1, room)
+            os.utime(path, ns=(1, 1))
+            reader.rows(name, 1, 2, room)
+
+    with pytest.raises(IntegrityError, match="changed since"):
+        rewritten_between()
+
+
 def test_a_file_deleted_after_the_plan_is_invalid(tmp_path):
     path = st(tmp_path / "x", ONE, BODY)
     container = read_header(path)

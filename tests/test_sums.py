@@ -25,7 +25,7 @@ def test_blocks_make_the_rounded_sum_and_its_figures(stored, dtype, scale):
         scale = 2.0 ** (np.log2(scale) / 12)  # float16 goes no further
     W, L, R = problem(stored, scale)
     total = Sum(L, R, dtype, 16)
-    Q = torch.cat([total.block(W[start : start + 16], start) for start in range(0, 50, 16)])
+    Q = torch.cat([total.block(W[start : start + 16], start).clone() for start in range(0, 50, 16)])
     T = W.double().numpy() + L.numpy() @ R.numpy()
     stored_numbers = Q.double().numpy()
     assert torch.equal(Q, rounded(torch.from_numpy(T), dtype)) or dtype == torch.float32

@@ -183,6 +183,7 @@ class Reader:
 
     def __init__(self, container: Container) -> None:
         self.container = container
+        self._gave_rows = False
         self._tensors: Any = None  # safe_open; it parses the header again, and `chunks` can do without
         with ExitStack() as stack:
             self._file = stack.enter_context(open_regular(container.path))
@@ -192,8 +193,12 @@ class Reader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        try:
+            if failed is None and self._gave_rows:
+                self._check_unchanged()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Let go of the file."""
@@ -232,13 +237,13 @@ class Reader:
     def rows(self, name: str, start: int, stop: int, room: torch.Tensor) -> None:
         """Fill `room`, contiguous and of the dtype of the tensor, with its entries [start, stop) of the first side.
 
+        Whether the file is still the same is asked when the reader's block ends.
         For a slice, safetensors 0.8 reads the whole tensor (with `pread`, see `tensor`), each time.
         """
         entry, path = self.container.tensors[name], self.container.path
-        stride = entry.num_bytes // entry.shape[0]
+        stride, self._gave_rows = entry.num_bytes // entry.shape[0], True
         into: memoryview = room.reshape(-1).view(torch.uint8).numpy().data
         read_into(self._file, path, into[: (stop - start) * stride], entry.begin + start * stride)
-        self._check_unchanged()
 
     def _explained(self, name: str, error: Exception) -> InvalidInput | ResourceError:
         """The library failed on a sound file: no memory, or a dtype torch cannot hold (F4, F6)."""

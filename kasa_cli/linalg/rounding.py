@@ -14,7 +14,7 @@ BLOCK_BYTES = 512 << 10
 """Float64 bytes of the exact target looked at in one go: bounds the memory, and fits the cache of one core."""
 COLUMNS = 128
 """Columns that `preserve` looks at in one go, whatever their length."""
-ZERO_BITS: dict[torch.dtype, torch.dtype] = {
+BITS: dict[torch.dtype, torch.dtype] = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
     torch.float32: torch.int32,
@@ -90,19 +90,24 @@ def rounded(T: Float64[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "...
     return T.to(dtype) if dtype.itemsize > 2 else on_the_way(T, dtype).to(dtype)
 
 
-def on_the_way(T: Float64[Tensor, "..."], dtype: torch.dtype) -> Float32[Tensor, "..."]:
-    """A float32 near T that torch rounds to half precision as T should be.
+def on_the_way(
+    T: Float64[Tensor, "..."], dtype: torch.dtype, near: Tensor | None = None, scratch: Tensor | None = None
+) -> Float32[Tensor, "..."]:
+    """A float32 near T that torch rounds to half precision as T should be; into `near` and over `scratch`, if given.
 
     torch casts float64 to half precision by way of float32, and two roundings to nearest can end on the farther
     neighbour. Rounding to odd on the way keeps what the second one must know (Boldo and Melquiond, 2008).
     """
-    near = T.to(torch.float32, memory_format=torch.contiguous_format)
+    near = torch.empty(T.shape, dtype=torch.float32, device=T.device) if near is None else near
+    near.copy_(T)
     if dtype != torch.bfloat16:
-        return rounded_to_odd(T, near)
+        return near.copy_(rounded_to_odd(T, near))
     # The first rounding misleads the second only where it ends halfway between two neighbours: 1 in 65536.
     width = math.gcd(T.numel(), LOOK)
     flat, exact = near.view(-1, width), T.reshape(-1, width)
-    misled = ((flat.view(torch.int32) << 16).amin(1) == HALFWAY).nonzero()[:, 0]
+    rest = None if scratch is None else scratch.view(torch.int32).view(-1, width)
+    rest = torch.bitwise_left_shift(flat.view(torch.int32), 16, out=rest)
+    misled = (rest.amin(1) == HALFWAY).nonzero()[:, 0]
     flat[misled] = rounded_to_odd(exact[misled], flat[misled])
     return near
 
@@ -132,7 +137,7 @@ def other_neighbour(Q: Float[Tensor, "..."], T: Float64[Tensor, "..."]) -> Float
     >>> other_neighbour(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.001], dtype=torch.float64))
     tensor([1.0078], dtype=torch.bfloat16)
     """
-    bits = Q.contiguous().view(ZERO_BITS[Q.dtype])
+    bits = Q.contiguous().view(BITS[Q.dtype])
     sign = torch.iinfo(bits.dtype).min
     gap = T - Q.to(torch.float64)
     is_zero = Q == 0

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from kasa_cli.linalg.rounding import on_the_way
+from kasa_cli.linalg.rounding import BITS, on_the_way
 
 SAFE_SQUARES = (1e-20, 1e30)
 """A sum of squares in between neither overflowed in float32 nor lost anything of note below its smallest number."""
@@ -28,24 +28,26 @@ class Sum:
         self.L, self.R, self.dtype = L, R, dtype
         self.max_abs_change = self.off = self.whole = 0.0
         self._exact = R.new_empty(num_rows, R.shape[1])
-        self._scratch = torch.empty_like(self._exact, dtype=torch.float32 if dtype.itemsize <= 2 else R.dtype)
+        self._is_half = dtype.itemsize <= 2
+        self._near = torch.empty_like(self._exact, dtype=torch.float32) if self._is_half else self._exact
+        self._scratch = torch.empty_like(self._near)
+        self._rounded = torch.empty_like(self._exact, dtype=dtype)
 
     def block(self, W: Float[Tensor, "j i"], start: int) -> Float[Tensor, "j i"]:
-        """Rows [start, start + j) of the sum, rounded; `W` is those of the weight."""
-        T = self._exact[: len(W)]
+        """Rows [start, start + j) of the sum, rounded, where the next ones will be; `W` is those of the weight."""
+        T, near, scratch, Q = (
+            room[: len(W)] for room in (self._exact, self._near, self._scratch, self._rounded)
+        )
         T.copy_(W)
         if len(self.R):
             T.addmm_(self.L[start : start + len(W)], self.R)
-        near = on_the_way(T, self.dtype) if self.dtype.itemsize <= 2 else T
-        Q = near.to(self.dtype)
-        self._measure(W, near, Q)
+        if self._is_half:
+            on_the_way(T, self.dtype, near, scratch)
+        Q.copy_(near)
+        self.whole += _squares(near)
+        self.off += _squares(near.sub_(scratch.copy_(Q)))
+        self.max_abs_change = max(self.max_abs_change, _largest(scratch.sub_(W)))
         return Q
-
-    def _measure(self, W: Tensor, T: Tensor, Q: Tensor) -> None:
-        D = self._scratch[: len(W)]
-        self.whole += _squares(T)
-        self.off += _squares(D.copy_(Q).sub_(T))
-        self.max_abs_change = max(self.max_abs_change, _largest(D.copy_(Q).sub_(W)))
 
 
 def _squares(X: Float[Tensor, "j i"]) -> float:
@@ -56,8 +58,8 @@ def _squares(X: Float[Tensor, "j i"]) -> float:
     return found
 
 
-def _largest(X: Float[Tensor, "j i"]) -> float:
-    if not X.numel():
+def _largest(D: Float[Tensor, "j i"]) -> float:
+    """The largest magnitude; D loses its signs, for then its bits, which are faster to compare, are in order."""
+    if not D.numel():
         return 0.0
-    low, high = torch.aminmax(X)
-    return max(-float(low), float(high))
+    return float(D.abs_().view(BITS[D.dtype]).max().view(D.dtype))
