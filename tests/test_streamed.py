@@ -13,6 +13,7 @@ from faults import tree_hash
 from runs import environment
 from safetensors.torch import save_file
 
+from kasa_cli.checkpoint import direct
 from kasa_cli.checkpoint.manifest import load as load_manifest
 from kasa_cli.checkpoint.streaming import filling, form
 from kasa_cli.commands.merge import Options, Running, Where, merge
@@ -74,13 +75,13 @@ def test_files_from_end_to_end_and_tensors_in_parallel_make_the_same_output(tmp_
 
 
 def test_bytes_that_do_not_read_back_as_written_are_found(tmp_path, monkeypatch):
-    def slip(descriptor, data, offset, pwrite=operate.pwrite_all):
+    def slip(descriptor, data, offset, pwrite=direct.pwrite_all):
         data = bytearray(data)
         if len(data) > 1000:
             data[7] ^= 4
         pwrite(descriptor, memoryview(data), offset)
 
-    monkeypatch.setattr(operate, "pwrite_all", slip)
+    monkeypatch.setattr(direct, "pwrite_all", slip)
     with pytest.raises(IntegrityError, match="read back other than written"):
         merged("lora", tmp_path, tmp_path / "OUT")
     assert not (tmp_path / "OUT").exists()

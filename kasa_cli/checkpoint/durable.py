@@ -73,18 +73,33 @@ def new_file(path: Path, size: int) -> Iterator[int]:
         _require_size(path, os.fstat(file).st_size, size)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor to read a regular file with, until the block ends."""
+    with disk_errors(path):
+        # O_NONBLOCK: opening a pipe would wait for a writer that may never come.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise InvalidInput("not a regular file", str(path))
+            yield file
+        finally:
+            os.close(file)
+
+
 def copy_file(source: Path, target: Path) -> str:
     """Copy bytes, sharing them on filesystems that can; return the SHA-256 of what was written."""
     digest = hashlib.sha256()
-    with _opened(source) as origin:
+    with opened(source) as origin:
         size = os.fstat(origin).st_size
         buffer = memoryview(bytearray(min(CHUNK, size)))
         with new_file(target, size) as file:
             for offset in range(0, size, CHUNK):
                 piece = buffer[: size - offset]
                 copied = _clone(origin, file, offset, len(piece))
-                _read_all(target, file, piece[:copied], offset)
-                _read_all(source, origin, piece[copied:], offset + copied)
+                pread_all(file, piece[:copied], offset, str(target))
+                with disk_errors(source):
+                    pread_all(origin, piece[copied:], offset + copied, str(source))
                 pwrite_all(file, piece[copied:], offset + copied)
                 digest.update(piece)
     return digest.hexdigest()
@@ -98,9 +113,18 @@ def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
         rest, offset = rest[written:], offset + written
 
 
+def pread_all(fd: int, room: memoryview, offset: int, where: str = "") -> None:
+    """Fill `room` from `offset`."""
+    while room:
+        num_read = os.preadv(fd, [room], offset)
+        if not num_read:
+            raise IntegrityError("became shorter while it was being read", where)
+        room, offset = room[num_read:], offset + num_read
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of the content of a file."""
-    with _opened(path) as file, open(file, "rb", buffering=0, closefd=False) as content:
+    with opened(path) as file, open(file, "rb", buffering=0, closefd=False) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
@@ -203,19 +227,6 @@ def _require_size(path: Path, found: int, promised: int) -> None:
         raise IntegrityError(f"{found} bytes written where {promised} were promised", str(path))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    with disk_errors(path):
-        # O_NONBLOCK: opening a pipe would wait for a writer that may never come.
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise InvalidInput("not a regular file", str(path))
-            yield file
-        finally:
-            os.close(file)
-
-
 def _clone(source: int, target: int, offset: int, size: int) -> int:
     """Copy inside the kernel; how much of it agreed to be copied, which on some filesystems is nothing."""
     copied = 0
@@ -229,13 +240,3 @@ def _clone(source: int, target: int, offset: int, size: int) -> int:
         if error.errno not in _UNSUPPORTED:
             raise
     return copied
-
-
-def _read_all(path: Path, file: int, buffer: memoryview, offset: int) -> None:
-    rest = buffer
-    with disk_errors(path):
-        while rest:
-            num_read = os.preadv(file, [rest], offset)
-            if not num_read:
-                raise IntegrityError("became shorter while it was being copied", str(path))
-            rest, offset = rest[num_read:], offset + num_read

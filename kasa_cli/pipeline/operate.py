@@ -4,12 +4,12 @@ What is reported of a tensor was measured on what the file holds.
 """
 
 import hashlib
+import heapq
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 
 from kasa_cli.checkpoint.container import Reader, TensorEntry
-from kasa_cli.checkpoint.durable import new_file, pwrite_all
+from kasa_cli.checkpoint.direct import Lanes, Opened, opened_directly
+from kasa_cli.checkpoint.durable import new_file, pread_all, pwrite_all
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.sheets import Sheet
 from kasa_cli.checkpoint.streaming import TORCH_DTYPES, Form, filling, raw_bytes
-from kasa_cli.errors import IntegrityError, NumericalError
+from kasa_cli.errors import NumericalError
 from kasa_cli.pipeline.measure import Measured
 from kasa_cli.pipeline.workers import Watcher, run
 
 CHUNK = 1 << 20
-"""Bytes written, read back and hashed while they are in the cache of one core."""
-FILES_EACH = 2
-"""Files a worker, from which on it writes whole files: the last of them keep few waiting."""
+"""Bytes put on their way and hashed while they are in the cache of one core."""
+NOT_OPEN = Opened(-1, None)
+UNEVEN = 1.2
+"""The largest share of a worker, next to an even one, at which each writes whole files: hashing later costs more."""
 
 
 Rows = Callable[[int, int], Tensor]
@@ -76,7 +78,7 @@ class Place:
     """Where one tensor goes, and which one of the old base it is copied from if it does not change."""
 
     file: str
-    descriptor: int
+    opened: Opened
     entry: TensorEntry
     source: str
 
@@ -104,8 +106,8 @@ def write_base(
 ) -> NewBase[Finding]:
     """Write every file of the base; what is reported was read back from it.
 
-    Of many files each is one worker's, from end to end: so it is hashed on the way, and nobody waits for the disk at
-    the end. Of few, tensors go in parallel.
+    Each file is one worker's, from end to end, and so it is hashed on the way. Where that would leave others without
+    work, as with a single file, tensors go in parallel.
     """
     total = sum(sheet.form.size for sheet in sheets)
     watcher.stage("write", sum(len(sheet.form.tensors) for sheet in sheets), total)
@@ -115,18 +117,26 @@ def write_base(
         for place in places:
             watcher.finished(place.name, place.entry.num_bytes)
 
-    if len(sheets) < FILES_EACH * num_workers:
+    if _largest_share(sheets, num_workers) > UNEVEN * total / num_workers:
         return NewBase(_by_tensor(operation, sheets, num_workers, finished), {})
     ordered = sorted(sheets, key=lambda sheet: -sheet.form.size)
-    files = run(operation.write_file, ordered, num_workers, lambda sheet: finished(_places(sheet, -1)))
+    files = run(operation.write_file, ordered, num_workers, lambda sheet: finished(_places(sheet, NOT_OPEN)))
     tensors = [one for written, _ in files for one in written]
     return NewBase(tensors, {sheet.name: sha256 for sheet, (_, sha256) in zip(ordered, files, strict=True)})
 
 
-def _places(sheet: Sheet, descriptor: int) -> list[Place]:
+def _largest_share(sheets: Iterable[Sheet], num_workers: int) -> int:
+    """Bytes of the busiest worker, when each takes the largest file that is left as soon as it is free."""
+    shares = [0] * num_workers
+    for size in sorted((sheet.form.size for sheet in sheets), reverse=True):
+        heapq.heapreplace(shares, shares[0] + size)
+    return max(shares)
+
+
+def _places(sheet: Sheet, opened: Opened) -> list[Place]:
     """The tensors of a file, in the order of their bytes."""
     entries = sorted(sheet.form.tensors.values(), key=lambda entry: entry.begin)
-    return [Place(sheet.name, descriptor, one, sheet.sources.get(one.name, one.name)) for one in entries]
+    return [Place(sheet.name, opened, one, sheet.sources.get(one.name, one.name)) for one in entries]
 
 
 def _in_turns(places: Iterable[Place]) -> list[Place]:
@@ -142,19 +152,21 @@ class _Operation(Generic[Finding]):
     checkpoint: Checkpoint
     surgeon: Surgeon[Finding]
     folder: Path
+    lanes: Lanes = field(default_factory=Lanes)
 
     @contextmanager
-    def headed(self, sheet: Sheet) -> Iterator[int]:
+    def headed(self, sheet: Sheet) -> Iterator[Opened]:
         """A new file of the base with its header in place, to be filled."""
         with new_file(self.folder / sheet.name, sheet.form.size) as descriptor:
             pwrite_all(descriptor, memoryview(sheet.form.header), 0)
-            yield descriptor
+            with opened_directly(descriptor) as opened:
+                yield opened
 
     def write_file(self, sheet: Sheet) -> tuple[list[Written[Finding]], str]:
         """A file from end to end, and its hash."""
         digest = hashlib.sha256(sheet.form.header)
-        with self.headed(sheet) as descriptor:
-            written = [self.write_one(place, digest.update) for place in _places(sheet, descriptor)]
+        with self.headed(sheet) as opened:
+            written = [self.write_one(place, digest.update) for place in _places(sheet, opened)]
         return written, digest.hexdigest()
 
     def write_one(
@@ -164,12 +176,27 @@ class _Operation(Generic[Finding]):
         entry = place.entry
         if not self.surgeon.takes(entry.name):
             with Reader(self.checkpoint.shards[self.checkpoint.shard_of(place.source)]) as reader:
-                sha256 = _put(place, reader.chunks(place.source, CHUNK), also)
+                sha256 = self.put(place, reader.chunks(place.source, CHUNK), also)
             return Written(entry.name, place.file, entry.dtype, sha256, None)
         patient = self.surgeon.prepare(entry.name)
-        sha256 = _put(place, map(raw_bytes, patient.pieces(entry.dtype)), also)
-        found = patient.examine(lambda start, stop: _rows(place.descriptor, entry, start, stop))
+        sha256 = self.put(place, map(raw_bytes, patient.pieces(entry.dtype)), also)
+        found = patient.examine(lambda start, stop: _rows(place.opened, entry, start, stop))
         return Written(entry.name, place.file, entry.dtype, sha256, found)
+
+    def put(self, place: Place, buffers: Iterable[memoryview], also: Callable[[memoryview], None]) -> str:
+        """Write a tensor, of which every byte is read back; its hash. `also` sees the bytes, too."""
+        digest, entry = hashlib.sha256(), place.entry
+        where = f"{place.file}: {place.name}"
+        with self.lanes.stretch(place.opened, entry.begin, entry.end, where) as out:
+            for buffer in buffers:
+                for start in range(0, len(buffer), CHUNK):
+                    chunk = buffer[start : start + CHUNK]
+                    out.put(chunk)
+                    digest.update(chunk)
+                    also(chunk)
+        if out.at != entry.end:
+            raise ValueError(f"{place.name}: {out.at - entry.begin} of {entry.num_bytes} bytes")
+        return digest.hexdigest()
 
 
 def _by_tensor(
@@ -185,28 +212,6 @@ def _by_tensor(
             for place in _places(sheet, files.enter_context(operation.headed(sheet)))
         ]
         return run(operation.write_one, _in_turns(places), num_workers, lambda one: finished([one]))
-
-
-def _put(place: Place, buffers: Iterable[memoryview], also: Callable[[memoryview], None]) -> str:
-    """Write a tensor and read it back at once, while it is in the cache; its hash. `also` sees the bytes, too."""
-    digest, offset, room = hashlib.sha256(), place.entry.begin, bytearray()
-    for buffer in buffers:
-        for start in range(0, len(buffer), CHUNK):
-            chunk = buffer[start : start + CHUNK]
-            room = room if len(room) == len(chunk) else bytearray(len(chunk))
-            pwrite_all(place.descriptor, chunk, offset)
-            _read_into(place.descriptor, memoryview(room), offset)
-            if room != chunk:
-                where = f"{place.file}: {place.name}"
-                raise IntegrityError(
-                    "read back other than written", where, "the disk or the memory may be failing"
-                )
-            digest.update(chunk)
-            also(chunk)
-            offset += len(chunk)
-    if offset != place.entry.end:
-        raise ValueError(f"{place.name}: {offset - place.entry.begin} of {place.entry.num_bytes} bytes")
-    return digest.hexdigest()
 
 
 def require_finite(Q: Tensor, name: str, dtype: str) -> None:
@@ -225,20 +230,12 @@ def too_large(name: str, dtype: str) -> NumericalError:
     return NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype" if is_half else "")
 
 
-def _rows(descriptor: int, entry: TensorEntry, start: int, stop: int) -> Tensor:
+def _rows(opened: Opened, entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a tensor in the file."""
     width = entry.num_bytes // entry.shape[0]
     raw = bytearray((stop - start) * width)
-    _read_into(descriptor, memoryview(raw), entry.begin + start * width)
+    pread_all(opened.descriptor, memoryview(raw), entry.begin + start * width)
     return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
-
-
-def _read_into(descriptor: int, room: memoryview, offset: int) -> None:
-    while room:
-        num_read = os.preadv(descriptor, [room], offset)
-        if not num_read:
-            raise IntegrityError("cut short by somebody else while kasa wrote it")
-        room, offset = room[num_read:], offset + num_read
 
 
 def write_tensors(

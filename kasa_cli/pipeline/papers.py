@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kasa_cli.checkpoint import card, manifest
-from kasa_cli.checkpoint.durable import sha256_file, write_file
+from kasa_cli.checkpoint.direct import sha256_from_disk
+from kasa_cli.checkpoint.durable import write_file
 from kasa_cli.checkpoint.sheets import CARD
 from kasa_cli.checkpoint.staging import MANIFEST, Staging
 from kasa_cli.linalg.outcome import Outcome
@@ -60,7 +61,7 @@ def file_records(
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
     unknown = [path for name, path in files.items() if name not in known]
-    found = dict(zip(unknown, run(sha256_file, unknown, num_workers, lambda path: None), strict=True))
+    found = dict(zip(unknown, run(sha256_from_disk, unknown, num_workers, lambda path: None), strict=True))
     return {
         name: {"size": path.stat().st_size, "sha256": known.get(name) or found[path]}
         for name, path in files.items()
