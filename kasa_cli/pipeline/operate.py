@@ -117,7 +117,7 @@ def write_base(
         for place in places:
             watcher.finished(place.name, place.entry.num_bytes)
 
-    if _largest_share(sheets, num_workers) > UNEVEN * total / num_workers:
+    if largest_share((sheet.form.size for sheet in sheets), num_workers) > UNEVEN * total / num_workers:
         return NewBase(_by_tensor(operation, sheets, num_workers, finished), {})
     ordered = sorted(sheets, key=lambda sheet: -sheet.form.size)
     files = run(operation.write_file, ordered, num_workers, lambda sheet: finished(_places(sheet, NOT_OPEN)))
@@ -125,10 +125,14 @@ def write_base(
     return NewBase(tensors, {sheet.name: sha256 for sheet, (_, sha256) in zip(ordered, files, strict=True)})
 
 
-def _largest_share(sheets: Iterable[Sheet], num_workers: int) -> int:
-    """Bytes of the busiest worker, when each takes the largest file that is left as soon as it is free."""
+def largest_share(sizes: Iterable[int], num_workers: int) -> int:
+    """The most that one of them has to do, when each takes the largest that is left as soon as it is free.
+
+    >>> largest_share([5, 3, 3, 2], 2), largest_share([5, 5, 5], 2)
+    (7, 10)
+    """
     shares = [0] * num_workers
-    for size in sorted((sheet.form.size for sheet in sheets), reverse=True):
+    for size in sorted(sizes, reverse=True):
         heapq.heapreplace(shares, shares[0] + size)
     return max(shares)
 
