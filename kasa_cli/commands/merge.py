@@ -47,9 +47,9 @@ def plan(
         for name, order in case.orders.items()
     )
     num_bytes = sum(sheet.form.size for sheet in sheets)
-    held = max(
-        (prod(entries[name].shape) for name, order in case.orders.items() if not order.adds_terms), default=0
-    )
+    held = [
+        order.bytes_held(prod(entries[name].shape), options.rounding) for name, order in case.orders.items()
+    ]
     return MergePlan(
         command="merge",
         model=where.model,
@@ -59,7 +59,7 @@ def plan(
             "tensors_merged": len(tensors),
             "tensors_copied": len(entries) - len(tensors),
             "bytes_to_write": num_bytes,
-            **planning.streaming_cost(num_bytes, held, running.num_workers),
+            **planning.streaming_cost(num_bytes, max(held, default=0), running.num_workers),
         },
         notes=case.notes,
     )

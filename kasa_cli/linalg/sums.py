@@ -5,6 +5,8 @@ Fresh memory for each block would cost more than the arithmetic (page faults).
 Shapes: o = rows of the weight as stored, i = its columns, r = rank of the term, j = rows of a block.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -14,18 +16,26 @@ from kasa_cli.linalg.rounding import BITS, on_the_way
 SAFE_SQUARES = (1e-20, 1e30)
 """A sum of squares in between neither overflowed in float32 nor lost anything of note below its smallest number."""
 
+Then = Callable[[Float64[Tensor, "j i"], int], Float64[Tensor, "j i"]]
+"""What becomes of the rows of a sum from a number on, before they are rounded."""
+
 
 class Sum:
-    """The exact sum W + L R of blocks of rows, each rounded once to `dtype`, and what came of it so far.
+    """The exact T = then(W + L R) of blocks of rows, each rounded once to `dtype`, and what came of it so far.
 
-    `max_abs_change` is the largest |Q - W| of an entry; `off` and `whole` sum (Q - T)² and T² of the exact T. In half
-    precision the three are measured in float32, which is exact enough beside 8 or 11 bits.
+    `max_abs_change` is the largest |Q - before| of an entry; `off` and `whole` sum (Q - T)² and T². In half precision
+    the three are measured in float32, which is exact enough beside 8 or 11 bits.
     """
 
     def __init__(
-        self, L: Float64[Tensor, "o r"], R: Float64[Tensor, "r i"], dtype: torch.dtype, num_rows: int
+        self,
+        L: Float64[Tensor, "o r"],
+        R: Float64[Tensor, "r i"],
+        dtype: torch.dtype,
+        num_rows: int,
+        then: Then | None = None,
     ) -> None:
-        self.L, self.R, self.dtype = L, R, dtype
+        self.L, self.R, self.dtype, self.then = L, R, dtype, then
         self.max_abs_change = self.off = self.whole = 0.0
         self._exact = R.new_empty(num_rows, R.shape[1])
         self._is_half = dtype.itemsize <= 2
@@ -33,20 +43,27 @@ class Sum:
         self._scratch = torch.empty_like(self._near)
         self._rounded = torch.empty_like(self._exact, dtype=dtype)
 
-    def block(self, W: Float[Tensor, "j i"], start: int) -> Float[Tensor, "j i"]:
-        """Rows [start, start + j) of the sum, rounded, where the next ones will be; `W` is those of the weight."""
+    def block(
+        self, W: Float[Tensor, "j i"], start: int, before: Float[Tensor, "k i"] | None = None
+    ) -> Float[Tensor, "j i"]:
+        """Rows [start, start + j), rounded, where the next ones will be; `before` is what to compare them with, or W.
+
+        `before` may have fewer rows.
+        """
         T, near, scratch, Q = (
             room[: len(W)] for room in (self._exact, self._near, self._scratch, self._rounded)
         )
         T.copy_(W)
         if len(self.R):
             T.addmm_(self.L[start : start + len(W)], self.R)
-        if self._is_half:
-            on_the_way(T, self.dtype, near, scratch)
+        if self.then is not None:
+            T = self.then(T, start)
+        near = on_the_way(T, self.dtype, near, scratch) if self._is_half else T
         Q.copy_(near)
         self.whole += _squares(near)
         self.off += _squares(near.sub_(scratch.copy_(Q)))
-        self.max_abs_change = max(self.max_abs_change, _largest(scratch.sub_(W)))
+        old = W if before is None else before
+        self.max_abs_change = max(self.max_abs_change, _largest(scratch[: len(old)].sub_(old)))
         return Q
 
 

@@ -17,7 +17,7 @@ from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.tops import tops_of
 from kasa_cli.methods import kasa
 from kasa_cli.methods.adapters_kind import Given, Kind, Module, Setting, Spec, given, spec
-from kasa_cli.methods.terms import Change, Term, row_blocks, rows, scaled_rows, transposed
+from kasa_cli.methods.terms import Change, Term, row_blocks, scaled_rows, sums, transposed
 
 SMALLEST_NORM = 1e-4
 """DeLoRA's: a direction shorter than this counts as this long."""
@@ -101,7 +101,7 @@ def dora(x: Given) -> Change:
     With other adapters before it the norms are still those of W + s B A, as in PEFT. Embeddings alike, by transposes.
     """
     plain = _on_start(x.settings["init_lora_weights"], x)
-    norms = [rows(x.W, (Change(plain.terms),), *block).norm(dim=1) for block in row_blocks(x.W.shape, ())]
+    norms = [V.norm(dim=1) for V in sums(x.W, plain.terms)]
     return replace(plain, map=scaled_rows(x["m"] / torch.cat(norms).clamp_min(SMALLEST_ROW)))
 
 

@@ -113,15 +113,30 @@ def transposed(change: Change) -> Change:
 
 def rows(W: Float[Tensor, "o i"], changes: Sequence[Change], start: int, stop: int) -> Float64[Tensor, "j i"]:
     """Rows [start, stop) of the exact result; the bounds are multiples of every grain, or the last row."""
-    T = W[start:stop].to(torch.float64)
+    return carried_out(changes, W[start:stop].to(torch.float64, copy=True), start)
+
+
+def carried_out(changes: Sequence[Change], T: Float64[Tensor, "j i"], start: int) -> Float64[Tensor, "j i"]:
+    """What becomes of the rows from `start` on; T itself is used up."""
+    stop = start + len(T)
     for change in changes:
         for term in change.terms:
-            T = torch.addmm(T, term.L[start:stop], term.R)
+            T.addmm_(term.L[start:stop], term.R)
         if change.dense is not None:
-            T = T + change.dense(start, stop)
+            T.add_(change.dense(start, stop))
         if change.map is not None:
             T = change.map(T, start)
     return T
+
+
+def sums(W: Float[Tensor, "o i"], terms: Sequence[Term]) -> Iterator[Float64[Tensor, "j i"]]:
+    """W + Σ L R by blocks of rows, each in the memory of the one before: an allocator loses what is between."""
+    room = torch.empty(0, dtype=torch.float64)
+    for start, stop in row_blocks(W.shape, ()):
+        room = (
+            room if len(room) >= stop - start else W.new_empty(stop - start, W.shape[1], dtype=torch.float64)
+        )
+        yield carried_out((Change(tuple(terms)),), room[: stop - start].copy_(W[start:stop]), start)
 
 
 def apply(W: Float[Tensor, "o i"], changes: Sequence[Change], dtype: torch.dtype) -> Float[Tensor, "o i"]:
@@ -159,6 +174,11 @@ def factors(changes: Sequence[Change]) -> Term | None:
     return Term(torch.cat([term.L for term in terms], dim=1), torch.cat([term.R for term in terms]))
 
 
+def grain_of(changes: Sequence[Change]) -> int:
+    """What blocks of rows must be multiples of."""
+    return math.lcm(*(change.grain for change in changes))
+
+
 def row_blocks(shape: Sequence[int], changes: Sequence[Change]) -> Iterator[tuple[int, int]]:
     """Bounds of blocks of rows that no grain straddles.
 
@@ -168,7 +188,7 @@ def row_blocks(shape: Sequence[int], changes: Sequence[Change]) -> Iterator[tupl
     [(0, 24), (24, 40)]
     """
     o, i = shape
-    grain = math.lcm(*(change.grain for change in changes))
+    grain = grain_of(changes)
     least = math.ceil(LEAST_ROWS / grain)
     for start, stop in blocks(math.ceil(o / grain), i * grain, least):
         yield start * grain, min(stop * grain, o)

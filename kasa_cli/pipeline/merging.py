@@ -7,21 +7,25 @@ which may be left out: a replacement of the whole, replacements of rows, and cha
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import prod
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from kasa_cli.checkpoint.adapter import Replacement
+from kasa_cli.checkpoint.adapter import Adapter, Replacement
+from kasa_cli.checkpoint.adapter_value_places import PlacedValue
+from kasa_cli.checkpoint.container import Reader, TensorEntry
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.open_files import OpenFiles
+from kasa_cli.checkpoint.streaming import TORCH_DTYPES
 from kasa_cli.errors import InvalidInput
-from kasa_cli.methods.terms import Change, Term, factors, transposed, weighted
+from kasa_cli.methods.terms import Change, Term, transposed, weighted
 from kasa_cli.pipeline.facts import Facts
 from kasa_cli.pipeline.operation import Operation, View
 from kasa_cli.pipeline.orders import Edit, Orders
 from kasa_cli.pipeline.patches import IN_FILE, change_of, expert_changes, is_stack, module_of
-from kasa_cli.pipeline.streamed import Streamed
+from kasa_cli.pipeline.streamed import Stored, Streamed, TrainedRows
 from kasa_cli.pipeline.weights import Matrix, read_target
 from kasa_cli.report import Piece
 
@@ -53,21 +57,18 @@ class Merger:
         return name in self.orders
 
     def prepare(self, name: str) -> Operation | Streamed:
-        """Make the changes of a tensor, and read it, unless all that they do is to add terms."""
+        """What becomes of a tensor, by rows where that can be; else read it."""
         orders, source = self.orders[name], self.sources.get(name, name)
-        if orders.adds_terms and self.round_off == "nearest":
-            changes = [(edit, self.change(edit, None)) for edit in orders.edits]
-            if all(change.is_low_rank for _, change in changes):
-                return Streamed(self.checkpoint, source, self._terms(source, changes))
+        if self.round_off == "nearest" and not orders.is_whole and self._are_floats(source, orders):
+            changes = self._changes_of_rows(source, orders)
+            if changes is not None:
+                return self._streamed(name, source, orders, changes)
         before = read_target(self.checkpoint, source)
         X = self._with_rows(self._replaced(before, orders, name), orders)
         biases = [self.change(edit, None) for edit in orders.biases]
         if X.ndim < 2 or biases:
             return Operation(name, before, X, [], biases, self.round_off)
-        views = []
-        for index in dict.fromkeys(edit.index for edit in orders.edits):
-            own = [edit for edit in orders.edits if edit.index == index]
-            views.append(self._view(source, X, index, own))
+        views = [self._view(source, X, index, own) for index, own in orders.by_matrix().items()]
         return Operation(name, before, X, views, biases, self.round_off)
 
     def change(self, edit: Edit, W: Tensor | None) -> Change:
@@ -78,17 +79,43 @@ class Merger:
             found = change_of(self._tensors(edit), edit.place, W)
         return _cut_out(weighted(found, edit.merging.weight), edit)
 
-    def _terms(self, name: str, changes: Sequence[tuple[Edit, Change]]) -> dict[int, Term]:
-        """What is added to each matrix of a tensor, in the layout of its file."""
-        terms = {}
-        for index in dict.fromkeys(edit.index for edit, _ in changes):
-            own = [edit for edit, _ in changes if edit.index == index]
+    def _changes_of_rows(self, name: str, orders: Orders) -> dict[int, Sequence[Change]] | None:
+        """What is done to the rows of each matrix of a tensor, as its file has them; None where that mixes rows."""
+        weight = read_target(self.checkpoint, name) if orders.needs_weight else None
+        found: dict[int, Sequence[Change]] = {}
+        for index, own in orders.by_matrix().items():
             turned = own[0].is_turned
+            W = weight.T if weight is not None and turned else weight
             cuts = self._truncation(name, index, turned, own)
-            added = (*cuts, *(change for edit, change in changes if edit.index == index))
-            if (term := factors([transposed(one) for one in added] if turned else added)) is not None:
-                terms[index or 0] = term
-        return terms
+            changes = (*cuts, *(self.change(edit, W) for edit in own))
+            if turned and not all(change.is_low_rank for change in changes):
+                return None
+            found[index or 0] = [transposed(change) for change in changes] if turned else changes
+        return found
+
+    def _are_floats(self, source: str, orders: Orders) -> bool:
+        dtypes = {self.checkpoint.tensors[source].dtype}
+        if orders.replacement is not None:
+            adapter, one = orders.replacement
+            dtypes.add(adapter.container.tensors[one.value.tensor].dtype)
+        return dtypes <= TORCH_DTYPES.keys()
+
+    def _streamed(
+        self, name: str, source: str, orders: Orders, changes: Mapping[int, Sequence[Change]]
+    ) -> Streamed:
+        entry = self.checkpoint.tensors[source]
+        before = Stored(self.checkpoint.shards[self.checkpoint.shard_of(source)], source)
+        value = None
+        if orders.replacement is not None:
+            adapter, one = orders.replacement
+            require_fit(adapter, one, entry.shape, name)
+            value = Stored(adapter.container, one.value.tensor)
+        trained = [
+            TrainedRows(torch.tensor(one.indices), self.files.tensor(adapter.container, one.tensor))
+            for adapter, one in orders.rows
+        ]
+        num_matrices = prod(entry.shape[:-2]) if any(index is not None for index in orders.by_matrix()) else 1
+        return Streamed(name, before, num_matrices, value, trained, changes)
 
     def _view(self, name: str, X: Tensor, index: int | None, edits: Sequence[Edit]) -> View:
         matrix = X if index is None else X[index]
@@ -116,15 +143,9 @@ class Merger:
         if orders.replacement is None:
             return before
         adapter, value = orders.replacement
+        require_fit(adapter, value, before.shape, name)
         found = self.files.tensor(adapter.container, value.value.tensor)
-        for copy in value.value.copies if isinstance(value.value, Replacement) else ():
-            if not torch.equal(found, self.files.tensor(adapter.container, copy)):
-                raise InvalidInput(f"not what {value.value.tensor} is, which it repeats", copy)
-        found = found.T if value.is_turned else found
-        if found.shape[1:] != before.shape[1:] or (found.shape != before.shape and not value.vocabulary):
-            what = f"of shape {tuple(found.shape)}, in the base {tuple(before.shape)}"
-            raise InvalidInput(what, name, "is this the base that it was trained on?")
-        return found.contiguous()
+        return (found.T if value.is_turned else found).contiguous()
 
     def _with_rows(self, X: Tensor, orders: Orders) -> Tensor:
         for adapter, one in orders.rows:
@@ -147,6 +168,29 @@ class Merger:
         matrix = Matrix(name, (Piece(name, index),), is_transposed=turned)
         term = edit.merging.cuts.term(self.checkpoint, self.facts, matrix, edit.place.patch.module, rank)
         return () if term is None else (Change(terms=(term,)),)
+
+
+def require_fit(adapter: Adapter, value: PlacedValue, before: Sequence[int], name: str) -> None:
+    """Refuse a value that is not of the shape of what it replaces, or not what its copies are.
+
+    Raises:
+        InvalidInput: naming the tensor of the base, or the copy.
+    """
+    found = adapter.container.tensors[value.value.tensor]
+    shape = found.shape[::-1] if value.is_turned else found.shape
+    if shape[1:] != tuple(before[1:]) or (shape != tuple(before) and not value.vocabulary):
+        what = f"of shape {shape}, in the base {tuple(before)}"
+        raise InvalidInput(what, name, "is this the base that it was trained on?")
+    for copy in value.value.copies if isinstance(value.value, Replacement) else ():
+        other = adapter.container.tensors[copy]
+        if (other.dtype, other.shape) != (found.dtype, found.shape) or not _are_equal(adapter, found, other):
+            raise InvalidInput(f"not what {found.name} is, which it repeats", copy)
+
+
+def _are_equal(adapter: Adapter, one: TensorEntry, other: TensorEntry) -> bool:
+    with Reader(adapter.container) as first, Reader(adapter.container) as second:
+        pairs = zip(first.chunks(one.name), second.chunks(other.name), strict=True)
+        return all(bytes(a) == bytes(b) for a, b in pairs)
 
 
 def _rank_to_cut(edit: Edit) -> int:

@@ -11,6 +11,9 @@ from kasa_cli.linalg.rounding import ROUNDINGS, Target, rounded
 from kasa_cli.methods.terms import Change, apply, apply_bias, factors, row_blocks, rows
 from kasa_cli.pipeline.operate import Rows, require_finite
 
+PART = 1 << 20
+"""Entries measured in one go."""
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -64,8 +67,7 @@ class Operation:
         """Compare what was stored with the exact result and with what was there."""
         stored = rows_of(0, len(self.X))
         both = min(len(stored), len(self.before))
-        moved = stored[:both].to(torch.float64) - self.before[:both].to(torch.float64)
-        change = float(moved.abs().max()) if moved.numel() else 0.0
+        change = max((_largest(Q, W) for Q, W in _in_parts(stored[:both], self.before[:both])), default=0.0)
         error = norm = 0.0
         for Q, T in self._exact(stored):
             error += float((Q.to(torch.float64) - T).square().sum())
@@ -78,12 +80,21 @@ class Operation:
             yield stored, apply_bias(self.X, self.biases, torch.float64)
             return
         if not self.views:
-            yield stored, self.X.to(torch.float64)
+            yield from ((Q, X.to(torch.float64)) for Q, X in _in_parts(stored, self.X))
             return
         for view in self.views:
             W, Q = view.of(self.X), view.of(stored)
             for start, stop in row_blocks(W.shape, view.changes):
                 yield Q[start:stop], rows(W, view.changes, start, stop)
+
+
+def _in_parts(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two tensors of one shape, a part of each at a time, whose float64 is small."""
+    return zip(*(torch.split(X.reshape(-1), PART) for X in (one, other)), strict=True)
+
+
+def _largest(Q: Tensor, W: Tensor) -> float:
+    return float((Q.to(torch.float64) - W.to(torch.float64)).abs().max()) if len(Q) else 0.0
 
 
 def _rounded(W: Tensor, changes: Sequence[Change], dtype: torch.dtype, round_off: str) -> Tensor:

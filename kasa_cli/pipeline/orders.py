@@ -14,6 +14,9 @@ from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.pipeline.cuts import Cuts
 from kasa_cli.pipeline.patches import needs_weight
 
+WHOLE, AS_STORED = 24, 4
+"""Bytes an entry of a tensor that is held as it was, as it becomes and in between, and of one that is only read."""
+
 
 @dataclass(frozen=True)
 class Merging:
@@ -56,11 +59,31 @@ class Orders:
     rows: list[tuple[Adapter, TokenRows]] = field(default_factory=list)
     modules: dict[str, None] = field(default_factory=dict)
 
+    def by_matrix(self) -> dict[int | None, list[Edit]]:
+        """The edits of each matrix of a stack, by its number; those of a lone one are under None."""
+        found: defaultdict[int | None, list[Edit]] = defaultdict(list)
+        for edit in self.edits:
+            found[edit.index].append(edit)
+        return dict(found)
+
     @property
-    def adds_terms(self) -> bool:
-        """Whether all that is done may be to add terms that are known without the weight."""
-        whole = self.biases or self.rows or self.replacement
-        return not whole and not any(needs_weight(edit.place.patch) for edit in self.edits)
+    def needs_weight(self) -> bool:
+        """Whether an edit is known only with the weight."""
+        return any(needs_weight(edit.place.patch) for edit in self.edits)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensor must be in memory to be changed: few are, and most of them small."""
+        is_other = self.replacement is not None or bool(self.rows)
+        is_turned = self.replacement is not None and self.replacement[1].is_turned
+        return bool(self.biases) or is_turned or (is_other and self.needs_weight)
+
+    def bytes_held(self, num_entries: int, round_off: str) -> int:
+        """What a worker holds of a tensor of so many entries, about, beside the rows in work."""
+        is_mixed = self.needs_weight and any(edit.is_turned for edit in self.edits)
+        if self.is_whole or is_mixed or round_off != "nearest":
+            return WHOLE * num_entries
+        return AS_STORED * num_entries if self.needs_weight else 0
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -164,11 +164,11 @@ def decomposition_cost(
 def streaming_cost(num_bytes: int, held: int, num_workers: int) -> dict[str, float]:
     """Peak bytes and wall seconds expected of a pass over a base of so many bytes, by `benchmarks/merge.py`.
 
-    `held`: entries of the largest tensor that a worker holds whole, with the float64 of what it becomes.
+    `held`: bytes that a worker holds of one tensor, beside the rows in work.
     """
     seconds = START_SECONDS + num_bytes / STREAMED_BYTES_PER_SECOND / num_workers
     return {
-        "memory_bytes": RUNTIME_BYTES + num_workers * (STREAMED_ROOM + 24 * held),
+        "memory_bytes": RUNTIME_BYTES + num_workers * (STREAMED_ROOM + held),
         "seconds": round(seconds, 1),
     }
 
