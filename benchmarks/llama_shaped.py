@@ -1,6 +1,7 @@
-"""A checkpoint of Llama's shapes with random weights, written tensor by tensor."""
+"""A checkpoint of Llama's shapes with random weights, written tensor by tensor: FOLDER WIDTH LAYERS."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -78,3 +79,7 @@ def _layer(made: dict[str, object], number: int) -> dict[str, tuple[int, ...]]:
         "post_attention_layernorm": (width,),
     }
     return {f"model.layers.{number}.{name}.weight": shape for name, shape in shapes.items()}
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

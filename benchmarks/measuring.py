@@ -33,6 +33,13 @@ def measured(command: Sequence[str], threads: int | None = None, output: Path | 
     return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
+def llama_shaped(folder: Path, width: int, layers: int) -> Path:
+    """A checkpoint, made by a process of its own: whoever is measured next begins with the memory of this one."""
+    maker = Path(__file__).with_name("llama_shaped.py")
+    measured([sys.executable, str(maker), str(folder), str(width), str(layers)])
+    return folder
+
+
 def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 

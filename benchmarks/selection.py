@@ -6,8 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import llama_shaped
-from measuring import Usage, gib, measured, show
+from measuring import Usage, gib, llama_shaped, measured, show
 
 TOP_P = 0.2
 
@@ -43,7 +42,7 @@ def main(about: str | None = __doc__) -> None:
 def compare(arguments: argparse.Namespace) -> dict[str, Usage]:
     with tempfile.TemporaryDirectory(prefix="kasa-bench-") as name:
         place = Path(name)
-        model = str(llama_shaped.write(place / "model", arguments.width, arguments.layers))
+        model = str(llama_shaped(place / "model", arguments.width, arguments.layers))
         size = sum(file.stat().st_size for file in Path(model).iterdir())
         print(f"Llama-shaped, width {arguments.width}, {arguments.layers} layers, bfloat16, {gib(size)}")
         figures = {

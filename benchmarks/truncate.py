@@ -17,8 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import llama_shaped
-from measuring import Usage, gib, measured, show
+from measuring import Usage, gib, llama_shaped, measured, show
 
 RANK = 16
 
@@ -84,7 +83,7 @@ def main() -> None:
 def compare(arguments: argparse.Namespace) -> dict[str, Usage]:
     this = [sys.executable, __file__, "--workers", str(arguments.workers)]
     with tempfile.TemporaryDirectory(prefix="kasa-bench-") as place:
-        model = str(llama_shaped.write(Path(place) / "model", arguments.width, arguments.layers))
+        model = str(llama_shaped(Path(place) / "model", arguments.width, arguments.layers))
         size = sum(file.stat().st_size for file in Path(model).iterdir())
         print(f"Llama-shaped, width {arguments.width}, {arguments.layers} layers, bfloat16, {gib(size)}")
         options = [
