@@ -3,13 +3,14 @@
     python benchmarks/merge.py --width 2048 --layers 16 --repeat 3
     python benchmarks/merge.py --width 4096 --layers 8 --repeat 3 --cold
 
-A LoRA on every linear weight of the layers. All start from the same files, read once before each run so that the page
-cache holds them (with --cold, dropped from it, so that they are only on the disk), and with nothing left to write.
-Each is a process of its own, one after the other, round by round, and the run of median time counts. PEFT:
-`from_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload`, `save_pretrained`. What kasa leaves is on disk and
-has been read back, so the copy to compare it with syncs its files and its folder too; PEFT and the other copy leave
-that to the system. Both merges must have the same entries, but for rounding. Half the layers are merged once more:
-memory must not follow the size of the model. Three seconds of either merge are imports, so few layers say little.
+A LoRA (with --dora a DoRA) on every linear weight of the layers. All start from the same files, read once before
+each run so that the page cache holds them (with --cold, dropped from it, so that they are only on the disk), and
+with nothing left to write. Each is a process of its own, one after the other, round by round, and the run of median
+time counts. PEFT: `from_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload`, `save_pretrained`. What kasa
+leaves is on disk and has been read back, so the copy to compare it with syncs its files and its folder too; PEFT
+and the other copy leave that to the system. Both merges must have the same entries, but for rounding. Half the
+layers are merged once more: memory must not follow the size of the model. Three seconds of either merge are
+imports, so few layers say little.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def make(place: Path, arguments: argparse.Namespace) -> None:
         model = llama_shaped.write(place / name, arguments.width, layers)
         if arguments.dtype != "bfloat16":
             cast(model, arguments.dtype)
-        write_adapter(model, place / f"{name}-adapter", arguments.rank)
+        write_adapter(model, place / f"{name}-adapter", arguments.rank, arguments.dora)
 
 
 def cast(model: Path, dtype: str) -> None:
@@ -55,8 +56,8 @@ def cast(model: Path, dtype: str) -> None:
     (model / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
 
 
-def write_adapter(model: Path, folder: Path, rank: int) -> None:
-    """Random factors, both full; an update of a tenth of the weight."""
+def write_adapter(model: Path, folder: Path, rank: int, is_dora: bool) -> None:
+    """Random factors, both full; an update of a tenth of the weight. DoRA's magnitudes are near those of the rows."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -66,11 +67,15 @@ def write_adapter(model: Path, folder: Path, rank: int) -> None:
         key = f"base_model.model.{name.removesuffix('.weight')}"
         factors[f"{key}.lora_A.weight"] = torch.randn(rank, ins, generator=generator) * ins**-0.5
         factors[f"{key}.lora_B.weight"] = torch.randn(outs, rank, generator=generator) * 0.01
+        if is_dora:
+            spread = torch.rand(outs, generator=generator) + 0.5
+            factors[f"{key}.lora_magnitude_vector.weight"] = 0.02 * ins**0.5 * spread
     modules = sorted({key.split(".")[-3] for key in factors})
     folder.mkdir()
-    LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, task_type="CAUSAL_LM").save_pretrained(
-        folder
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=modules, task_type="CAUSAL_LM", use_dora=is_dora
     )
+    config.save_pretrained(folder)
     save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
@@ -149,6 +154,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=1, help="rounds; the median counts")
     parser.add_argument(
@@ -174,10 +180,12 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="kasa-bench-", dir=arguments.dir) as name:
         place = Path(name)
         options = [f"--{flag}={getattr(arguments, flag)}" for flag in ("width", "layers", "dtype", "rank")]
+        options += ["--dora"] if arguments.dora else []
         measured([sys.executable, __file__, "--place", name, "--run", "make", *options])
         size, half_size = (num_bytes(place / name) for name in ("model", "half"))
         shape = f"width {arguments.width}, {arguments.layers} layers, {arguments.dtype}, {gib(size)}"
-        print(f"Llama-shaped, {shape}; LoRA of rank {arguments.rank} on all linear weights", flush=True)
+        kind = "DoRA" if arguments.dora else "LoRA"
+        print(f"Llama-shaped, {shape}; {kind} of rank {arguments.rank} on all linear weights", flush=True)
         runs = rounds(place, contenders(place, arguments), arguments.repeat, arguments.cold)
         figures = {who: middle(usages) for who, usages in runs.items()}
         show(figures)
