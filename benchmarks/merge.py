@@ -1,6 +1,6 @@
 """How long does a merge take against a plain copy of the same files and against PEFT, and in how much memory?
 
-    python benchmarks/merge.py --width 2048 --layers 16 --repeat 3
+    python benchmarks/merge.py --width 4096 --layers 24 --repeat 4
     python benchmarks/merge.py --width 4096 --layers 8 --repeat 3 --cold
 
 A LoRA (with --dora a DoRA) on every linear weight of the layers. All start from the same files, read once before
