@@ -2,7 +2,7 @@
 
 Fresh memory for each block would cost more than the arithmetic (page faults).
 
-Shapes: o = rows of the weight as stored, i = its columns, r = rank of the term, j = rows of a block.
+Shapes: o = rows of the weight as stored, i = its columns, r = rank of the term, j = rows of a block, k <= j.
 """
 
 from collections.abc import Callable

@@ -110,12 +110,8 @@ class Merger:
             adapter, one = orders.replacement
             require_fit(adapter, one, entry.shape, name)
             value = Stored(adapter.container, one.value.tensor)
-        trained = [
-            TrainedRows(torch.tensor(one.indices), self.files.tensor(adapter.container, one.tensor))
-            for adapter, one in orders.rows
-        ]
         num_matrices = prod(entry.shape[:-2]) if any(index is not None for index in orders.by_matrix()) else 1
-        return Streamed(name, before, num_matrices, value, trained, changes)
+        return Streamed(name, before, num_matrices, value, self._trained(orders), changes)
 
     def _view(self, name: str, X: Tensor, index: int | None, edits: Sequence[Edit]) -> View:
         matrix = X if index is None else X[index]
@@ -148,12 +144,15 @@ class Merger:
         return (found.T if value.is_turned else found).contiguous()
 
     def _with_rows(self, X: Tensor, orders: Orders) -> Tensor:
-        for adapter, one in orders.rows:
-            found = self.files.tensor(adapter.container, one.tensor)
-            wider = torch.promote_types(X.dtype, found.dtype)  # rounded with all else, and not before
-            X = X.to(wider, copy=True)
-            X[torch.tensor(one.indices)] = found.to(wider)
+        for one in self._trained(orders):
+            X = one.put_into(X, 0)
         return X
+
+    def _trained(self, orders: Orders) -> list[TrainedRows]:
+        return [
+            TrainedRows(torch.tensor(one.indices), self.files.tensor(adapter.container, one.tensor))
+            for adapter, one in orders.rows
+        ]
 
     def _truncation(
         self, name: str, index: int | None, turned: bool, edits: Sequence[Edit]

@@ -54,7 +54,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """Rows that take the place of those at `indices`."""
+    """Rows, of shape (n, columns), that take the place of those at `indices`, of shape (n,)."""
 
     indices: Tensor
     rows: Tensor
