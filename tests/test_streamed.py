@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import tiny_models
@@ -82,6 +83,28 @@ def test_files_from_end_to_end_and_tensors_in_parallel_make_the_same_output(tmp_
         assert len(modes) == (workers > 1)
     assert tree_hash(tmp_path / "1") == tree_hash(tmp_path / "16")
     check_hashes(tmp_path / "1", load_manifest(tmp_path / "1"), 1, Silent())
+
+
+def test_one_large_file_among_many_leaves_few_open(tmp_path, monkeypatch):
+    """A process may have few files open: not one for each of thousands of small shards."""
+    base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora", tmp_path)
+    options = Options(max_shard_size="20KB")
+    monkeypatch.setattr(operate, "UNEVEN", 0)
+    num_open, most = [0], [0]
+
+    @contextmanager
+    def counted(*args, opened=operate.opened_directly):
+        num_open[0] += 1
+        most[0] = max(most[0], num_open[0])
+        with opened(*args) as file:
+            yield file
+        num_open[0] -= 1
+
+    monkeypatch.setattr(operate, "opened_directly", counted)
+    monkeypatch.setattr(operate, "OPEN_FILES", 2)
+    merge([adapter], Where(str(base)), tmp_path / "OUT", options, Running(2, use_store=False))
+    assert most[0] == 2 and len(list((tmp_path / "OUT").glob("*.safetensors"))) > 4
+    check_hashes(tmp_path / "OUT", load_manifest(tmp_path / "OUT"), 1, Silent())
 
 
 def test_bytes_that_do_not_read_back_as_written_are_found(tmp_path, monkeypatch):

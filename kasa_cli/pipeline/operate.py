@@ -30,6 +30,8 @@ from kasa_cli.pipeline.workers import Watcher, run
 CHUNK = 1 << 20
 """Bytes put on their way and hashed while they are in the cache of one core."""
 NOT_OPEN = Opened(-1, None)
+OPEN_FILES = 64
+"""Files filled at once: enough to keep all workers busy, far below what a process may have open."""
 UNEVEN = 1.2
 """The largest share of a worker, next to an even one, at which each writes whole files: hashing later costs more."""
 
@@ -209,13 +211,17 @@ def _by_tensor(
     num_workers: int,
     finished: Callable[[Iterable[Place]], None],
 ) -> list[Written[Finding]]:
-    with ExitStack() as files:
-        places = [
-            place
-            for sheet in sheets
-            for place in _places(sheet, files.enter_context(operation.headed(sheet)))
-        ]
-        return run(operation.write_one, _in_turns(places), num_workers, lambda one: finished([one]))
+    written: list[Written[Finding]] = []
+    largest_first = sorted(sheets, key=lambda sheet: -sheet.form.size)
+    for start in range(0, len(sheets), OPEN_FILES):
+        with ExitStack() as files:
+            places = [
+                place
+                for sheet in largest_first[start : start + OPEN_FILES]
+                for place in _places(sheet, files.enter_context(operation.headed(sheet)))
+            ]
+            written += run(operation.write_one, _in_turns(places), num_workers, lambda one: finished([one]))
+    return written
 
 
 def require_finite(Q: Tensor, name: str, dtype: str) -> None:

@@ -26,8 +26,8 @@ from kasa_cli.report import Candidate, MeasurePlan, Piece, Selection, Skipped, T
 
 RUNTIME_BYTES = 400 << 20
 """What torch and transformers occupy before the first tensor."""
-STREAMED_ROOM = 16 << 20
-"""What a worker occupies that adds to a tensor as it streams by."""
+STREAMED_ROOM = 28 << 20
+"""What a worker occupies that adds to a tensor as it streams by, and writes it."""
 START_SECONDS, STREAMED_BYTES_PER_SECOND = 3.0, 2.5e8
 """Of a merge: imports, and what a worker reads, adds to, hashes and writes."""
 GRAM_FLOPS_PER_SECOND = 4e10
