@@ -21,7 +21,8 @@ from kasa_cli.checkpoint.adapter_files import Adapter, Replacement, TokenRows, o
 from kasa_cli.checkpoint.adapter_places import TURNED_CLASSES, Placed, placed
 from kasa_cli.checkpoint.adapter_value_places import PlacedValue, placed_values
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
-from kasa_cli.checkpoint.names import NameMap, map_names
+from kasa_cli.checkpoint.names import NameMap
+from kasa_cli.checkpoint.naming import map_names
 from kasa_cli.errors import ExitCode, InvalidInput
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from kasa_cli.checkpoint.candidates import FUSED, AsIn, candidates
 from kasa_cli.checkpoint.container import TensorEntry, read_header
-from kasa_cli.checkpoint.names import NameMap, map_names
+from kasa_cli.checkpoint.names import NameMap
+from kasa_cli.checkpoint.naming import map_names
 from kasa_cli.checkpoint.targets import Patterns, select
 from kasa_cli.errors import UsageError
 from kasa_cli.report import Candidate, Piece, Skipped

@@ -1,7 +1,9 @@
-"""The names of `checkpoint.names` against transformers itself, which loads every family from the same directory."""
+"""The names of `checkpoint.naming` against transformers itself, which loads every family from the same directory."""
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kasa_cli.checkpoint.names import Kind, NameMap, Slot, map_names
+from kasa_cli import commands as commands_package
+from kasa_cli.checkpoint.names import Kind, NameMap, Slot
+from kasa_cli.checkpoint.naming import map_names
 from kasa_cli.errors import InvalidInput
 
 Tensors = dict[str, torch.Tensor]
@@ -424,3 +428,12 @@ def test_a_matrix_that_is_split_on_its_way_belongs_to_no_module(tmp_path: Path) 
     assert split
     assert {names.slots[name].kind for name in split} == {Kind.OTHER}
     assert {s.kind for name, s in names.slots.items() if ".mlp." in name} == {Kind.LINEAR}
+
+
+def test_no_command_imports_transformers_before_it_has_a_question_for_it() -> None:
+    """It takes half of the start of a command, and who asks for help or verifies an output needs nothing of it."""
+    commands = sorted(path.stem for path in Path(commands_package.__path__[0]).glob("[!_]*.py"))
+    imports = "; ".join(f"import kasa_cli.commands.{name}" for name in commands if name != "demo")
+    code = f"{imports}; import sys; print([name for name in sys.modules if name.split('.')[0] == 'transformers'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -17,8 +17,7 @@ from kasa_cli.checkpoint.adapter_places import Placed
 from kasa_cli.checkpoint.adapter_value_places import PlacedValue
 from kasa_cli.checkpoint.container import Reader
 from kasa_cli.checkpoint.layout import enumerated
-from kasa_cli.checkpoint.names import Kind
-from kasa_cli.checkpoint.ties import Group
+from kasa_cli.checkpoint.names import Group, Kind
 from kasa_cli.errors import InvalidInput
 
 Item = Placed | PlacedValue

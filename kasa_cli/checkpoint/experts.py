@@ -4,11 +4,8 @@ The grouping is that of transformers' own conversion. Singular values stand a pe
 transposition, and no more, so kasa follows the conversions that do no more to a matrix and names the others.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
-
-from transformers.core_model_loading import ConversionOps, Transpose, WeightConverter
 
 from kasa_cli.report import Piece
 
@@ -37,18 +34,6 @@ class NotAssembled(Exception):
     """The tensors on disk do not make up the weight; the message says why."""
 
 
-class Landing(NamedTuple):
-    """The parameter that a tensor on disk goes to; `whole` when it arrives unchanged and alone.
-
-    If it does not, `part` is the pattern that its name matched, one of those of `converter`.
-    """
-
-    name: str
-    whole: bool
-    part: str = ""
-    converter: WeightConverter | None = None
-
-
 class Origin(NamedTuple):
     """The tensors on disk that a parameter is made of, and how.
 
@@ -62,36 +47,6 @@ class Origin(NamedTuple):
     def names(self) -> tuple[str, ...]:
         """Every tensor on disk that has a part in it."""
         return tuple(name for group in self.sources for name in group)
-
-
-def origins(landings: Mapping[str, Landing]) -> dict[str, Origin]:
-    """What each parameter is made of, from where the tensors landed, given in the loader's order."""
-    arrivals: defaultdict[str, dict[str, Landing]] = defaultdict(dict)
-    for name, landing in landings.items():
-        arrivals[landing.name][name] = landing
-    return {parameter: origin(landed) for parameter, landed in arrivals.items()}
-
-
-def origin(arrivals: Mapping[str, Landing]) -> Origin:
-    """What one parameter is made of. The first tensor to arrive decides how, as it does for the loader."""
-    first, landing = next(iter(arrivals.items()))
-    if landing.converter is None:
-        return Origin(((first,),))
-    parts = landing.converter.source_patterns
-    groups = (tuple(name for name, other in arrivals.items() if other.part == part) for part in parts)
-    operations = tuple(described(operation) for operation in landing.converter.operations)
-    return Origin(tuple(group for group in groups if group), operations)
-
-
-def described(operation: ConversionOps) -> str:
-    """An operation with the axes it works on.
-
-    >>> described(Transpose(1, 2))
-    'Transpose(1, 2)'
-    """
-    if isinstance(operation, Transpose):
-        return f"Transpose({operation.dim0}, {operation.dim1})"
-    return repr(operation)
 
 
 def matrices(shape: tuple[int, ...], made_of: Origin, on_disk: Shapes) -> Matrices:

@@ -22,9 +22,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from kasa_cli.checkpoint.names import Shapes, UnknownFamily
 from kasa_cli.errors import InvalidInput
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_DEPTH = 16
 MAX_LABELS = 1_000_000
@@ -48,10 +47,6 @@ SIZE = re.compile(
 # These fill a table of sines entry by entry in Python: minutes for a million positions.
 FILLS_TABLES = {"autoformer", "distilbert", "flaubert", "informer", "marian", "pegasus", "roformer", "xlm"}
 FILLS_TABLES |= {"time_series_transformer"}
-
-
-class UnknownFamily(Exception):
-    """No class of transformers can be built for this config; the message says why, in a stranger's words."""
 
 
 def build(config: Mapping[str, Any], shapes: Shapes) -> PreTrainedModel:

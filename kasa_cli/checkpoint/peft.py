@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # the table that PEFT itself asks
-
 from kasa_cli.report import Target
 
 CONFIG = "adapter_config.json"
@@ -115,6 +113,10 @@ def named(targets: Sequence[Target], last_names: Iterable[str]) -> list[str]:
 
 def expert_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Last names that PEFT 0.21 takes, in this family, for those of routed experts (peft#3711)."""
+    from transformers.conversion_mapping import (
+        _MODEL_TO_CONVERSION_PATTERN,  # the table that PEFT itself asks
+    )
+
     family = str(config.get("model_type", ""))
     layout = "mixtral" if family == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(family, "")
     return EXPERT_NAMES.get(layout, ())

@@ -11,22 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kasa_cli.checkpoint import families, model_config
-from kasa_cli.checkpoint.families import Shapes
+from kasa_cli.checkpoint.landing import landed, name_on_disk
 from kasa_cli.checkpoint.layout import enumerated
-from kasa_cli.checkpoint.names import aliases, landed, name_on_disk
+from kasa_cli.checkpoint.names import Group, Shapes
+from kasa_cli.checkpoint.naming import aliases
 from kasa_cli.errors import InvalidInput
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters in memory that are one, each with the tensor on disk that fills it, None where there is none."""
-
-    ends: Mapping[str, str | None]
-
-    @property
-    def held(self) -> dict[str, str]:
-        """The parameters that have a tensor on disk."""
-        return {end: name for end, name in self.ends.items() if name is not None}
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from kasa_cli.checkpoint import families
-from kasa_cli.checkpoint.families import Shapes, UnknownFamily
 from kasa_cli.checkpoint.handoff import Chosen
+from kasa_cli.checkpoint.names import Shapes, UnknownFamily
 from kasa_cli.errors import IntegrityError
 
 Wrapped = tuple[frozenset[str], frozenset[str]]

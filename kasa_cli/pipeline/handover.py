@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kasa_cli.checkpoint import handoff, trial
+from kasa_cli.checkpoint import handoff
 from kasa_cli.checkpoint.handoff import Chosen
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.names import NameMap
@@ -32,6 +32,8 @@ def hand_over(
         fan_in_fan_out=any(one.is_transposed for one in best),
     )
     text = handoff.emit(kind, chosen)
+    from kasa_cli.checkpoint import trial  # with transformers and PEFT, which nothing else here needs
+
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     judge = trial.check(chosen, handoff.lora_config(kind, text, chosen), checkpoint.config, shapes)
     return Emission(kind, text, judge)

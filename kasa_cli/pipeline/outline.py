@@ -1,18 +1,17 @@
 """What a merged checkpoint is but for its numbers: which tensors it has, of which shapes, and what config.json says.
 
-It differs from the base where an adapter touches one end of tied weights, and where it has another vocabulary.
+It differs from the base where an adapter touches one end of tied weights, and where it has another vocabulary. Only
+then transformers is asked, and imported.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kasa_cli.checkpoint import families, model_config, ties
+from kasa_cli.checkpoint import model_config
 from kasa_cli.checkpoint.adapter_ties import Item, Words, words
-from kasa_cli.checkpoint.families import Shapes, UnknownFamily
 from kasa_cli.checkpoint.layout import Checkpoint, enumerated
-from kasa_cli.checkpoint.names import Kind, NameMap, landed
-from kasa_cli.checkpoint.ties import Group
+from kasa_cli.checkpoint.names import Group, Kind, NameMap, Shapes, UnknownFamily
 from kasa_cli.errors import InvalidInput
 from kasa_cli.pipeline.lineage import Origin
 from kasa_cli.pipeline.orders import Merging
@@ -63,6 +62,8 @@ def _untied(
         return Outline(notes=(NOT_NEEDED,) if may_untie else ()), _led(mergings, said, groups)
     if not may_untie:
         raise _still_tied(mergings, said)
+    from kasa_cli.checkpoint import ties
+
     taken = ties.taken_apart(base.checkpoint.config, _shapes(base.checkpoint), apart.values())
     freed = enumerated([end for group in apart.values() for end in group.ends])
     note = f"untied, a tensor each: {freed}; {model_config.TIED} is false in config.json"
@@ -90,6 +91,8 @@ def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> l
     on_disk |= {one.bias for merging in mergings for one in merging.placed if one.bias}
     if not any(names.slots[name].tied_with for name in on_disk):
         return []
+    from kasa_cli.checkpoint import ties
+
     found = []
     for group in ties.groups_of(base.checkpoint.config, _shapes(base.checkpoint)):
         held = group.held.values()
@@ -129,17 +132,13 @@ def _resized(checkpoint: Checkpoint, names: NameMap, made: Outline, mergings: Se
 
 def _left_behind(config: Mapping[str, Any], shapes: Shapes, names: NameMap, old: int) -> list[str]:
     """The tensors that the config describes otherwise than they are."""
+    from kasa_cli.checkpoint import naming
+
     try:
-        model = families.build(config, shapes)
+        return naming.misfits(config, shapes)
     except UnknownFamily:
         ends = [name for name, slot in names.slots.items() if slot.kind in VOCABULARIES]
         return [name for name in ends if shapes[name][:1] == (old,)]
-    memory, landings = model.state_dict(), landed(model, shapes)
-    return [
-        name
-        for name, landing in landings.items()
-        if landing.whole and tuple(memory[landing.name].shape) != shapes[name]
-    ]
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

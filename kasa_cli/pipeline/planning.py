@@ -10,7 +10,7 @@ import torch
 from kasa_cli.checkpoint.container import BITS
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
 from kasa_cli.checkpoint.manifest import numeric_environment
-from kasa_cli.checkpoint.names import NameMap, map_names
+from kasa_cli.checkpoint.names import NameMap
 from kasa_cli.checkpoint.quantized import refuse_quantised
 from kasa_cli.checkpoint.source import Source, resolve
 from kasa_cli.checkpoint.store import opened
@@ -56,6 +56,8 @@ def survey(where: Where) -> tuple[Source, Checkpoint, NameMap]:
     source, checkpoint = find(where)
     refuse_quantised(checkpoint.config, checkpoint.tensors, where.model)
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    from kasa_cli.checkpoint.naming import map_names
+
     return source, checkpoint, map_names(checkpoint.config, shapes)
 
 
