@@ -4,13 +4,13 @@
     python benchmarks/merge.py --width 4096 --layers 8 --repeat 3 --cold
 
 A LoRA (with --dora a DoRA) on every linear weight of the layers. All start from the same files, read once before
-each run so that the page cache holds them (with --cold, dropped from it, so that they are only on the disk), and
-with nothing left to write. Each is a process of its own, one after the other, round by round, and the run of median
-time counts. PEFT: `from_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload`, `save_pretrained`. What kasa
-leaves is on disk and has been read back, so the copy to compare it with syncs its files and its folder too; PEFT
-and the other copy leave that to the system. Both merges must have the same entries, but for rounding. Half the
-layers are merged once more: memory must not follow the size of the model. Three seconds of either merge are
-imports, so few layers say little.
+each run so that the page cache holds them and nothing else (with --cold, dropped from it, so that they are only on
+the disk), and with nothing left to write. Each is a process of its own, one after the other, round by round, and the
+run of median time counts. PEFT: `from_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload`,
+`save_pretrained`. What kasa leaves is on disk and has been read back, so the copy to compare it with syncs its files
+and its folder too; PEFT and the other copy leave that to the system. Both merges must have the same entries, but for
+rounding. Half the layers are merged once more: memory must not follow the size of the model. Three seconds of either
+merge are imports, so few layers say little.
 """
 
 import argparse
@@ -29,6 +29,7 @@ CHUNK = 16 << 20
 COPY, FAST_COPY, KASA, HALF, PEFT = "copy, synced", "copy, unsynced", "kasa", "kasa, half as deep", "PEFT"
 OUTPUTS = {COPY: "copy", FAST_COPY: "copy", KASA: "kasa", HALF: "copy", PEFT: "peft"}
 """Folders: those of the two merges are kept, to be compared."""
+INPUTS = {model: (model, f"{model}-adapter") for model in ("model", "half")}
 
 
 # --- what is merged ---
@@ -210,21 +211,25 @@ def rounds(
     for turn in range(repeat):
         first = turn % len(who)
         for name in (*who, *who)[first : first + len(who)]:
-            prepare(place, place / OUTPUTS[name], is_cold)
+            prepare(place, name, is_cold)
             runs[name].append(who[name]())
     return runs
 
 
-def prepare(place: Path, output: Path, is_cold: bool) -> None:
-    """No output of that name, nothing of anyone else's left to write, the input in the page cache or out of it."""
-    for folder in (output, place / OUTPUTS[COPY]):
+def prepare(place: Path, name: str, is_cold: bool) -> None:
+    """No output of that name, nothing of anyone else's left to write, in the page cache its input alone, or nothing.
+
+    Memory that holds other files would have to be cleared first, in one run more than in another.
+    """
+    for folder in (place / OUTPUTS[name], place / OUTPUTS[COPY]):
         shutil.rmtree(folder, ignore_errors=True)
     os.sync()
-    for file in sorted((*place.glob("model*/*"), *place.glob("half*/*"))):
+    wanted = () if is_cold else INPUTS["half" if name == HALF else "model"]
+    for file in sorted(place.glob("*/*")):
         with file.open("rb", buffering=0) as opened:
-            if is_cold:
+            if file.parent.name not in wanted:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while not is_cold and opened.read(CHUNK):
+            while file.parent.name in wanted and opened.read(CHUNK):
                 pass
 
 
