@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import mmap
 import os
 import threading
@@ -11,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kasa_cli.checkpoint import direct
-from kasa_cli.checkpoint.direct import BLOCK, Lanes, Opened, opened_directly, sha256_from_disk
+from kasa_cli.checkpoint.direct import BLOCK, Lanes, Opened, opened_directly
 from kasa_cli.checkpoint.durable import new_file
-from kasa_cli.errors import IntegrityError, InvalidInput, ResourceError
+from kasa_cli.errors import IntegrityError, ResourceError
 
 ROOM = 4 * BLOCK
 
@@ -178,31 +177,3 @@ def test_without_direct_access_there_is_only_the_usual_way(tmp_path):
         with lanes.stretch(Opened(file.fileno(), None), 0, 3 * ROOM, "x") as out:
             out.put(memoryview(bytes(3 * ROOM)))
         assert "thread" not in vars(lanes.idle[0])
-
-
-@pytest.mark.parametrize(
-    "size", [0, 1, BLOCK - 1, BLOCK, ROOM - 1, ROOM, ROOM + 1, 2 * ROOM, 5 * ROOM + 3 * BLOCK + 9]
-)
-def test_a_file_is_hashed_from_the_disk(size, way, tmp_path):
-    content = os.urandom(size)
-    (tmp_path / "file").write_bytes(content)
-    assert sha256_from_disk(tmp_path / "file") == hashlib.sha256(content).hexdigest()
-
-
-def test_a_file_that_shrinks_while_it_is_hashed_is_named(way, tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(4 * ROOM))
-    started = direct._arrived
-
-    def cut(*args):
-        os.truncate(path, 2 * ROOM)
-        return started(*args)
-
-    monkeypatch.setattr(direct, "_arrived", cut)
-    with pytest.raises(IntegrityError, match=r"became shorter.*file"):
-        sha256_from_disk(path)
-
-
-def test_only_files_are_hashed(tmp_path):
-    with pytest.raises(InvalidInput, match="not a regular file"):
-        sha256_from_disk(tmp_path)

@@ -69,27 +69,21 @@ def test_few_tensors_are_ever_held_whole(name, tmp_path, monkeypatch):
     assert bool(held) == (name in WHOLE)
 
 
-def test_files_from_end_to_end_and_tensors_in_parallel_make_the_same_output(tmp_path, monkeypatch):
-    """Hashes of files that were taken on the way among them: the manifest holds them."""
+def test_many_workers_and_one_make_the_same_output(tmp_path):
     base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora", tmp_path)
-    options, modes = Options(max_shard_size="20KB"), []
-    monkeypatch.setattr(
-        operate, "_by_tensor", lambda *args, by=operate._by_tensor: modes.append(args) or by(*args)
-    )
+    options = Options(max_shard_size="20KB")
     for workers in (1, 16):
         merge(
             [adapter], Where(str(base)), tmp_path / str(workers), options, Running(workers, use_store=False)
         )
-        assert len(modes) == (workers > 1)
     assert tree_hash(tmp_path / "1") == tree_hash(tmp_path / "16")
     check_hashes(tmp_path / "1", load_manifest(tmp_path / "1"), 1, Silent())
 
 
-def test_one_large_file_among_many_leaves_few_open(tmp_path, monkeypatch):
+def test_of_many_files_few_are_open(tmp_path, monkeypatch):
     """A process may have few files open: not one for each of thousands of small shards."""
     base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora", tmp_path)
     options = Options(max_shard_size="20KB")
-    monkeypatch.setattr(operate, "UNEVEN", 0)
     num_open, most = [0], [0]
 
     @contextmanager

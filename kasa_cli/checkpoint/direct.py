@@ -7,7 +7,6 @@ neighbours, too: they take the usual way, as does everything on a filesystem tha
 """
 
 import errno
-import hashlib
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -15,11 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from kasa_cli.checkpoint.durable import opened, pread_all, pwrite_all
+from kasa_cli.checkpoint.durable import pread_all, pwrite_all
 from kasa_cli.errors import IntegrityError
 
 BLOCK = 4096
@@ -139,32 +137,6 @@ class Stretch:
             raise IntegrityError(
                 "read back other than written", self.where, "the disk or the memory may be failing"
             )
-
-
-def sha256_from_disk(path: Path) -> str:
-    """SHA-256 of a file that need not be in the page cache: the disk reads on while this hashes."""
-    digest = hashlib.sha256()
-    with opened(path) as descriptor, opened_directly(descriptor, os.O_RDONLY) as file:
-        size, lane = os.fstat(descriptor).st_size, Lane()
-        whole = size // BLOCK * BLOCK
-
-        def coming(offset: int) -> Future[memoryview]:
-            lane.swap()
-            return lane.thread.submit(_arrived, file, lane.leaving[: whole - offset], offset, str(path))
-
-        pending = coming(0)
-        for offset in range(0, whole, ROOM):
-            piece, pending = pending.result(), coming(min(offset + ROOM, whole))
-            digest.update(piece)
-        rest = lane.back[: size - whole]
-        pread_all(descriptor, rest, whole, str(path))
-        digest.update(rest)
-    return digest.hexdigest()
-
-
-def _arrived(file: Opened, room: memoryview, offset: int, where: str) -> memoryview:
-    _either(file, lambda descriptor: pread_all(descriptor, room, offset, where))
-    return room
 
 
 def _either(file: Opened, work: Callable[[int], None]) -> None:

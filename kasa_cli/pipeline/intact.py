@@ -13,12 +13,14 @@ from kasa_cli.checkpoint.container import Container, Reader, read_header
 from kasa_cli.checkpoint.durable import sha256_file
 from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.checkpoint.staging import MANIFEST
+from kasa_cli.checkpoint.untrusted import open_regular, read_exactly
 from kasa_cli.errors import IntegrityError, InvalidInput, UnsafeInput
 from kasa_cli.pipeline.workers import Watcher, run
 
 Manifest = Mapping[str, Any]
 Form = tuple[str, list[int]]
 """Dtype and shape of a tensor on disk."""
+HEADER = " (its header)"
 
 
 def check_files(output: Path, manifest: Manifest) -> None:
@@ -104,32 +106,48 @@ def _fits(state: os.stat_result, size: int) -> bool:
 
 
 def _check_hash(output: Path, manifest: Manifest, name: str) -> None:
-    if sha256_file(output / name) != manifest["files"][name]["sha256"]:
-        raise IntegrityError("altered", f"{output / name}{_altered_tensor(output, manifest, name)}")
+    """A file by its hash, or by that of its header and those of its tensors."""
+    record, path = manifest["files"][name], output / name
+    if "header_sha256" in record:
+        altered = _altered_part(path, record["header_sha256"], manifest["tensors"])
+    elif sha256_file(path) == record["sha256"]:
+        altered = None
+    else:
+        altered = _altered_tensor(output, manifest, name)
+    if altered is not None:
+        raise IntegrityError("altered", f"{path}{altered}")
+
+
+def _altered_part(path: Path, header_sha256: str, tensors: Mapping[str, Any]) -> str | None:
+    """What is not as recorded in a shard, whose bytes are those of header and tensors; None if all is."""
+    try:
+        container = read_header(path)
+    except (InvalidInput, UnsafeInput):
+        return HEADER
+    with open_regular(path) as file:
+        header = read_exactly(file, path, container.data_start, 0)
+    if hashlib.sha256(header).hexdigest() != header_sha256:
+        return HEADER
+    return _first_other(container, tensors)
 
 
 def _altered_tensor(output: Path, manifest: Manifest, name: str) -> str:
-    """The first tensor of a shard whose bytes are not those recorded, for the message."""
-    tensors = _tensors_in(output, manifest, name)
-    if tensors is None:
+    """Where a file is altered, for the message, if more than that is known of it."""
+    if manifest["command"] != "convert" or name != manifest["adapter"]["file"]:
         return ""
     try:
         container = read_header(output / name)
     except (InvalidInput, UnsafeInput):
-        return " (its header)"
+        return HEADER
+    return _first_other(container, manifest["adapter"]["tensors"]) or HEADER
+
+
+def _first_other(container: Container, tensors: Mapping[str, Any]) -> str | None:
+    """The first tensor whose bytes are not those recorded."""
     for tensor in container.tensors:
         if hash_tensor(container, tensor) != tensors.get(tensor, {}).get("sha256"):
             return f" (tensor {tensor})"
-    return " (its header)"
-
-
-def _tensors_in(output: Path, manifest: Manifest, name: str) -> Mapping[str, Any] | None:
-    """What is known of each tensor of a file; None where nothing is."""
-    if manifest["command"] == "convert":
-        converted: Mapping[str, Any] = manifest["adapter"]["tensors"]
-        return converted if name == manifest["adapter"]["file"] else None
-    is_shard = (output / name).is_relative_to(base_of(output, manifest)) and name.endswith(".safetensors")
-    return manifest["tensors"] if is_shard else None
+    return None
 
 
 def _check_converted(path: Path, tensors: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ def write_papers(
     write_file(folder / CARD, [text])
     content = {
         **record,
-        "files": file_records(folder, num_workers, written.sha256),
+        "files": file_records(folder, num_workers, written.header_sha256),
         "left_out": {left.name: left.reason for left in base.left_out},
         "model_class": case.names.model_class,
         "schema": manifest.SCHEMA,

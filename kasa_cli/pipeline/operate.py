@@ -4,7 +4,6 @@ What is reported of a tensor was measured on what the file holds.
 """
 
 import hashlib
-import heapq
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,10 +29,8 @@ from kasa_cli.pipeline.workers import Watcher, run
 CHUNK = 1 << 20
 """Bytes put on their way and hashed while they are in the cache of one core."""
 NOT_OPEN = Opened(-1, None)
-OPEN_FILES = 64
+OPEN_FILES = 16
 """Files filled at once: enough to keep all workers busy, far below what a process may have open."""
-UNEVEN = 1.2
-"""The largest share of a worker, next to an even one, at which each writes whole files: hashing later costs more."""
 
 
 Rows = Callable[[int, int], Tensor]
@@ -92,10 +89,10 @@ class Place:
 
 @dataclass(frozen=True)
 class NewBase(Generic[Finding]):
-    """A base that was written: its tensors, and the hashes of those files that were written from end to end."""
+    """A base that was written: its tensors with their hashes, and by file the hash of all else in it, its header."""
 
     tensors: list[Written[Finding]]
-    sha256: Mapping[str, str]
+    header_sha256: Mapping[str, str]
 
 
 def write_base(
@@ -108,35 +105,28 @@ def write_base(
 ) -> NewBase[Finding]:
     """Write every file of the base; what is reported was read back from it.
 
-    Each file is one worker's, from end to end, and so it is hashed on the way. Where that would leave others without
-    work, as with a single file, tensors go in parallel.
+    The tensors of some files at a time go in parallel, the largest files first.
     """
     total = sum(sheet.form.size for sheet in sheets)
     watcher.stage("write", sum(len(sheet.form.tensors) for sheet in sheets), total)
     operation = _Operation(checkpoint, surgeon, folder)
-
-    def finished(places: Iterable[Place]) -> None:
-        for place in places:
-            watcher.finished(place.name, place.entry.num_bytes)
-
-    if largest_share((sheet.form.size for sheet in sheets), num_workers) > UNEVEN * total / num_workers:
-        return NewBase(_by_tensor(operation, sheets, num_workers, finished), {})
+    written: list[Written[Finding]] = []
     ordered = sorted(sheets, key=lambda sheet: -sheet.form.size)
-    files = run(operation.write_file, ordered, num_workers, lambda sheet: finished(_places(sheet, NOT_OPEN)))
-    tensors = [one for written, _ in files for one in written]
-    return NewBase(tensors, {sheet.name: sha256 for sheet, (_, sha256) in zip(ordered, files, strict=True)})
-
-
-def largest_share(sizes: Iterable[int], num_workers: int) -> int:
-    """The most that one of them has to do, when each takes the largest that is left as soon as it is free.
-
-    >>> largest_share([5, 3, 3, 2], 2), largest_share([5, 5, 5], 2)
-    (7, 10)
-    """
-    shares = [0] * num_workers
-    for size in sorted(sizes, reverse=True):
-        heapq.heapreplace(shares, shares[0] + size)
-    return max(shares)
+    for start in range(0, len(sheets), OPEN_FILES):
+        with ExitStack() as files:
+            places = [
+                place
+                for sheet in ordered[start : start + OPEN_FILES]
+                for place in _places(sheet, files.enter_context(operation.headed(sheet)))
+            ]
+            written += run(
+                operation.write_one,
+                _in_turns(places),
+                num_workers,
+                lambda place: watcher.finished(place.name, place.entry.num_bytes),
+            )
+    headers = {sheet.name: hashlib.sha256(sheet.form.header).hexdigest() for sheet in sheets}
+    return NewBase(written, headers)
 
 
 def _places(sheet: Sheet, opened: Opened) -> list[Place]:
@@ -168,29 +158,20 @@ class _Operation(Generic[Finding]):
             with opened_directly(descriptor) as opened:
                 yield opened
 
-    def write_file(self, sheet: Sheet) -> tuple[list[Written[Finding]], str]:
-        """A file from end to end, and its hash."""
-        digest = hashlib.sha256(sheet.form.header)
-        with self.headed(sheet) as opened:
-            written = [self.write_one(place, digest.update) for place in _places(sheet, opened)]
-        return written, digest.hexdigest()
-
-    def write_one(
-        self, place: Place, also: Callable[[memoryview], None] = lambda data: None
-    ) -> Written[Finding]:
+    def write_one(self, place: Place) -> Written[Finding]:
         """A tensor, changed or copied."""
         entry = place.entry
         if not self.surgeon.takes(entry.name):
             with Reader(self.checkpoint.shards[self.checkpoint.shard_of(place.source)]) as reader:
-                sha256 = self.put(place, reader.chunks(place.source, CHUNK), also)
+                sha256 = self.put(place, reader.chunks(place.source, CHUNK))
             return Written(entry.name, place.file, entry.dtype, sha256, None)
         patient = self.surgeon.prepare(entry.name)
-        sha256 = self.put(place, map(raw_bytes, patient.pieces(entry.dtype)), also)
+        sha256 = self.put(place, map(raw_bytes, patient.pieces(entry.dtype)))
         found = patient.examine(lambda start, stop: _rows(place.opened, entry, start, stop))
         return Written(entry.name, place.file, entry.dtype, sha256, found)
 
-    def put(self, place: Place, buffers: Iterable[memoryview], also: Callable[[memoryview], None]) -> str:
-        """Write a tensor, of which every byte is read back; its hash. `also` sees the bytes, too."""
+    def put(self, place: Place, buffers: Iterable[memoryview]) -> str:
+        """Write a tensor, of which every byte is read back; its hash."""
         digest, entry = hashlib.sha256(), place.entry
         where = f"{place.file}: {place.name}"
         with self.lanes.stretch(place.opened, entry.begin, entry.end, where) as out:
@@ -199,29 +180,9 @@ class _Operation(Generic[Finding]):
                     chunk = buffer[start : start + CHUNK]
                     out.put(chunk)
                     digest.update(chunk)
-                    also(chunk)
         if out.at != entry.end:
             raise ValueError(f"{place.name}: {out.at - entry.begin} of {entry.num_bytes} bytes")
         return digest.hexdigest()
-
-
-def _by_tensor(
-    operation: _Operation[Finding],
-    sheets: list[Sheet],
-    num_workers: int,
-    finished: Callable[[Iterable[Place]], None],
-) -> list[Written[Finding]]:
-    written: list[Written[Finding]] = []
-    largest_first = sorted(sheets, key=lambda sheet: -sheet.form.size)
-    for start in range(0, len(sheets), OPEN_FILES):
-        with ExitStack() as files:
-            places = [
-                place
-                for sheet in largest_first[start : start + OPEN_FILES]
-                for place in _places(sheet, files.enter_context(operation.headed(sheet)))
-            ]
-            written += run(operation.write_one, _in_turns(places), num_workers, lambda one: finished([one]))
-    return written
 
 
 def require_finite(Q: Tensor, name: str, dtype: str) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa_cli.checkpoint import card, manifest
-from kasa_cli.checkpoint.direct import sha256_from_disk
-from kasa_cli.checkpoint.durable import write_file
+from kasa_cli.checkpoint.durable import sha256_file, write_file
 from kasa_cli.checkpoint.sheets import CARD
 from kasa_cli.checkpoint.staging import MANIFEST, Staging
 from kasa_cli.linalg.outcome import Outcome
@@ -34,13 +33,13 @@ def write_papers(
         write_file(staging.out / "base" / CARD, [text])
     measured, base = done
     records = _tensor_records(made, measured, base.tensors)
-    known = {f"base/{name}": sha256 for name, sha256 in base.sha256.items()}
+    headers = {f"base/{name}": sha256 for name, sha256 in base.header_sha256.items()}
     content = {
         "base_fingerprint": manifest.fingerprint(records),
         "schema": manifest.SCHEMA,
         "command": "truncate",
         "environment": dict(environment),
-        "files": file_records(staging.out, options.num_workers, known),
+        "files": file_records(staging.out, options.num_workers, headers),
         "left_out": {left.name: left.reason for left in made.checkpoint.left_out},
         "model_class": made.names.model_class,
         "options": recorded(options),
@@ -53,17 +52,30 @@ def write_papers(
 
 
 def file_records(
-    folder: Path, num_workers: int, known: Mapping[str, str] | None = None
+    folder: Path, num_workers: int, headers: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below a folder, by relative POSIX path; `known` holds hashes, by the same."""
-    known = known or {}
+    """Size and SHA-256 of every file below a folder, by relative POSIX path.
+
+    Of a file in `headers` it is that of its header, which is here already: the other bytes are those of tensors, each
+    of which has a hash of its own.
+    """
+    headers = headers or {}
     files = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
-    unknown = [path for name, path in files.items() if name not in known]
-    found = dict(zip(unknown, run(sha256_from_disk, unknown, num_workers, lambda path: None), strict=True))
+    others = [name for name in files if name not in headers]
+    whole = dict(
+        zip(
+            others,
+            run(lambda name: sha256_file(files[name]), others, num_workers, lambda _: None),
+            strict=True,
+        )
+    )
     return {
-        name: {"size": path.stat().st_size, "sha256": known.get(name) or found[path]}
+        name: {
+            "size": path.stat().st_size,
+            **({"header_sha256": headers[name]} if name in headers else {"sha256": whole[name]}),
+        }
         for name, path in files.items()
     }
 
