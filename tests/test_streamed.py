@@ -10,11 +10,13 @@ import pytest
 import tiny_models
 import torch
 from adapters import CASES, CONFIG, WEIGHTS, saved
+from blake3 import blake3
 from faults import tree_hash
 from runs import environment
 from safetensors.torch import save_file
 
 from kasa_cli.checkpoint import direct
+from kasa_cli.checkpoint.container import read_header
 from kasa_cli.checkpoint.manifest import load as load_manifest
 from kasa_cli.checkpoint.streaming import filling, form
 from kasa_cli.commands.merge import Options, Running, Where, merge
@@ -54,6 +56,19 @@ def test_small_blocks_and_whole_tensors_make_the_same_bytes_and_figures(name, dt
         assert (one.name, one.terms) == (other.name, other.terms)
         assert one.max_abs_change == pytest.approx(other.max_abs_change, rel=1e-6)
         assert one.rounding_error == pytest.approx(other.rounding_error, rel=1e-4, abs=1e-12)
+    for out in ("a", "b", "c"):
+        require_hashes_of_the_base(tmp_path / "half", load_manifest(tmp_path / out))
+
+
+def require_hashes_of_the_base(base, manifest):
+    """A merge has on record what it changed, tensor by tensor."""
+    container = read_header(base / MODEL)
+    content = container.path.read_bytes()
+    for name, one in manifest["tensors"].items():
+        entry = container.tensors[one.get("made_from", name)]
+        key = "input_blake3" if one["role"] == "merged" else "blake3"
+        assert one[key] == blake3(content[entry.begin : entry.end]).hexdigest(), name
+        assert (one["role"] == "merged") == ("input_blake3" in one)
 
 
 WHOLE = {"lora-bias", "dora-conv1d", "ia3-conv1d", "dora-embedding", "hira-embedding", "oft-embedding"}

@@ -240,7 +240,7 @@ def test_two_tensors_of_equal_shape_that_were_swapped_are_named(model, tmp_path)
         lambda content: content["tensors"].popitem(),
         lambda content: content.update(digest="0" * 64),
         lambda content: content.pop("digest"),
-        lambda content: content.update(schema=2),
+        lambda content: content.update(schema=3),
     ],
 )
 def test_an_edited_manifest_is_refused(output, edit):

@@ -18,7 +18,7 @@ from kasa_cli.checkpoint.staging import MANIFEST
 from kasa_cli.checkpoint.untrusted import parse_json, read_small
 from kasa_cli.errors import IntegrityError, InvalidInput
 
-SCHEMA = 1
+SCHEMA = 2
 SECTIONS = ("environment", "files", "options", "source", "tensors")
 MAX_MANIFEST = 1_000_000_000
 
@@ -49,7 +49,7 @@ def load(output: Path) -> dict[str, Any]:
     """The manifest of an output, itself unaltered.
 
     Raises:
-        InvalidInput: it is of a later kasa.
+        InvalidInput: it is of a later kasa, or of one before the first release.
         IntegrityError: there is none, or it is not as it was written.
     """
     path = output / MANIFEST
@@ -66,7 +66,7 @@ def load(output: Path) -> dict[str, Any]:
         raise IntegrityError("altered: its digest does not fit", str(path))
     if content.get("schema") != SCHEMA:
         what = f"schema {content.get('schema')} is not known to this kasa"
-        raise InvalidInput(what, str(path), "use a newer kasa")
+        raise InvalidInput(what, str(path), "use the version of kasa that made it, or make it again")
     if not all(isinstance(content.get(section), dict) for section in SECTIONS):
         raise IntegrityError("altered: a section is missing", str(path))
     return content
@@ -82,8 +82,8 @@ def _is_sealed(content: Mapping[str, Any], raw: bytes) -> bool:
 def fingerprint(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     """One hash of the originals of the tensors operated on: what a base must be to fit an adapter."""
     lines = [
-        [name, one["dtype"], list(one["shape"]), one["input_sha256"]]
+        [name, one["dtype"], list(one["shape"]), one["input_blake3"]]
         for name, one in sorted(tensors.items())
-        if "input_sha256" in one
+        if "input_blake3" in one
     ]
     return hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()

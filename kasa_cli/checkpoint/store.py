@@ -2,7 +2,7 @@
 
     STORE/
         facts-1/                        of this layout
-            3f/3f91…c2/                 one tensor: SHA-256 of its dtype, shape and bytes
+            3f/3f91…c2/                 one tensor: a hash of its dtype, shape and bytes
                 ends-16.<key>.<digest>  one fact; the digest is that of the file's own bytes
 
 A fact is whole or absent, for files appear by a rename, and what does not match its digest is removed. Two processes

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,14 @@ def _rows(orders: Mapping[str, Orders], written: Sequence[Written[Merged]]) -> t
     """Changed tensors, in the order of the base's headers."""
     outcomes = {one.name: one for one in written if one.outcome}
     return tuple(
-        MergedRow(name, ", ".join(order.modules), outcomes[name].dtype, order.num_terms, **asdict(found))
+        MergedRow(
+            name,
+            ", ".join(order.modules),
+            outcomes[name].dtype,
+            order.num_terms,
+            found.max_abs_change,
+            found.rounding_error,
+        )
         for name, order in orders.items()
         if (found := outcomes[name].outcome)
     )

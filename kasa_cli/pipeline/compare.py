@@ -1,6 +1,5 @@
 """VERIFY: is an output what the base it was made from gives? Every number of it, computed once more."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from kasa_cli.checkpoint import peft
 from kasa_cli.checkpoint.container import Container, Reader, read_header
+from kasa_cli.checkpoint.digest import digest_of
 from kasa_cli.checkpoint.durable import sha256_file
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
 from kasa_cli.checkpoint.sheets import CARD
@@ -119,7 +119,7 @@ def _check_companions(output: _Output, base: Checkpoint) -> None:
 
 def _compare_one(output: _Output, base: Checkpoint, target: Target) -> Comparison:
     original = _read(base.shards[base.shard_of(target.name)], target.name)
-    if hashlib.sha256(raw_bytes(original)).hexdigest() != output.tensors[target.name]["input_sha256"]:
+    if digest_of([raw_bytes(original)]) != output.tensors[target.name]["input_blake3"]:
         raise IntegrityError("not made from this tensor of the base", target.name, REMEDY)
     found = ends(as_weight(original, target), target.dropped)
     _check_start(output, found, target)
@@ -181,7 +181,7 @@ def _check_start(output: _Output, found: Ends, target: Target) -> None:
 def _check_copied(output: _Output, base: Checkpoint, name: str) -> None:
     copies = [checkpoint for checkpoint in (base, output.base) if checkpoint]
     hashes = {hash_tensor(one.shards[one.shard_of(name)], name) for one in copies}
-    if hashes != {output.tensors[name]["sha256"]}:
+    if hashes != {output.tensors[name]["blake3"]}:
         raise IntegrityError("not the bytes of the base", name, REMEDY)
 
 

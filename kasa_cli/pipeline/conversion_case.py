@@ -116,8 +116,8 @@ class Case:
         found = (one["tensors"].get(name) for one in self.truncations)
         known: Mapping[str, Any] = next((one for one in found if one), {})
         if self.on == ORIGINAL:
-            return known.get("input_sha256")
-        return known.get("sha256") if known.get("role") == "truncated" else None
+            return known.get("input_blake3")
+        return known.get("blake3") if known.get("role") == "truncated" else None
 
 
 def check(options: Options) -> None:

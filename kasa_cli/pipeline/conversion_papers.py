@@ -97,7 +97,7 @@ def _tensor_records(case: Case, done: Sequence[Converted]) -> dict[str, Any]:
     return {
         name: {
             "dtype": tensors[name].dtype,
-            "input_sha256": digest if case.fits_given else case.hash_in_other_base(name),
+            "input_blake3": digest if case.fits_given else case.hash_in_other_base(name),
             "module": one.place.patch.module,
             "role": "reference",
             "shape": list(tensors[name].shape),

@@ -125,7 +125,7 @@ def write_factors(
         run(task, items, num_workers, lambda item: watcher.finished(item[0].place.patch.module, 1))
     container = read_header(path)
     return {
-        name: {"dtype": entry.dtype, "shape": list(entry.shape), "sha256": hash_tensor(container, name)}
+        name: {"dtype": entry.dtype, "shape": list(entry.shape), "blake3": hash_tensor(container, name)}
         for name, entry in container.tensors.items()
     }
 

@@ -29,7 +29,7 @@ TAIL = f"tail/{peft.WEIGHTS}"
 
 @dataclass(frozen=True)
 class Cuts:
-    """What a manifest says of cuts, by tensor on disk: how many components, of which original (its SHA-256).
+    """What a manifest says of cuts, by tensor on disk: how many components, of which original (its hash).
 
     `tail` holds the factors of those cuts, where it was written.
     """
@@ -84,7 +84,7 @@ def known_cuts(adapter: Path, base: Origin | None) -> Cuts:
             cut = {name: one for name, one in known["tensors"].items() if "truncation_rank" in one}
             return Cuts(
                 {name: int(one["truncation_rank"]) for name, one in cut.items()},
-                {name: str(one["input_sha256"]) for name, one in cut.items()},
+                {name: str(one["input_blake3"]) for name, one in cut.items()},
                 _tail(folder.parent, known),
             )
     return Cuts()

@@ -201,7 +201,7 @@ def header(payload: bytes) -> dict[str, Any]:
     return content
 
 
-def content_hash(dtype: str, shape: tuple[int, ...], sha256: str, *, is_transposed: bool) -> str:
+def content_hash(dtype: str, shape: tuple[int, ...], digest: str, *, is_transposed: bool) -> str:
     """The key of a weight in the store: what it is, and how it is read."""
-    text = f"{dtype} {'x'.join(map(str, shape))} {'transposed ' if is_transposed else ''}{sha256}"
+    text = f"{dtype} {'x'.join(map(str, shape))} {'transposed ' if is_transposed else ''}{digest}"
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 
 from kasa_cli.checkpoint import peft
 from kasa_cli.checkpoint.container import Container, Reader, read_header
+from kasa_cli.checkpoint.digest import digest_of
 from kasa_cli.checkpoint.durable import sha256_file
 from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.checkpoint.staging import MANIFEST
@@ -21,6 +22,8 @@ Manifest = Mapping[str, Any]
 Form = tuple[str, list[int]]
 """Dtype and shape of a tensor on disk."""
 HEADER = " (its header)"
+CHUNK = 1 << 20
+"""Bytes hashed while they are in the cache of one core."""
 
 
 def check_files(output: Path, manifest: Manifest) -> None:
@@ -93,12 +96,9 @@ def base_of(output: Path, manifest: Manifest) -> Path:
 
 
 def hash_tensor(container: Container, name: str) -> str:
-    """SHA-256 of the bytes of one tensor."""
-    digest = hashlib.sha256()
+    """BLAKE3 of the bytes of one tensor."""
     with Reader(container) as reader:
-        for chunk in reader.chunks(name):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return digest_of(reader.chunks(name, CHUNK))
 
 
 def _fits(state: os.stat_result, size: int) -> bool:
@@ -145,7 +145,7 @@ def _altered_tensor(output: Path, manifest: Manifest, name: str) -> str:
 def _first_other(container: Container, tensors: Mapping[str, Any]) -> str | None:
     """The first tensor whose bytes are not those recorded."""
     for tensor in container.tensors:
-        if hash_tensor(container, tensor) != tensors.get(tensor, {}).get("sha256"):
+        if hash_tensor(container, tensor) != tensors.get(tensor, {}).get("blake3"):
             return f" (tensor {tensor})"
     return None
 

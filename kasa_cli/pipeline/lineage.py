@@ -30,7 +30,7 @@ class Origin:
     checkpoint: Checkpoint
     manifest: Mapping[str, Any] | None
 
-    def sha256(self, name: str) -> str:
+    def digest(self, name: str) -> str:
         """The hash of a tensor of the base."""
         return hash_tensor(self.checkpoint.shards[self.checkpoint.shard_of(name)], name)
 
@@ -57,7 +57,7 @@ def base_is(asked: str, base: Origin, made_by: Mapping[str, Any] | None, names: 
     targets = list(names)
     for known in (base.manifest, made_by):
         if known and known.get("command") == "truncate":
-            fitting = [_states(known["tensors"].get(name, {}), base.sha256(name)) for name in targets]
+            fitting = [_states(known["tensors"].get(name, {}), base.digest(name)) for name in targets]
             common = {TRUNCATED, ORIGINAL}.intersection(*fitting)
             if common:
                 return TRUNCATED if TRUNCATED in common else ORIGINAL
@@ -87,7 +87,7 @@ def require_fit(base: Origin, made_by: Mapping[str, Any] | None, names: Iterable
         return
     for name in names:
         known = made_by["tensors"].get(name, {})
-        if known.get("input_sha256") and not _states(known, base.sha256(name)):
+        if known.get("input_blake3") and not _states(known, base.digest(name)):
             what = f"not the base that {adapter.name} was made for"
             raise IntegrityError(what, name, "take that one, or insist with --force-base")
 
@@ -107,12 +107,12 @@ def merged_before(base: Origin) -> set[str]:
     return known | {str(one) for one in base.manifest.get("merged_before", [])}
 
 
-def _states(known: Mapping[str, Any], sha256: str) -> set[str]:
+def _states(known: Mapping[str, Any], digest: str) -> set[str]:
     """Which of a manifest's tensors this is: both, where rounding brought a whole cut back."""
-    hashes = {ORIGINAL: known.get("input_sha256")}
+    hashes = {ORIGINAL: known.get("input_blake3")}
     if known.get("role") == "truncated":
-        hashes[TRUNCATED] = known.get("sha256")
-    return {state for state, digest in hashes.items() if digest == sha256}
+        hashes[TRUNCATED] = known.get("blake3")
+    return {state for state, known_digest in hashes.items() if known_digest == digest}
 
 
 def _manifest_of(folder: Path, *parts: str) -> Mapping[str, Any] | None:

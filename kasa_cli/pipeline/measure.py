@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kasa_cli.checkpoint.container import BITS
+from kasa_cli.checkpoint.digest import digest_of
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.staging import Staging
 from kasa_cli.checkpoint.streaming import raw_bytes
@@ -25,7 +26,7 @@ class Measured:
 
     target: Target
     key: str
-    sha256: str
+    blake3: str
     facts: SpectralFacts
     is_new: bool
 
@@ -91,7 +92,7 @@ def spectral_facts(found: Ends) -> SpectralFacts:
 
 def _measure_one(measurer: Measurer, target: Target) -> Measured:
     stored = read_target(measurer.checkpoint, target.name)
-    digest = hashlib.sha256(raw_bytes(stored)).hexdigest()
+    digest = digest_of([raw_bytes(stored)])
     key = _part_key(target, digest)
     path = measurer.staging.part(key)
     if path is not None:

@@ -68,7 +68,7 @@ def _tensor_records(sheets: Sequence[Sheet], written: Sequence[Written[Merged]])
         one.name: {
             "file": one.file,
             "dtype": one.dtype,
-            "sha256": one.sha256,
+            "blake3": one.blake3,
             "shape": list(shapes[one.name]),
             "role": "merged" if one.outcome else "copied",
             **({"made_from": sources[one.name]} if one.name in sources else {}),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kasa_cli.checkpoint.container import Reader, TensorEntry
+from kasa_cli.checkpoint.digest import blake3
 from kasa_cli.checkpoint.direct import Lanes, Opened, opened_directly
 from kasa_cli.checkpoint.durable import new_file, pread_all, pwrite_all
 from kasa_cli.checkpoint.layout import Checkpoint
@@ -68,7 +69,7 @@ class Written(Generic[Finding]):
     name: str
     file: str
     dtype: str
-    sha256: str
+    blake3: str
     outcome: Finding | None
 
 
@@ -163,16 +164,16 @@ class _Operation(Generic[Finding]):
         entry = place.entry
         if not self.surgeon.takes(entry.name):
             with Reader(self.checkpoint.shards[self.checkpoint.shard_of(place.source)]) as reader:
-                sha256 = self.put(place, reader.chunks(place.source, CHUNK))
-            return Written(entry.name, place.file, entry.dtype, sha256, None)
+                digest = self.put(place, reader.chunks(place.source, CHUNK))
+            return Written(entry.name, place.file, entry.dtype, digest, None)
         patient = self.surgeon.prepare(entry.name)
-        sha256 = self.put(place, map(raw_bytes, patient.pieces(entry.dtype)))
+        digest = self.put(place, map(raw_bytes, patient.pieces(entry.dtype)))
         found = patient.examine(lambda start, stop: _rows(place.opened, entry, start, stop))
-        return Written(entry.name, place.file, entry.dtype, sha256, found)
+        return Written(entry.name, place.file, entry.dtype, digest, found)
 
     def put(self, place: Place, buffers: Iterable[memoryview]) -> str:
         """Write a tensor, of which every byte is read back; its hash."""
-        digest, entry = hashlib.sha256(), place.entry
+        digest, entry = blake3(), place.entry
         where = f"{place.file}: {place.name}"
         with self.lanes.stretch(place.opened, entry.begin, entry.end, where) as out:
             for buffer in buffers:

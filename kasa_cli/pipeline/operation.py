@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kasa_cli.checkpoint.streaming import TORCH_DTYPES
+from kasa_cli.checkpoint.digest import digest_of
+from kasa_cli.checkpoint.streaming import TORCH_DTYPES, raw_bytes
 from kasa_cli.linalg.rounding import ROUNDINGS, Target, rounded
 from kasa_cli.methods.terms import Change, apply, apply_bias, factors, row_blocks, rows
 from kasa_cli.pipeline.operate import Rows, require_finite
@@ -20,10 +21,12 @@ class Merged:
     """What was measured on a merged tensor as stored.
 
     `max_abs_change` is over the rows that it had before and still has: a vocabulary may have been resized.
+    `input_blake3` is the hash of the tensor of the base.
     """
 
     max_abs_change: float
     rounding_error: float
+    input_blake3: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Operation:
         for Q, T in self._exact(stored):
             error += float((Q.to(torch.float64) - T).square().sum())
             norm += float(T.square().sum())
-        return Merged(change, (error / norm) ** 0.5 if norm else 0.0)
+        return Merged(change, (error / norm) ** 0.5 if norm else 0.0, digest_of([raw_bytes(self.before)]))
 
     def _exact(self, stored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of what is stored and what should be, a block at a time."""

@@ -96,7 +96,7 @@ def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> l
     found = []
     for group in ties.groups_of(base.checkpoint.config, _shapes(base.checkpoint)):
         held = group.held.values()
-        is_one = len(held) == 1 or len({base.sha256(name) for name in held}) == 1
+        is_one = len(held) == 1 or len({base.digest(name) for name in held}) == 1
         if is_one:
             found.append(group)
         elif len(held) < len(group.ends) and not on_disk.isdisjoint(held):

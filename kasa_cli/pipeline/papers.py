@@ -82,12 +82,12 @@ def file_records(
 
 def _tensor_records(made: Plan, measured: list[Measured], written: list[Written[Outcome]]) -> dict[str, Any]:
     records: dict[str, dict[str, Any]] = {
-        one.name: {"file": one.file, "dtype": one.dtype, "sha256": one.sha256, "role": "copied"}
+        one.name: {"file": one.file, "dtype": one.dtype, "blake3": one.blake3, "role": "copied"}
         for one in written
     }
     for one in measured:
         record = records.setdefault(one.target.name, {"dtype": one.target.dtype, "role": "reference"})
-        record |= {"input_sha256": one.sha256, "module": one.target.module, **asdict(one.facts)}
+        record |= {"input_blake3": one.blake3, "module": one.target.module, **asdict(one.facts)}
         record |= {"truncation_rank": one.target.dropped, "is_transposed": one.target.is_transposed}
     for one_written in written:
         if one_written.outcome:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kasa_cli.checkpoint.container import Container, Reader
-from kasa_cli.checkpoint.streaming import TORCH_DTYPES
+from kasa_cli.checkpoint.digest import blake3
+from kasa_cli.checkpoint.streaming import TORCH_DTYPES, raw_bytes
 from kasa_cli.errors import InvalidInput
 from kasa_cli.linalg.sums import Sum
 from kasa_cli.methods.terms import Change, carried_out, factors, grain_of
@@ -84,6 +85,7 @@ class Streamed:
     trained: Sequence[TrainedRows] = ()
     changes: Mapping[int, Sequence[Change]] = field(default_factory=dict)
     _sums: list[Sum] = field(default_factory=list)
+    _digest: blake3 = field(default_factory=blake3)
 
     def pieces(self, dtype: str) -> Iterator[Tensor]:
         """The new value, rounded once to `dtype`, some rows at a time."""
@@ -97,18 +99,26 @@ class Streamed:
                 self._sums.append(total)
                 for start in range(0, each, step):
                     first, stop = number * each + start, number * each + min(start + step, each)
-                    W = before(first, stop)
+                    W = self._hashed(before(first, stop))
                     Q = total.block(self._with_values(W, value, first, stop), start, W)
                     if not math.isfinite(total.off):  # where an entry is not, neither is its rounding error
                         raise too_large(self.name, dtype)
                     yield Q
+            for start in range(num_rows, self.before.shape[0], step):  # a smaller vocabulary leaves rows out
+                self._hashed(before(start, start + step))
 
     def examine(self, rows: Rows) -> Merged:
         """What was measured on the pieces."""
         whole = sum(total.whole for total in self._sums)
         off = sum(total.off for total in self._sums)
         change = max((total.max_abs_change for total in self._sums), default=0.0)
-        return Merged(change, (off / whole) ** 0.5 if whole else 0.0)
+        return Merged(change, (off / whole) ** 0.5 if whole else 0.0, self._digest.hexdigest())
+
+    def _hashed(self, W: Tensor) -> Tensor:
+        """Rows of the base, each of which is read once and in turn."""
+        if len(W):
+            self._digest.update(raw_bytes(W))
+        return W
 
     def _step(self, width: int) -> int:
         """Rows of a block, which no grain straddles."""

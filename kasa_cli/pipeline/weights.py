@@ -1,6 +1,5 @@
 """From pieces on disk to weights to ask about: read, put together, hashed; the very large ones a block at a time."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kasa_cli.checkpoint.container import Container, Reader, TensorEntry
+from kasa_cli.checkpoint.digest import digest_of
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.streaming import DTYPE_NAMES, TORCH_DTYPES, raw_bytes
 from kasa_cli.linalg.frame import Rows
@@ -36,7 +36,7 @@ def weigh(checkpoint: Checkpoint, matrix: Matrix, device: torch.device) -> Weigh
     if is_streamed(entry, matrix):
         return _streamed(checkpoint, matrix, entry, device)
     stored = read_pieces(checkpoint, matrix.pieces)
-    digest = hashlib.sha256(raw_bytes(stored)).hexdigest()
+    digest = digest_of([raw_bytes(stored)])
     dtype = DTYPE_NAMES[stored.dtype]  # of pieces that differ the wider, as transformers stacks them
     content = content_hash(dtype, tuple(stored.shape), digest, is_transposed=matrix.is_transposed)
     W = stored.T if matrix.is_transposed else stored
@@ -105,14 +105,13 @@ def is_streamed(entry: TensorEntry, matrix: Matrix) -> bool:
 
 def _streamed(checkpoint: Checkpoint, matrix: Matrix, entry: TensorEntry, device: torch.device) -> Weight:
     """A weight that is read again, some rows at a time, whenever it is needed."""
-    shard, digest = checkpoint.shards[checkpoint.shard_of(entry.name)], hashlib.sha256()
+    shard = checkpoint.shards[checkpoint.shard_of(entry.name)]
     with Reader(shard) as reader:
-        for chunk in reader.chunks(entry.name):
-            digest.update(chunk)
+        digest = digest_of(reader.chunks(entry.name))
 
     def read(start: int, stop: int) -> Tensor:
         return _rows(shard, entry, start, stop).to(device)
 
     shape = (entry.shape[0], entry.shape[1])
-    content = content_hash(entry.dtype, shape, digest.hexdigest(), is_transposed=False)
+    content = content_hash(entry.dtype, shape, digest, is_transposed=False)
     return Weight(matrix.name, content, shape, entry.dtype, partial(Rows, shape, read, device))
