@@ -22,8 +22,9 @@ BITS: dict[torch.dtype, torch.dtype] = {
 }
 LOOK = 1024
 """Entries looked over together for one that is halfway."""
-HALFWAY = torch.iinfo(torch.int32).min
-"""The bits of a float32 beyond those of a bfloat16, moved to the front, where it is halfway between two of these."""
+HALFWAY = torch.iinfo(torch.int16).min
+"""The bits of a float32 beyond those of a bfloat16 where it is halfway between two of these. The others are that
+only in -0 and its next of kin, for which a second look costs time and nothing else."""
 CAUTION = 1.0
 """Price of rounding error outside the dropped directions, relative to error inside them.
 
@@ -91,9 +92,9 @@ def rounded(T: Float64[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "...
 
 
 def on_the_way(
-    T: Float64[Tensor, "..."], dtype: torch.dtype, near: Tensor | None = None, scratch: Tensor | None = None
+    T: Float64[Tensor, "..."], dtype: torch.dtype, near: Tensor | None = None
 ) -> Float32[Tensor, "..."]:
-    """A float32 near T that torch rounds to half precision as T should be; into `near` and over `scratch`, if given.
+    """A float32 near T that torch rounds to half precision as T should be; into `near`, if given.
 
     torch casts float64 to half precision by way of float32, and two roundings to nearest can end on the farther
     neighbour. Rounding to odd on the way keeps what the second one must know (Boldo and Melquiond, 2008).
@@ -105,9 +106,7 @@ def on_the_way(
     # The first rounding misleads the second only where it ends halfway between two neighbours: 1 in 65536.
     width = math.gcd(T.numel(), LOOK)
     flat, exact = near.view(-1, width), T.reshape(-1, width)
-    rest = None if scratch is None else scratch.view(torch.int32).view(-1, width)
-    rest = torch.bitwise_left_shift(flat.view(torch.int32), 16, out=rest)
-    misled = (rest.amin(1) == HALFWAY).nonzero()[:, 0]
+    misled = (flat.view(torch.int16).amin(1) == HALFWAY).nonzero()[:, 0]
     flat[misled] = rounded_to_odd(exact[misled], flat[misled])
     return near
 

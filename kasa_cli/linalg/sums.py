@@ -58,7 +58,7 @@ class Sum:
             T.addmm_(self.L[start : start + len(W)], self.R)
         if self.then is not None:
             T = self.then(T, start)
-        near = on_the_way(T, self.dtype, near, scratch) if self._is_half else T
+        near = on_the_way(T, self.dtype, near) if self._is_half else T
         Q.copy_(near)
         self.whole += _squares(near)
         self.off += _squares(near.sub_(scratch.copy_(Q)))
