@@ -22,7 +22,13 @@ TOKEN = "hf_CANARYcanaryCANARYcanaryCANARY"
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
-    ["kasa_cli.cli", "kasa_cli.commands.truncate", "kasa_cli.commands.verify", "runs"]
+    [
+        "kasa_cli.cli",
+        "kasa_cli.commands.truncate",
+        "kasa_cli.commands.verify",
+        "kasa_cli.checkpoint.naming",
+        "runs",
+    ]
 )
 
 

@@ -17,7 +17,7 @@ from runs import forks
 from kasa_cli.checkpoint import durable
 from kasa_cli.checkpoint import store as storing
 from kasa_cli.checkpoint.durable import TEMPORARY
-from kasa_cli.checkpoint.store import LAYOUT, STALE_SECONDS, Store, default_root, existing, opened
+from kasa_cli.checkpoint.store import FACTS, STALE_SECONDS, Store, default_root, existing, opened
 from kasa_cli.commands import store as verb
 from kasa_cli.errors import ResourceError, UnsafeInput, UsageError
 
@@ -47,7 +47,7 @@ def fact(kept: Store) -> Path:
 
 
 def folder(kept: Store, tensor: str) -> Path:
-    return kept.root / LAYOUT / tensor[:2] / tensor
+    return kept.root / FACTS / tensor[:2] / tensor
 
 
 def files(root: Path) -> list[Path]:
@@ -216,10 +216,10 @@ def test_files_of_others_are_left_alone(kept: Store, fact: Path) -> None:
     strangers = [
         kept.root / "notes.txt",
         kept.root / "facts-2" / "future",
-        kept.root / LAYOUT / "README",
-        kept.root / LAYOUT / A[:2] / "thesis.tex",
-        kept.root / LAYOUT / "ab" / "cd" / f"ends-16.{KEY}.{'0' * 64}",
-        kept.root / LAYOUT / "00" / A / f"ends-16.{KEY}.{'0' * 64}",
+        kept.root / FACTS / "README",
+        kept.root / FACTS / A[:2] / "thesis.tex",
+        kept.root / FACTS / "ab" / "cd" / f"ends-16.{KEY}.{'0' * 64}",
+        kept.root / FACTS / "00" / A / f"ends-16.{KEY}.{'0' * 64}",
         *(
             fact.parent / name
             for name in (f"ends-16.{KEY}.backup", "ends-16", f"ends-16.{KEY}.{'0' * 64}~", ".hidden")
@@ -285,8 +285,10 @@ def test_the_longest_unused_go_until_the_rest_fits_exactly(kept: Store) -> None:
         report = verb.prune(kept.root, max_bytes=max_bytes, dry_run=True)
         assert report.totals == {
             "removed": 5 - left,
+            "models_removed": 0,
             "bytes_removed": 100 * (5 - left),
             "kept": left,
+            "models_kept": 0,
             "bytes_kept": 100 * left,
             "dry_run": True,
         }
@@ -337,7 +339,7 @@ def test_emptied_folders_go_and_others_stay(kept: Store) -> None:
     assert not folder(kept, A).exists() and folder(kept, sibling).exists()
     kept.remove(sibling)
     kept.remove(B)
-    assert list((kept.root / LAYOUT).iterdir()) == []
+    assert list((kept.root / FACTS).iterdir()) == []
 
 
 def test_only_what_killed_runs_left_long_ago_is_swept(kept: Store, fact: Path) -> None:
@@ -356,7 +358,7 @@ def test_only_what_killed_runs_left_long_ago_is_swept(kept: Store, fact: Path) -
         os.utime(empty, (now - age, now - age))
     assert kept.sweep() == 2
     assert files(kept.root) == sorted([fact, fact.with_name(f".new{TEMPORARY}")])
-    assert {path.name for path in (kept.root / LAYOUT).glob("*/*")} == {A, content(3)}
+    assert {path.name for path in (kept.root / FACTS).glob("*/*")} == {A, content(3)}
 
 
 def test_pruning_sweeps_and_leaves_no_empty_folder(kept: Store, fact: Path) -> None:
@@ -366,7 +368,7 @@ def test_pruning_sweeps_and_leaves_no_empty_folder(kept: Store, fact: Path) -> N
     verb.prune(kept.root, everything=True, dry_run=True)
     assert litter.exists()
     verb.prune(kept.root, everything=True)
-    assert list((kept.root / LAYOUT).iterdir()) == []
+    assert list((kept.root / FACTS).iterdir()) == []
 
 
 def test_what_another_run_renames_while_we_look_is_no_trouble(
@@ -391,7 +393,7 @@ def test_a_folder_pruned_under_a_writer_is_made_again(kept: Store, monkeypatch: 
     def made_and_pruned(path: Path) -> None:
         make(path)
         if len(pruned) < 2:
-            shutil.rmtree(kept.root / LAYOUT)
+            shutil.rmtree(kept.root / FACTS)
             pruned.append(path)
 
     monkeypatch.setattr(storing, "make_folder", made_and_pruned)
@@ -450,10 +452,10 @@ def test_processes_keep_read_and_prune_at_once_and_a_kill_leaves_whole_facts(kep
     for litter in (path for path in kept.root.rglob("*") if path.is_dir() or path.name.endswith(TEMPORARY)):
         os.utime(litter, (0, 0))  # what a killed run leaves, folders too, is swept when it is old
     verb.prune(kept.root, everything=True)
-    for folder in (path for path in kept.root.rglob("*") if path.is_dir() and path.name != LAYOUT):
+    for folder in (path for path in kept.root.rglob("*") if path.is_dir() and path.name != FACTS):
         os.utime(folder, (0, 0))  # emptied just now
     verb.prune(kept.root, everything=True)
-    assert list((kept.root / LAYOUT).iterdir()) == []
+    assert list((kept.root / FACTS).iterdir()) == []
 
 
 # --- disks that will not ---

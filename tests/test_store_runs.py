@@ -450,7 +450,8 @@ def test_a_tensor_is_recognised_in_every_format(
     report = inside(capsys, "store", "ls", "--json").json
     names = [row["name"] for row in report["tensors"]]
     assert names == sorted(names, reverse=True) and len(set(names)) == 8
-    assert report["totals"] == {"tensors": 8, "bytes": sum(path.stat().st_size for path in facts(measured))}
+    num_bytes = sum(path.stat().st_size for path in facts(measured))
+    assert report["totals"] == {"tensors": 8, "models": 0, "bytes": num_bytes}
     assert sum(row["bytes"] for row in report["tensors"]) == report["totals"]["bytes"]
     for row in report["tensors"]:
         assert (row["shape"], row["dtype"], row["facts"]) == ([24, 24], "F32", ["ends-16", "extremes"])
@@ -511,8 +512,10 @@ def test_prune_says_what_goes_and_takes_exactly_that(
         assert [row["name"] for row in done["tensors"]] == [row["name"] for row in report["tensors"][left:]]
         assert done["totals"] == {
             "removed": 8 - left,
+            "models_removed": 0,
             "bytes_removed": sum(sizes[left:]),
             "kept": left,
+            "models_kept": 0,
             "bytes_kept": sum(sizes[:left]),
             "dry_run": True,
         }, options

@@ -1,9 +1,10 @@
-"""A store of spectral facts, shared by all runs of a user: small files, named by the content of a tensor.
+"""A store of what was found once, shared by all runs of a user: small files, named by what they are about.
 
     STORE/
         facts-1/                        of this layout
             3f/3f91…c2/                 one tensor: a hash of its dtype, shape and bytes
                 ends-16.<key>.<digest>  one fact; the digest is that of the file's own bytes
+        names-1/                        likewise: of a config and headers, the names in memory
 
 A fact is whole or absent, for files appear by a rename, and what does not match its digest is removed. Two processes
 that find the same thing write the same thing. Nobody holds a lock: who finds a fact gone measures again.
@@ -22,7 +23,7 @@ from pathlib import Path
 from kasa_cli.checkpoint.durable import TEMPORARY, disk_errors, make_folder, write_file
 from kasa_cli.errors import IntegrityError, KasaError, ResourceError, UnsafeInput
 
-LAYOUT = "facts-1"
+FACTS, NAMES = "facts-1", "names-1"
 VARIABLE = "KASA_STORE"
 STALE_SECONDS = 24 * 3600
 """What is unfinished at that age belongs to nobody any more."""
@@ -34,7 +35,7 @@ _FACT = re.compile(r"(?P<question>[a-z0-9-]{1,40})\.(?P<key>[0-9a-f]{16})\.(?P<d
 
 @dataclass(frozen=True)
 class Entry:
-    """All that is known of one tensor: its facts by question, their bytes, and when one was last used."""
+    """All that is known of one tensor, or model: facts by question, their bytes, and when one was last used."""
 
     content: str
     questions: tuple[str, ...]
@@ -45,10 +46,14 @@ class Entry:
 class Store:
     """A folder of facts. Reading and writing it are safe from several processes and threads at once."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._facts = root / LAYOUT
+    def __init__(self, root: Path, layout: str = FACTS) -> None:
+        self.root, self.layout = root, layout
+        self._facts = root / layout
         self.trouble: KasaError | None = None
+
+    def shelf(self, layout: str) -> "Store":
+        """The same folder, for facts about something else."""
+        return Store(self.root, layout)
 
     def get(self, content: str, question: str, key: str) -> bytes | None:
         """The answer to a question about a tensor, if it is here and intact; it then counts as used."""

@@ -85,11 +85,11 @@ def adapter(
 
 def _base(opened: Adapter, where: Where, running: Running) -> Base:
     """The base, where every tensor of the adapter fits."""
-    _, checkpoint, names = planning.survey(where)
+    facts = planning.open_facts(running)
+    _, checkpoint, names = planning.survey(where, facts)
     origin = lineage.origin(checkpoint)
     led = fitted(opened, origin, names)
     led.require_base(origin)
-    facts = planning.open_facts(running)
     return Base(origin, led, facts, (*([names.note] if names.note else []), *planning.store_notes(facts)))
 
 

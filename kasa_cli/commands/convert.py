@@ -88,9 +88,10 @@ def convert(
     options, running, watcher = options or Options(), running or Running(), watcher or Silent()
     check(options)
     check_running(running)
-    case = opened_case(adapter, where, output, options)
+    facts = planning.open_facts(running)
+    case = opened_case(adapter, where, output, options, facts)
     checkpoint, entries = case.checkpoint, entries_of(case)
-    facts, record = planning.open_facts(running), recorded(case, running)
+    record = recorded(case, running)
     job = {**record, "inputs": [[file, shard.identity.size] for file, shard in checkpoint.shards.items()]}
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(running.threads_per_worker), OpenFiles() as files:

@@ -40,11 +40,11 @@ def diff(
     check_running(running)
     if rank < 1:
         raise UsageError("the rank of a subspace must be positive")
-    sources, chosen, notes = _open(models, patterns)
+    facts = planning.open_facts(running)
+    sources, chosen, notes = _open(models, patterns, facts)
     pairs, skipped = _pairs(*chosen)
     if not pairs:
         raise UsageError("the two have no weight in common", f"{models[0].model} and {models[1].model}")
-    facts = planning.open_facts(running)
     found = _contrasted(pairs, sources, facts, (running, rank), watcher)
     done = {name: one for name, one in found.items() if isinstance(one, Contrasted)}
     rows = tuple(one.row for one in done.values() if one.row)
@@ -67,12 +67,12 @@ def diff(
 
 
 def _open(
-    models: tuple[Where, Where], patterns: Patterns
+    models: tuple[Where, Where], patterns: Patterns, facts: Facts
 ) -> tuple[tuple[Checkpoint, Checkpoint], list[tuple[Candidate, ...]], list[str]]:
     """Both checkpoints with what there is to compare in them."""
     checkpoints, chosen, notes = [], [], []
     for where in models:
-        _, checkpoint, names = planning.survey(where)
+        _, checkpoint, names = planning.survey(where, facts)
         checkpoints.append(checkpoint)
         chosen.append(candidates(checkpoint.tensors, names, patterns, "kasa", ANY_SIDE)[0])
         notes += [f"{where.model}: {names.note}"] if names.note else []

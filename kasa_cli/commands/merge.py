@@ -80,11 +80,12 @@ def merge(
     options, running, watcher = options or Options(), running or Running(), watcher or Silent()
     check(adapters, options)
     check_running(running)
-    case = opened_case(adapters, where, output, options)
+    facts = planning.open_facts(running)
+    case = opened_case(adapters, where, output, options, facts)
     checkpoint, orders, made = case.checkpoint, case.orders, case.made
     sheets = _sheets(case)
     require_space(output.parent, sum(sheet.form.size for sheet in sheets))
-    facts, record = planning.open_facts(running), recorded(case, running)
+    record = recorded(case, running)
     job = {**record, "inputs": [[file, shard.identity.size] for file, shard in checkpoint.shards.items()]}
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(running.threads_per_worker), OpenFiles() as files:

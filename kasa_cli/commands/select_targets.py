@@ -12,6 +12,7 @@ from kasa_cli.methods.choice import SIGNS, Amount, matched_rank
 from kasa_cli.methods.criteria import CRITERIA, RULES
 from kasa_cli.pipeline import planning, ranking
 from kasa_cli.pipeline.ask import Asked, ask
+from kasa_cli.pipeline.facts import Facts
 from kasa_cli.pipeline.handover import EMISSIONS, hand_over
 from kasa_cli.pipeline.job import Running, Where, check_running
 from kasa_cli.pipeline.ranking import Judged, Ranking, Scored
@@ -76,8 +77,8 @@ def select_targets(
     options, running, watcher = options or Choice(), running or Running(), watcher or Silent()
     rank_by = check(options)
     check_running(running)
-    checkpoint, names, found, skipped = _survey(where, options, rank_by, patterns)
     facts = planning.open_facts(running)
+    checkpoint, names, found, skipped = _survey(where, options, rank_by, patterns, facts)
     matrices = [matrix for one in found for matrix in planning.matrices(one)]
     asked = ask(checkpoint, matrices, lambda bench: ranking.judge(bench, rank_by), facts, running, watcher)
     scored, mute = ranking.without_nan(_scored(found, asked), list(rank_by.scores))
@@ -113,10 +114,14 @@ def select_targets(
 
 
 def _survey(
-    where: Where, options: Choice, rank_by: Ranking, patterns: Patterns | None
+    where: Where,
+    options: Choice,
+    rank_by: Ranking,
+    patterns: Patterns | None,
+    facts: Facts | None = None,
 ) -> tuple[Checkpoint, NameMap, tuple[Candidate, ...], tuple[Skipped, ...]]:
     """The model, and what of it is a candidate under the rule."""
-    _, checkpoint, names = planning.survey(where)
+    _, checkpoint, names = planning.survey(where, facts)
     as_in: AsIn = "peft" if rank_by.rule == "peft" else "kasa"
     found, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), as_in, options.max_dim)
     planning.require_some(found)

@@ -63,12 +63,12 @@ def spectrum(
     """
     running, watcher = running or Running(), watcher or Silent()
     check_running(running)
-    _, checkpoint, names = planning.survey(where)
+    facts = planning.open_facts(running)
+    _, checkpoint, names = planning.survey(where, facts)
     chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
     planning.require_some(chosen)
     first_last = reversed(chosen)  # of tied weights the first gives the row its module
     modules = {matrix.name: one.module for one in first_last for matrix in planning.matrices(one)}
-    facts = planning.open_facts(running)
 
     def look(bench: Bench) -> Looked:
         module = modules[bench.weight.name]

@@ -1,27 +1,31 @@
-"""`kasa store ls` and `kasa store prune`: what is remembered of spectra, and forgetting it."""
+"""`kasa store ls` and `kasa store prune`: what is remembered of spectra and names, and forgetting it."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kasa_cli.checkpoint.store import Entry, Store, existing
+from kasa_cli.checkpoint.store import FACTS, NAMES, Entry, Store, existing
 from kasa_cli.errors import UsageError, printable
 from kasa_cli.pipeline.facts import header
 from kasa_cli.report import StoreReport
 
 DAY = 24 * 3600
 UNKNOWN: dict[str, Any] = {"name": "?", "dtype": "?", "shape": [0, 0]}
+Held = tuple[Store, Entry]
+"""What is kept, and on which shelf."""
 
 
 def ls(store: Path | None = None) -> StoreReport:
-    """Every tensor measured, the one used last first."""
+    """Every tensor measured, the one used last first; and how many models' names are known."""
     opened = existing(store)
-    entries = opened.entries()
+    held = _held(opened)
+    tensors, models = _parted(held)
     return StoreReport(
         command="store ls",
         store=str(opened.root),
-        tensors=tuple(_row(opened, entry) for entry in entries),
-        totals={"tensors": len(entries), "bytes": sum(entry.num_bytes for entry in entries)},
+        tensors=tuple(_row(opened, entry) for entry in tensors),
+        totals={"tensors": len(tensors), "models": len(models), "bytes": _num_bytes(held)},
     )
 
 
@@ -41,35 +45,62 @@ def prune(
     if max_bytes is None and max_days is None and not everything:
         raise UsageError("nothing says what to forget", "", "give --max-size, --older-than or --all")
     opened = existing(store)
-    entries = opened.entries()
-    doomed = entries if everything else _doomed(entries, max_bytes, max_days)
-    rows = tuple(_row(opened, entry) for entry in doomed)
+    held = _held(opened)
+    doomed = held if everything else _doomed(held, max_bytes, max_days)
+    tensors, models = _parted(doomed)
+    rows = tuple(_row(opened, entry) for entry in tensors)
     if not dry_run:
-        for entry in doomed:
-            opened.remove(entry.content)
-        opened.sweep()
+        for shelf, entry in doomed:
+            shelf.remove(entry.content)
+        for shelf in _shelves(opened):
+            shelf.sweep()
+    all_tensors, all_models = _parted(held)
     return StoreReport(
         command="store prune",
         store=str(opened.root),
         tensors=rows,
         totals={
-            "removed": len(doomed),
-            "bytes_removed": sum(entry.num_bytes for entry in doomed),
-            "kept": len(entries) - len(doomed),
-            "bytes_kept": sum(entry.num_bytes for entry in entries)
-            - sum(entry.num_bytes for entry in doomed),
+            "removed": len(tensors),
+            "models_removed": len(models),
+            "bytes_removed": _num_bytes(doomed),
+            "kept": len(all_tensors) - len(tensors),
+            "models_kept": len(all_models) - len(models),
+            "bytes_kept": _num_bytes(held) - _num_bytes(doomed),
             "dry_run": dry_run,
         },
     )
 
 
-def _doomed(entries: list[Entry], max_bytes: int | None, max_days: float | None) -> list[Entry]:
+def _shelves(opened: Store) -> tuple[Store, Store]:
+    return opened.shelf(FACTS), opened.shelf(NAMES)
+
+
+def _held(opened: Store) -> list[Held]:
+    """All that is kept, the last used first."""
+    held = [(shelf, entry) for shelf in _shelves(opened) for entry in shelf.entries()]
+    return sorted(held, key=lambda one: (-one[1].last_used, one[1].content))
+
+
+def _parted(held: Iterable[Held]) -> tuple[list[Entry], list[Entry]]:
+    """The tensors measured, and the models whose names are known."""
+    parts: dict[str, list[Entry]] = {FACTS: [], NAMES: []}
+    for shelf, entry in held:
+        parts[shelf.layout].append(entry)
+    return parts[FACTS], parts[NAMES]
+
+
+def _num_bytes(held: Iterable[Held]) -> int:
+    return sum(entry.num_bytes for _, entry in held)
+
+
+def _doomed(held: list[Held], max_bytes: int | None, max_days: float | None) -> list[Held]:
     """Of entries, the last used first: those too old, and those that no longer fit."""
     doomed, room, now = [], max_bytes, time.time()
-    for entry in entries:
+    for one in held:
+        entry = one[1]
         is_old = max_days is not None and now - entry.last_used > max_days * DAY
         if is_old or (room is not None and entry.num_bytes > room):
-            doomed.append(entry)
+            doomed.append(one)
             room = 0 if room is not None and not is_old else room  # all that is older goes too
         elif room is not None:
             room -= entry.num_bytes

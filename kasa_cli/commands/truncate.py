@@ -17,6 +17,7 @@ from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline import planning
 from kasa_cli.pipeline.adapters import write_adapter, write_tail
+from kasa_cli.pipeline.facts import Facts
 from kasa_cli.pipeline.job import DTYPES, PARTS, Options, Where, check, recorded
 from kasa_cli.pipeline.measure import Measured, Measurer, measure
 from kasa_cli.pipeline.operate import NewBase, Written, write_base
@@ -35,6 +36,7 @@ def plan(where: Where, options: Options) -> PlanReport:
     Raises:
         KasaError: whatever `truncate` would refuse before it reads a weight.
     """
+    check(options)
     made = _plan(where, options)
     targets = made.selection.targets
     sheets = _sheets(made, options)
@@ -66,9 +68,10 @@ def truncate(
         KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
     """
     options, watcher = options or Options(), watcher or Silent()
-    made = _plan(where, options)
+    check(options)
     device = planning.pick_device(options.device)
     facts = planning.open_facts(options.running)
+    made = _plan(where, options, facts)
     sheets = _sheets(made, options)
     check_apart(output, [made.source.root])
     require_space(output.parent, _bytes_to_write(made, options, sheets))
@@ -85,11 +88,14 @@ def truncate(
     return replace(report, notes=(*report.notes, *planning.store_notes(facts)))
 
 
-def _plan(where: Where, options: Options) -> Plan:
-    check(options)
+def _plan(where: Where, options: Options, facts: Facts | None = None) -> Plan:
     rule = kasa.COMPATS[options.compat]
     made = planning.make_plan(
-        where, options.patterns, options.targets_from, lambda outs, ins: rule(options.dropped, outs, ins)
+        where,
+        options.patterns,
+        options.targets_from,
+        lambda outs, ins: rule(options.dropped, outs, ins),
+        facts,
     )
     planning.require_rank(made.selection.targets, options.dropped, "the truncation rank")
     if "adapter" in options.emit:

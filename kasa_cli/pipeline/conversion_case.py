@@ -17,6 +17,7 @@ from kasa_cli.methods.conversion import Limit
 from kasa_cli.pipeline import lineage, planning
 from kasa_cli.pipeline.convertible import require_form, require_nothing_else, require_own
 from kasa_cli.pipeline.cuts import Cuts, known_cuts
+from kasa_cli.pipeline.facts import Facts
 from kasa_cli.pipeline.fitting import KASA, Fitted, fitted, read_adapter
 from kasa_cli.pipeline.job import Where
 from kasa_cli.pipeline.lineage import BASES, ORIGINAL, TRUNCATED, Origin
@@ -144,13 +145,13 @@ def check(options: Options) -> None:
         raise UsageError("lora-lite has names of its own", "--names", "leave it out")
 
 
-def opened_case(path: Path, where: Where, output: Path, options: Options) -> Case:
+def opened_case(path: Path, where: Where, output: Path, options: Options, facts: Facts | None = None) -> Case:
     """The adapter read, placed, fit for this base, and all of it such that a plain LoRA can say it.
 
     Raises:
         KasaError: by the kind of trouble; nothing was written.
     """
-    source, checkpoint, names = planning.survey(where)
+    source, checkpoint, names = planning.survey(where, facts)
     check_apart(output, [source.root, path])
     adapter, base = read_adapter(path), lineage.origin(checkpoint)
     one = fitted(adapter, base, names)

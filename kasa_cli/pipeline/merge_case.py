@@ -14,6 +14,7 @@ from kasa_cli.errors import AlreadyMerged, UsageError
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.pipeline import lineage, planning
 from kasa_cli.pipeline.cuts import Cuts, known_cuts
+from kasa_cli.pipeline.facts import Facts
 from kasa_cli.pipeline.fitting import RECOMPUTED, Fitted, fitted, read_adapter, starts_of
 from kasa_cli.pipeline.job import DTYPES, Where
 from kasa_cli.pipeline.lineage import BASES, Origin
@@ -85,13 +86,15 @@ def check(adapters: Sequence[Path], options: Options) -> None:
             raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
 
 
-def opened_case(paths: Sequence[Path], where: Where, output: Path, options: Options) -> Case:
+def opened_case(
+    paths: Sequence[Path], where: Where, output: Path, options: Options, facts: Facts | None = None
+) -> Case:
     """The base and every adapter read, fit for each other, and what they ask of each tensor.
 
     Raises:
         KasaError: by the kind of trouble; nothing was written.
     """
-    source, checkpoint, names = planning.survey(where)
+    source, checkpoint, names = planning.survey(where, facts)
     check_apart(output, [source.root, *paths])
     base = lineage.origin(checkpoint)
     before, rows, mergings, told = lineage.merged_before(base), [], [], None

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from kasa_cli.checkpoint.container import BITS
+from kasa_cli.checkpoint.known_names import names_of
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
 from kasa_cli.checkpoint.manifest import numeric_environment
 from kasa_cli.checkpoint.names import NameMap
@@ -44,21 +45,28 @@ class Plan:
     selection: Selection
 
 
-def make_plan(where: Where, patterns: Patterns, from_file: Path | None, rank_rule: RankRule) -> Plan:
+def make_plan(
+    where: Where,
+    patterns: Patterns,
+    from_file: Path | None,
+    rank_rule: RankRule,
+    facts: Facts | None = None,
+) -> Plan:
     """Find the model, check every header, map the names and choose the targets."""
-    source, checkpoint, names = survey(where)
+    source, checkpoint, names = survey(where, facts)
     patterns = asked_for(patterns.targets, patterns.excludes, from_file)
     return Plan(source, checkpoint, names, select(checkpoint.tensors, names.slots, patterns, rank_rule))
 
 
-def survey(where: Where) -> tuple[Source, Checkpoint, NameMap]:
-    """The model behind a name: its files, checked, and the modules its tensors belong to."""
+def survey(where: Where, facts: Facts | None = None) -> tuple[Source, Checkpoint, NameMap]:
+    """The model behind a name: its files, checked, and the modules its tensors belong to.
+
+    These may be known from the store of `facts`, and are kept there; without it, nothing is written.
+    """
     source, checkpoint = find(where)
     refuse_quantised(checkpoint.config, checkpoint.tensors, where.model)
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    from kasa_cli.checkpoint.naming import map_names
-
-    return source, checkpoint, map_names(checkpoint.config, shapes)
+    return source, checkpoint, names_of(checkpoint.config, shapes, facts.store if facts else None)
 
 
 def find(where: Where) -> tuple[Source, Checkpoint]:
