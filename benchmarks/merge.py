@@ -9,8 +9,9 @@ the disk), and with nothing left to write. Each is a process of its own, one aft
 run of median time counts. PEFT: `from_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload`,
 `save_pretrained`. What kasa leaves is on disk and has been read back, so the copy to compare it with syncs its files
 and its folder too; PEFT and the other copy leave that to the system. Both merges must have the same entries, but for
-rounding. Half the layers are merged once more: memory must not follow the size of the model. Three seconds of either
-merge are imports, so few layers say little.
+rounding. The first merge into a base asks transformers for its names, the next ones find them in kasa's store: both
+are shown. Half the layers are merged once more: memory must not follow the size of the model. Up to three seconds of
+a merge are imports, so few layers say little.
 """
 
 import argparse
@@ -26,8 +27,9 @@ from pathlib import Path
 from measuring import Usage, gib, measured, show  # no torch here: a child's peak begins at that of its parent
 
 CHUNK = 16 << 20
-COPY, FAST_COPY, KASA, HALF, PEFT = "copy, synced", "copy, unsynced", "kasa", "kasa, half as deep", "PEFT"
-OUTPUTS = {COPY: "copy", FAST_COPY: "copy", KASA: "kasa", HALF: "copy", PEFT: "peft"}
+COPY, FAST_COPY, KASA, PEFT = "copy, synced", "copy, unsynced", "kasa", "PEFT"
+FIRST, HALF = "kasa, new base", "kasa, half as deep"
+OUTPUTS = {COPY: "copy", FAST_COPY: "copy", FIRST: "copy", KASA: "kasa", HALF: "copy", PEFT: "peft"}
 """Folders: those of the two merges are kept, to be compared."""
 INPUTS = {model: (model, f"{model}-adapter") for model in ("model", "half")}
 
@@ -125,15 +127,19 @@ def contenders(place: Path, arguments: argparse.Namespace) -> dict[str, Callable
     workers = arguments.workers
     this = [sys.executable, __file__, "--place", str(place), "--run"]
 
-    def kasa(name: str, result: Path) -> Usage:
+    def kasa(name: str, result: Path, is_new: bool = True) -> Usage:
+        store = place / f"{name}-store"
+        if is_new:
+            shutil.rmtree(store, ignore_errors=True)
         given = [str(place / f"{name}-adapter"), "--into", str(place / name), "-o", str(result)]
         command = [sys.executable, "-m", "kasa_cli", "merge", *given, "--workers", str(workers)]
-        return measured([*command, "--no-store", "-q", "--json"], output=place / f"{name}.json")
+        return measured([*command, "--store", str(store), "-q", "--json"], output=place / f"{name}.json")
 
     found = {
         COPY: lambda: measured([*this, "synced"]),
         FAST_COPY: lambda: measured([*this, "copy"]),
-        KASA: lambda: kasa("model", place / OUTPUTS[KASA]),
+        FIRST: lambda: kasa("model", place / OUTPUTS[FIRST]),
+        KASA: lambda: kasa("model", place / OUTPUTS[KASA], is_new=False),
         HALF: lambda: kasa("half", place / OUTPUTS[HALF]),
     }
     return found if arguments.without_peft else {**found, PEFT: lambda: measured([*this, "peft"], workers)}
@@ -240,11 +246,14 @@ def middle(usages: list[Usage]) -> Usage:
 
 
 def conclude(figures: dict[str, Usage], size: int, half_size: int) -> None:
-    kasa, half = figures[KASA], figures[HALF]
-    times = ", ".join(f"{kasa.seconds / figures[one].seconds:.2f} x {one}" for one in (COPY, FAST_COPY))
-    further = (kasa.seconds - half.seconds) / (size - half_size) * 2**30
-    copied = figures[COPY].seconds / size * 2**30
-    print(f"wall of kasa: {times}; a further GiB takes {further:.1f} s, to copy and sync one {copied:.1f} s")
+    kasa, half, first = figures[KASA], figures[HALF], figures[FIRST]
+    for who in (KASA, FIRST):
+        ratios = [f"{figures[who].seconds / figures[one].seconds:.2f} x {one}" for one in (COPY, FAST_COPY)]
+        print(f"wall of {who}: {'; '.join(ratios)}")
+    further = (first.seconds - half.seconds) / (size - half_size) * 2**30
+    print(
+        f"a further GiB takes {further:.1f} s, to copy and sync one {figures[COPY].seconds / size * 2**30:.1f} s"
+    )
     print(
         f"peak memory of kasa: {gib(kasa.peak_bytes)}, of half the layers {gib(half.peak_bytes)}, files {gib(size)}"
     )
