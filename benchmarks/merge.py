@@ -231,7 +231,7 @@ def prepare(place: Path, name: str, is_cold: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     os.sync()
     wanted = () if is_cold else INPUTS["half" if name == HALF else "model"]
-    for file in sorted(place.glob("*/*")):
+    for file in sorted(path for path in place.glob("*/*") if path.is_file()):
         with file.open("rb", buffering=0) as opened:
             if file.parent.name not in wanted:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
