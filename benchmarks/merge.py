@@ -211,12 +211,13 @@ def rounds(
 ) -> dict[str, list[Usage]]:
     """Every contender in turn, and again: what is slow for a while is slow for all.
 
-    Each round begins with another one, for memory that was just given back is faster to get again.
+    Memory that was just given back is faster to get again, so each round begins with another one, and every other
+    round goes the other way.
     """
     runs: dict[str, list[Usage]] = {name: [] for name in who}
     for turn in range(repeat):
         first = turn % len(who)
-        for name in (*who, *who)[first : first + len(who)]:
+        for name in [*who, *who][first : first + len(who)][:: -1 if turn % 2 else 1]:
             prepare(place, name, is_cold)
             runs[name].append(who[name]())
     return runs
