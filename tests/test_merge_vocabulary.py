@@ -14,12 +14,15 @@ import tiny_models
 import torch
 from adapted import load, logits, tensors_of
 from adapters import WEIGHTS, tampered
+from blake3 import blake3
 from runs import inside
 from safetensors.torch import load_file
 from test_merge_ties import assert_accounted, assert_close, loaded, merged
 
+from kasa_cli.checkpoint.manifest import load as load_manifest
 from kasa_cli.checkpoint.model_config import resized
 from kasa_cli.errors import ExitCode, InvalidInput
+from kasa_cli.pipeline import streamed
 
 QV = {"target_modules": ["q_proj"]}
 BOTH = ["embed_tokens", "lm_head"]
@@ -112,6 +115,20 @@ def test_a_vocabulary_shrinks_and_grows(rows, folder, tmp_path, caplog):
     merged(tmp_path / "adapter", base, tmp_path / "OUT")
     assert_close(logits(loaded(tmp_path / "OUT", caplog)), said)
     assert len(tensors_of(tmp_path / "OUT")["lm_head.weight"]) == rows
+
+
+@pytest.mark.parametrize("rows", [OLD - 6, 3 * OLD])
+def test_the_hash_on_record_is_that_of_all_rows_of_the_base(rows, folder, tmp_path, monkeypatch):
+    """Of those that a smaller vocabulary leaves out, too; whether they fit into one block or not."""
+    monkeypatch.setattr(streamed, "BLOCK_ENTRIES", 64)
+    monkeypatch.setattr(streamed, "LEAST_ROWS", 4)
+    base = base_of("llama", folder)
+    trained(base, tmp_path / "adapter", rows, **QV)
+    merged(tmp_path / "adapter", base, tmp_path / "OUT")
+    before, records = load_file(base / "model.safetensors"), load_manifest(tmp_path / "OUT")["tensors"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert records[name]["shape"][0] == rows
+        assert records[name]["input_blake3"] == blake3(before[name].numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", sorted(UNTIED))
