@@ -29,7 +29,6 @@ from kasa_cli.pipeline.workers import Watcher, run
 
 CHUNK = 1 << 20
 """Bytes put on their way and hashed while they are in the cache of one core."""
-NOT_OPEN = Opened(-1, None)
 OPEN_FILES = 16
 """Files filled at once: enough to keep all workers busy, far below what a process may have open."""
 

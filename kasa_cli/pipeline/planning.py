@@ -29,7 +29,7 @@ RUNTIME_BYTES = 400 << 20
 """What torch and transformers occupy before the first tensor."""
 STREAMED_ROOM = 28 << 20
 """What a worker occupies that adds to a tensor as it streams by, and writes it."""
-START_SECONDS, STREAMED_BYTES_PER_SECOND = 3.0, 2.5e8
+START_SECONDS, STREAMED_BYTES_PER_SECOND = 3.0, 4e8
 """Of a merge: imports, and what a worker reads, adds to, hashes and writes."""
 GRAM_FLOPS_PER_SECOND = 4e10
 """A rank-k update of float64 on one core of a server of 2023: an estimate is all that a plan asks of it."""
