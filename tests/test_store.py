@@ -361,6 +361,15 @@ def test_only_what_killed_runs_left_long_ago_is_swept(kept: Store, fact: Path) -
     assert {path.name for path in (kept.root / FACTS).glob("*/*")} == {A, content(3)}
 
 
+def test_a_run_killed_between_two_folders_leaves_none_for_good(kept: Store, fact: Path) -> None:
+    for name in ("00", "ab", "notes"):
+        (kept.root / FACTS / name).mkdir()
+    for name in ("00", "notes"):
+        os.utime(kept.root / FACTS / name, (0, 0))
+    kept.sweep()
+    assert {path.name for path in (kept.root / FACTS).iterdir()} == {"ab", "notes", A[:2]}
+
+
 def test_pruning_sweeps_and_leaves_no_empty_folder(kept: Store, fact: Path) -> None:
     litter = fact.with_name(f".old{TEMPORARY}")
     litter.write_bytes(b"half")

@@ -29,7 +29,7 @@ STALE_SECONDS = 24 * 3600
 """What is unfinished at that age belongs to nobody any more."""
 ATTEMPTS = 4
 """To write a fact whose folder somebody else finds empty and removes."""
-_CONTENT = re.compile(r"[0-9a-f]{64}")
+_CONTENT, _PREFIX = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{2}")
 _FACT = re.compile(r"(?P<question>[a-z0-9-]{1,40})\.(?P<key>[0-9a-f]{16})\.(?P<digest>[0-9a-f]{64})")
 
 
@@ -118,6 +118,10 @@ class Store:
             if stale:  # an empty folder that is new is about to be filled
                 _remove_empty(folder)
             num_swept += len(litter)
+        for first in _names(self._facts):  # a run may have been killed before it put a folder in there
+            if _PREFIX.fullmatch(first) and _is_stale(self._facts / first):
+                with suppress(OSError):
+                    (self._facts / first).rmdir()
         return num_swept
 
     def _folder(self, content: str) -> Path:
