@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kasa_cli.checkpoint.streaming import filling, form
+from kasa_cli.checkpoint.safetensors_writer import filling, form
 
 WIDTHS = {
     2048: {"intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},

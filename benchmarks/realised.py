@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from kasa_cli.commands.truncate import Options, Where, truncate
 from kasa_cli.linalg import rounding
-from kasa_cli.linalg.ends import ends
-from kasa_cli.linalg.outcome import outcome
+from kasa_cli.linalg.bottom import ends
+from kasa_cli.linalg.realised import outcome
 from kasa_cli.methods import kasa
 from kasa_cli.report import TruncateReport
 

@@ -38,9 +38,8 @@ def bound(model: str, workers: int) -> None:
     from kasa_cli.linalg import kernels
     from kasa_cli.linalg.frame import frame
     from kasa_cli.linalg.gram import gram
-    from kasa_cli.pipeline.job import Where
-    from kasa_cli.pipeline.planning import survey
-    from kasa_cli.pipeline.weights import read_target
+    from kasa_cli.pipeline.measuring.weights import read_target
+    from kasa_cli.pipeline.opening import Where, survey
     from kasa_cli.pipeline.workers import blas_threads, run
 
     _, checkpoint, names = survey(Where(model))

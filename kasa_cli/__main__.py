@@ -1,5 +1,5 @@
 """`python -m kasa_cli` is `kasa`."""
 
-from kasa_cli.cli import main
+from kasa_cli.cli.app import main
 
 main()

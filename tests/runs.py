@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from kasa_cli import cli
+from kasa_cli.cli import app
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_CANARYcanaryCANARYcanaryCANARY"
@@ -23,10 +23,10 @@ LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
     [
-        "kasa_cli.cli",
+        "kasa_cli.cli.app",
         "kasa_cli.commands.truncate",
         "kasa_cli.commands.verify",
-        "kasa_cli.checkpoint.naming",
+        "kasa_cli.model_names.name_map",
         "runs",
     ]
 )
@@ -51,7 +51,7 @@ def forbidden(constant: str) -> None:
 def inside(capsys, *arguments: object) -> Ran:
     """Run here: everything but signals, the environment and the way out."""
     capsys.readouterr()
-    code = cli._guarded([str(argument) for argument in arguments])
+    code = app._guarded([str(argument) for argument in arguments])
     return Ran(int(code), *capsys.readouterr())
 
 
@@ -104,10 +104,10 @@ def _slowed(log: str, pause: float, arguments: list[str], store: str) -> None:
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
     if pause:
-        from kasa_cli.pipeline import facts
+        from kasa_cli.pipeline.measuring import facts
 
         facts.ends_of, os.fsync = _after(pause, facts.ends_of), _after(pause / 4, os.fsync)
-    cli.main(arguments)
+    app.main(arguments)
 
 
 def _after(pause: float, function):

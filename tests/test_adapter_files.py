@@ -16,8 +16,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.checkpoint import adapter_methods, adapter_settings
-from kasa_cli.checkpoint.adapter_files import Adapter, Patch, open_adapter
+from kasa_cli.adapters import module_settings, peft_types
+from kasa_cli.adapters.reading import Adapter, Patch, open_adapter
 from kasa_cli.errors import ExitCode, KasaError
 
 PREFIX = "base_model.model."
@@ -207,7 +207,7 @@ def test_old_files_say_less(folder, tmp_path):
         "merge_weights": False,
     }
     adapter = open_adapter(tampered(saved("lora", folder), tmp_path / "x", **old))
-    assert len(adapter.patches) == 4 and adapter_settings.version_of(adapter.config) < (0, 18)
+    assert len(adapter.patches) == 4 and module_settings.version_of(adapter.config) < (0, 18)
 
 
 # --- tampered files ---
@@ -365,7 +365,7 @@ def test_a_tampered_adapter_is_refused_by_name(name, folder, tmp_path):
     ],
 )
 def test_a_pattern_that_could_fill_the_memory_is_not_compiled(pattern, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_settings.regex, "compile", None)
+    monkeypatch.setattr(module_settings.regex, "compile", None)
     error = refused(tampered(saved("lora", folder), tmp_path / "x", alpha_pattern={pattern: 4}))
     assert "repeats groups, looks around or counts" in str(error) and error.exit_code == ExitCode.INVALID
 
@@ -382,13 +382,13 @@ def test_a_pattern_that_could_fill_the_memory_is_not_compiled(pattern, folder, t
     ],
 )
 def test_patterns_as_people_write_them_are_matched(pattern, name):
-    patterns = adapter_settings.Patterns("rank_pattern", {"nothing": 1, pattern: 2, ".*": 3}, Path())
+    patterns = module_settings.Patterns("rank_pattern", {"nothing": 1, pattern: 2, ".*": 3}, Path())
     assert patterns.value(name, 0) == 2 and patterns.value("other", 0) == 3
 
 
 def test_a_pattern_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(adapter_settings, "MATCH_SECONDS", 0.0)
-    patterns = adapter_settings.Patterns("rank_pattern", {r"(\w*.*|.*)" * 6 + "[XYZ]": 1}, Path("x"))
+    monkeypatch.setattr(module_settings, "MATCH_SECONDS", 0.0)
+    patterns = module_settings.Patterns("rank_pattern", {r"(\w*.*|.*)" * 6 + "[XYZ]": 1}, Path("x"))
     with pytest.raises(KasaError, match="takes too long to match") as caught:
         patterns.value("a.b" * 2000, 0)
     assert caught.value.exit_code == ExitCode.INVALID
@@ -464,7 +464,7 @@ def test_every_field_of_peft_has_a_row():
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        method = adapter_methods.METHODS.get(kind.value)
+        method = peft_types.METHODS.get(kind.value)
         if method:
             assert {field.name for field in fields(config)} - method.fields.keys() == set(), kind
 

@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from kasa_cli.errors import InvalidInput, NumericalError, UsageError
 from kasa_cli.linalg import rounding
-from kasa_cli.linalg.ends import ends
-from kasa_cli.methods import terms
-from kasa_cli.methods.adapters import KINDS, REFUSED, Module, change, experts, kind_of, truncation
-from kasa_cli.methods.terms import Change, apply, apply_bias, factors, rows, weighted
+from kasa_cli.linalg.bottom import ends
+from kasa_cli.methods.adapter_kinds import change as change_file
+from kasa_cli.methods.adapter_kinds.change import Change, apply, apply_bias, factors, rows, weighted
+from kasa_cli.methods.adapter_kinds.table import KINDS, REFUSED, Module, change, experts, kind_of, truncation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`"),
@@ -276,7 +276,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 def small_blocks(monkeypatch):
     """Blocks of as few rows as there can be."""
     monkeypatch.setattr(rounding, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(terms, "LEAST_ROWS", 1)
+    monkeypatch.setattr(change_file, "LEAST_ROWS", 1)
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
@@ -553,8 +553,8 @@ def test_the_size_of_blocks_changes_nothing(name, monkeypatch):
     changes = changes_of(name, done)
     at_once = apply(done.W, changes, torch.float64)
     monkeypatch.setattr(rounding, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(terms, "LEAST_ROWS", 1)
-    assert len(list(terms.row_blocks(done.W.shape, changes))) > 1
+    monkeypatch.setattr(change_file, "LEAST_ROWS", 1)
+    assert len(list(change_file.row_blocks(done.W.shape, changes))) > 1
     assert off(apply(done.W, changes, torch.float64), at_once) <= 1e-14
 
 
@@ -887,7 +887,7 @@ def test_reflections_without_a_direction_are_refused(apply_GS):
 
 
 def test_blocks_stay_small_and_hold_whole_groups():
-    large = list(terms.row_blocks((4096, 14336), [Change(grain=64), Change(grain=3)]))
+    large = list(change_file.row_blocks((4096, 14336), [Change(grain=64), Change(grain=3)]))
     assert max(stop - start for start, stop in large) <= 192
     assert all(start % 192 == 0 for start, _ in large)
     assert [start for start, _ in large[1:]] == [stop for _, stop in large[:-1]]

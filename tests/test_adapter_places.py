@@ -17,13 +17,13 @@ from adapters import CASES, EXPERTS, LORA, WEIGHTS, Case, saved, tampered
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from kasa_cli.checkpoint.adapter_files import Adapter, Replacement, TokenRows, open_adapter
-from kasa_cli.checkpoint.adapter_places import TURNED_CLASSES, Placed, placed
-from kasa_cli.checkpoint.adapter_value_places import PlacedValue, placed_values
+from kasa_cli.adapters.parameter_placement import PlacedValue, placed_values
+from kasa_cli.adapters.placement import TURNED_CLASSES, Placed, placed
+from kasa_cli.adapters.reading import Adapter, Replacement, TokenRows, open_adapter
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
-from kasa_cli.checkpoint.names import NameMap
-from kasa_cli.checkpoint.naming import map_names
 from kasa_cli.errors import ExitCode, InvalidInput
+from kasa_cli.model_names.name_map import map_names
+from kasa_cli.model_names.names import NameMap
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own
 PREFIX = "base_model.model."

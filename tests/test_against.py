@@ -9,12 +9,12 @@ from runs import changed, plain_model
 from safetensors.torch import load_file, save_file
 
 from kasa_cli.checkpoint import manifest
-from kasa_cli.checkpoint.container import read_header
-from kasa_cli.checkpoint.staging import MANIFEST
+from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.commands.truncate import Options, Where, truncate
 from kasa_cli.commands.verify import verify
 from kasa_cli.errors import IntegrityError
-from kasa_cli.pipeline.papers import file_records
+from kasa_cli.files.staging import MANIFEST
+from kasa_cli.pipeline.file_records import file_records
 
 Q0 = "model.layers.0.self_attn.q_proj"
 

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from matrices import gaussian, orthonormal
 
-from kasa_cli.linalg.angles import best_cosines, principal_angles
+from kasa_cli.linalg.subspaces import best_cosines, principal_angles
 
 
 @pytest.mark.parametrize(("n", "t"), [(40, 6), (40, 20), (40, 30), (6, 6), (9, 1)])

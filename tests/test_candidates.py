@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from kasa_cli.checkpoint.candidates import FUSED, AsIn, candidates
-from kasa_cli.checkpoint.container import TensorEntry, read_header
-from kasa_cli.checkpoint.names import NameMap
-from kasa_cli.checkpoint.naming import map_names
-from kasa_cli.checkpoint.targets import Patterns, select
+from kasa_cli.checkpoint.safetensors_file import TensorEntry, read_header
 from kasa_cli.errors import UsageError
+from kasa_cli.model_names.name_map import map_names
+from kasa_cli.model_names.names import NameMap
 from kasa_cli.report import Candidate, Piece, Skipped
+from kasa_cli.targets.candidates import FUSED, AsIn, candidates
+from kasa_cli.targets.patterns import Patterns, select
 
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, torch.Tensor]

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from kasa_cli.checkpoint.card import card, source_facts
+from kasa_cli.checkpoint.model_card import card, source_facts
 
 CARDS = {
     "no front matter": ("hello", {}),

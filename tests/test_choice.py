@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kasa_cli.errors import NumericalError
-from kasa_cli.methods.choice import Amount, choose, matched_rank, order, overlap, rank_correlation
+from kasa_cli.methods.selection import Amount, choose, matched_rank, order, overlap, rank_correlation
 
 SCORES = st.lists(st.sampled_from([0.0, -0.0, 1.0, 1.5, 2.0, 1e300, math.inf]), max_size=25)
 

@@ -13,11 +13,11 @@ from faults import tree_hash, write_index
 from runs import environment, inside, outside, plain_model
 
 from kasa_cli import __version__
-from kasa_cli.checkpoint.handoff import FORMATS as FORMATS_OF_HAND_OFF
-from kasa_cli.checkpoint.staging import Staging
 from kasa_cli.commands import verify as verify_verb
 from kasa_cli.errors import ExitCode
+from kasa_cli.files.staging import Staging
 from kasa_cli.methods.criteria import CRITERIA
+from kasa_cli.targets.trainer_configs import FORMATS as FORMATS_OF_HAND_OFF
 
 Q0 = "model.layers.0.self_attn.q_proj"
 EVIL = "\x1b]52;c;cm0gLXJm\x07\x1b[2J[red]x[/red]\u202egnp\x9b31m\r"

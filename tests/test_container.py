@@ -12,7 +12,8 @@ import pytest
 from faults import st, tensor
 from safetensors import safe_open
 
-from kasa_cli.checkpoint.container import BITS, Reader, read_header
+from kasa_cli.checkpoint.dtypes import BITS
+from kasa_cli.checkpoint.safetensors_file import Reader, read_header
 from kasa_cli.errors import InvalidInput, KasaError, UnsafeInput
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,9 @@ from peft import PeftModel
 from runs import finished, inside
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.checkpoint.adapter_files import open_adapter
-from kasa_cli.checkpoint.container import read_header
-from kasa_cli.checkpoint.lora_files import SERVED_RANKS, padded_rank
+from kasa_cli.adapters.reading import open_adapter
+from kasa_cli.adapters.writing import SERVED_RANKS, padded_rank
+from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.commands import convert as verb
 from kasa_cli.commands.convert import Options, Running, Where, convert
 from kasa_cli.commands.merge import Options as MergeOptions
@@ -28,9 +28,9 @@ from kasa_cli.commands.truncate import Options as Truncation
 from kasa_cli.commands.truncate import Patterns, truncate
 from kasa_cli.errors import ExitCode, IntegrityError, InvalidInput, NumericalError, UsageError
 from kasa_cli.linalg import frame
-from kasa_cli.methods.conversion import Limit, of_terms, of_weight
-from kasa_cli.methods.terms import Change, Term
-from kasa_cli.pipeline import converting
+from kasa_cli.methods.adapter_kinds.as_lora import Limit, of_terms, of_weight
+from kasa_cli.methods.adapter_kinds.change import Change, Term
+from kasa_cli.pipeline.converting import factors as factors_file
 
 HERE = Running(1, use_store=False)
 EXACT = {
@@ -734,7 +734,7 @@ def test_an_interrupted_run_goes_on_with_the_factors_it_has(folder, tmp_path, mo
     assert not (tmp_path / "OUT").exists()
     with pytest.raises(IntegrityError, match="another job"):
         converted(adapter, base, tmp_path / "OUT", rank=2)
-    monkeypatch.setattr(converting, "_made", stopped)
+    monkeypatch.setattr(factors_file, "_made", stopped)
     converted(adapter, base, tmp_path / "OUT")
     monkeypatch.undo()
     converted(adapter, base, tmp_path / "whole")

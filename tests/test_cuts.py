@@ -15,7 +15,7 @@ from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.commands.truncate import Options as Truncation
 from kasa_cli.commands.truncate import Patterns, truncate
 from kasa_cli.errors import IntegrityError
-from kasa_cli.pipeline.facts import Bench
+from kasa_cli.pipeline.measuring.facts import Bench
 
 WEIGHTS = "adapter_model.safetensors"
 TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "c_proj")}

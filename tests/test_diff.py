@@ -13,9 +13,10 @@ from runs import changed, inside, plain_model, save
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
-from kasa_cli.commands.diff import Patterns, Running, Where, diff
+from kasa_cli.commands.inspect_diff import Patterns, Running, Where, diff
 from kasa_cli.errors import ExitCode, IntegrityError, NumericalError, UsageError
-from kasa_cli.pipeline import contrast, weights
+from kasa_cli.pipeline.inspecting import diff as diff_file
+from kasa_cli.pipeline.measuring import weights
 from kasa_cli.report import DiffReport, DiffRow
 
 DIM, RANK = 64, 8
@@ -219,7 +220,7 @@ def test_an_intruder_is_found_where_it_is_and_only_there(base, intruded):
     assert row.name == UP1
     assert row.intruders == 1
     assert_right(row, tensors(base)[UP1], tensors(intruded)[UP1])
-    assert row.least_similarity < contrast.INTRUDER
+    assert row.least_similarity < diff.INTRUDER
     assert len(report.identical) == 7
     assert UP1 not in report.identical
 
@@ -257,9 +258,9 @@ def test_a_direction_from_the_middle_of_the_old_spectrum_is_no_intruder_within_r
 def test_identical_weights_are_listed_and_not_decomposed(base, tmp_path, monkeypatch):
     other = changed(base, tmp_path / "other", model__layers__0__mlp__up_proj=noisy(0.1))
     asked = []
-    real = contrast.distance
+    real = diff_file.distance
     monkeypatch.setattr(
-        contrast, "distance", lambda pair, sources: asked.append(pair.name) or real(pair, sources)
+        diff_file, "distance", lambda pair, sources: asked.append(pair.name) or real(pair, sources)
     )
     report = compared(base, other, use_store=False)
     assert asked == ["model.layers.0.mlp.up_proj.weight"]
@@ -421,13 +422,13 @@ def test_large_weights_are_read_by_rows(tmp_path, monkeypatch):
 
 
 def test_a_file_that_changes_during_the_comparison_is_an_integrity_error(base, intruded, monkeypatch):
-    real = contrast.distance
+    real = diff_file.distance
 
     def late(pair, sources):
         (intruded / "model.safetensors").write_bytes((intruded / "model.safetensors").read_bytes())
         return real(pair, sources)
 
-    monkeypatch.setattr(contrast, "distance", late)
+    monkeypatch.setattr(diff_file, "distance", late)
     with pytest.raises(IntegrityError, match="changed since"):
         compared(base, intruded)
 

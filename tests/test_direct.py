@@ -9,17 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kasa_cli.checkpoint import direct
-from kasa_cli.checkpoint.direct import BLOCK, Lanes, Opened, opened_directly
-from kasa_cli.checkpoint.durable import new_file
 from kasa_cli.errors import IntegrityError, ResourceError
+from kasa_cli.files import direct_io
+from kasa_cli.files.direct_io import BLOCK, Lanes, Opened, opened_directly
+from kasa_cli.files.durable import new_file
 
 ROOM = 4 * BLOCK
 
 
 @pytest.fixture(autouse=True)
 def little_room(monkeypatch):
-    monkeypatch.setattr(direct, "ROOM", ROOM)
+    monkeypatch.setattr(direct_io, "ROOM", ROOM)
 
 
 @pytest.fixture(params=["past the cache", "the usual way", "refused late"])
@@ -115,14 +115,14 @@ def test_whole_blocks_do_go_past_the_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", [3, BLOCK + 9, ROOM + BLOCK, 3 * ROOM - 1])
 def test_a_byte_that_comes_back_other_than_written_is_found(place, way, tmp_path, monkeypatch):
-    def slip(descriptor, data, offset, pwrite=direct.pwrite_all):
+    def slip(descriptor, data, offset, pwrite=direct_io.pwrite_all):
         bad = mmap.mmap(-1, len(data))  # where a page begins, as direct access wants it
         bad[:] = bytes(data)
         if offset <= place < offset + len(data):
             bad[place - offset] ^= 1
         pwrite(descriptor, memoryview(bad), offset)
 
-    monkeypatch.setattr(direct, "pwrite_all", slip)
+    monkeypatch.setattr(direct_io, "pwrite_all", slip)
     with pytest.raises(IntegrityError, match="read back other than written: x"):
         write(tmp_path / "file", os.urandom(3 * ROOM), [(0, 3 * ROOM)], BLOCK)
     assert not list(tmp_path.iterdir())
@@ -132,13 +132,13 @@ def test_a_byte_that_comes_back_other_than_written_is_found(place, way, tmp_path
 def test_a_full_disk_is_told_and_leaves_nothing(calls, way, tmp_path, monkeypatch):
     left = [calls]
 
-    def full(descriptor, data, offset, pwrite=direct.pwrite_all):
+    def full(descriptor, data, offset, pwrite=direct_io.pwrite_all):
         if not left[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
         left[0] -= 1
         pwrite(descriptor, data, offset)
 
-    monkeypatch.setattr(direct, "pwrite_all", full)
+    monkeypatch.setattr(direct_io, "pwrite_all", full)
     with pytest.raises(ResourceError, match="No space left"):
         write(tmp_path / "file", os.urandom(4 * ROOM), [(0, 4 * ROOM)], BLOCK)
     assert not list(tmp_path.iterdir())

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from kasa_cli.checkpoint import durable
 from kasa_cli.errors import ExitCode, IntegrityError, InvalidInput, ResourceError
+from kasa_cli.files import durable
 
 DATA = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(DATA).hexdigest()

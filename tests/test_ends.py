@@ -24,8 +24,8 @@ from matrices import (
 )
 
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg.ends import TIE, Ends, ends
-from kasa_cli.linalg.subspace import SOLVERS, Directions, ladder
+from kasa_cli.linalg.bottom import TIE, Ends, ends
+from kasa_cli.linalg.solvers import SOLVERS, Directions, ladder
 from kasa_cli.pipeline import workers
 
 VALUE = 1e-12
@@ -68,7 +68,7 @@ def check(W: torch.Tensor, t: int, found: Ends | None = None) -> Ends:
 
 
 def alone(monkeypatch, *names: str) -> None:
-    monkeypatch.setattr("kasa_cli.linalg.ends.ladder", lambda k, t: names)
+    monkeypatch.setattr("kasa_cli.linalg.bottom.ladder", lambda k, t: names)
 
 
 @pytest.mark.parametrize("t", [0, 1, 8, -1])
@@ -227,7 +227,7 @@ def once_then_right(real):
 
 
 def test_beyond_what_lapack_can_index_is_refused_before_it_is_called(monkeypatch):
-    monkeypatch.setattr("kasa_cli.linalg.subspace.LAPACK_LIMIT", 1000)
+    monkeypatch.setattr("kasa_cli.linalg.solvers.LAPACK_LIMIT", 1000)
     monkeypatch.setattr("kasa_cli.linalg.gram.LAPACK_LIMIT", 1000)
     with pytest.raises(NumericalError, match="a side of 40 is beyond"):
         ends(gaussian(40, 50), 8)

@@ -36,8 +36,8 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from kasa_cli.checkpoint.experts import FOLLOWED, NotAssembled, Origin, matrices
-from kasa_cli.checkpoint.landing import Landing, described, origins
+from kasa_cli.model_names.conversion import Landing, described, origins
+from kasa_cli.model_names.experts import FOLLOWED, NotAssembled, Origin, matrices
 from kasa_cli.report import Piece
 
 MOE = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"

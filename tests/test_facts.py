@@ -10,12 +10,21 @@ import torch
 from matrices import gaussian, log, with_spectrum
 from torch import Tensor
 
-from kasa_cli.checkpoint.store import Store
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg.ends import Ends, ends, level
-from kasa_cli.linalg.values import Values
-from kasa_cli.pipeline import facts as asking
-from kasa_cli.pipeline.facts import Bench, Extremes, Facts, Weight, content_hash, header, pack, unpack
+from kasa_cli.files.store import Store
+from kasa_cli.linalg.bottom import Ends, ends, level
+from kasa_cli.linalg.spectrum import Values
+from kasa_cli.pipeline.measuring import facts as asking
+from kasa_cli.pipeline.measuring.facts import (
+    Bench,
+    Extremes,
+    Facts,
+    Weight,
+    content_hash,
+    header,
+    pack,
+    unpack,
+)
 from kasa_cli.pipeline.workers import blas_threads
 
 ENVIRONMENT = {"kasa": "1", "safetensors": "1", "threads_per_worker": 1, "torch": "2"}

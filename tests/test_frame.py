@@ -9,11 +9,11 @@ from matrices import FLOATS, cliff, gaussian, linear, log, same_bytes, with_spec
 
 from kasa_cli.errors import NumericalError
 from kasa_cli.linalg import frame as frames
-from kasa_cli.linalg.ends import ends, ends_of, level
+from kasa_cli.linalg.bottom import ends, ends_of, level
 from kasa_cli.linalg.frame import Rows, frame, largest_entry
 from kasa_cli.linalg.gram import Gram
-from kasa_cli.linalg.tops import tops_of
-from kasa_cli.linalg.values import values_of
+from kasa_cli.linalg.spectrum import values_of
+from kasa_cli.linalg.top import tops_of
 
 
 def by_rows(W: torch.Tensor, asked: list[tuple[int, int]] | None = None) -> Rows:

@@ -10,7 +10,7 @@ from matrices import gaussian
 from kasa_cli.linalg import gram as module
 from kasa_cli.linalg.frame import frame
 from kasa_cli.linalg.gram import Gram
-from kasa_cli.pipeline.facts import Facts, Weight
+from kasa_cli.pipeline.measuring.facts import Facts, Weight
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (40, 97), (97, 40), (300, 300)])

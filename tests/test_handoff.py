@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kasa_cli.checkpoint import handoff
-from kasa_cli.checkpoint.handoff import EMISSIONS, FORMATS, Chosen, matched, pattern
 from kasa_cli.errors import UsageError
+from kasa_cli.targets import trainer_configs
+from kasa_cli.targets.trainer_configs import EMISSIONS, FORMATS, Chosen, matched, pattern
 
 LAYERS = [f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q_proj", "mlp.up_proj")]
 EXPERTS = ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj")
@@ -134,7 +134,7 @@ TRAP = ["layers.0.fc", "vision.layers.0.fc"]
 @pytest.mark.parametrize("kind", ["peft", "axolotl", "regex"])
 def test_a_name_that_ends_another_becomes_a_pattern(kind: str) -> None:
     selection = chosen(TRAP[0], others=TRAP)
-    lora = handoff.lora_config(kind, EMISSIONS[kind](selection), selection)
+    lora = trainer_configs.lora_config(kind, EMISSIONS[kind](selection), selection)
     assert isinstance(lora["target_modules"], str)
     assert matched(lora, selection) == {TRAP[0]}
 
@@ -162,7 +162,7 @@ def test_a_name_may_hold_any_sign(name: str, kind: str) -> None:
         with pytest.raises(UsageError, match="cannot read the name"):
             EMISSIONS[kind](selection)
         return
-    lora = handoff.lora_config(kind, EMISSIONS[kind](selection), selection)
+    lora = trainer_configs.lora_config(kind, EMISSIONS[kind](selection), selection)
     assert matched(lora, selection) == {name}
     if kind == "axolotl" and isinstance(lora["target_modules"], list):
         assert all(re.compile(entry) for entry in lora["target_modules"])  # as axolotl does
@@ -176,7 +176,7 @@ def test_no_name_reaches_the_terminal_as_a_command(name: str) -> None:
     for kind in ("peft", "axolotl"):
         text = EMISSIONS[kind](chosen(name))
         assert all(line.isprintable() for line in text.split("\n"))
-        assert matched(handoff.lora_config(kind, text, chosen(name)), chosen(name)) == {name}
+        assert matched(trainer_configs.lora_config(kind, text, chosen(name)), chosen(name)) == {name}
 
 
 def test_a_pattern_spells_names_that_differ_in_their_layer_once() -> None:
@@ -207,7 +207,7 @@ def test_whatever_is_handed_off_means_the_selection(paths: set[str], data: st.Da
         except UsageError:
             assert kind != "regex" or model_type != "llama"  # a pattern can always say it
             continue
-        assert matched(handoff.lora_config(kind, text, selection), selection) == set(modules)
+        assert matched(trainer_configs.lora_config(kind, text, selection), selection) == set(modules)
 
 
 @pytest.mark.parametrize("count", [19, 20, 24])

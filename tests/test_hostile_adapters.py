@@ -17,7 +17,7 @@ from faults import st, tensor, tree_hash
 from runs import inside
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.checkpoint import adapter_settings
+from kasa_cli.adapters import module_settings
 from kasa_cli.errors import ExitCode
 
 INVALID, UNSAFE = ExitCode.INVALID, ExitCode.UNSAFE
@@ -345,7 +345,7 @@ def test_what_is_never_followed_changes_nothing(name, folder, base, tmp_path, ca
 
 
 def test_patterns_that_take_long_to_compile_are_given_up(folder, base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(adapter_settings, "COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(module_settings, "COMPILE_SECONDS", 0.0)
     adapter = tampered(saved("lora", folder), tmp_path / "x", alpha_pattern={"(a|b|c)" * 100: 4})
     for arguments in commands(adapter, base, tmp_path / "OUT").values():
         assert_refused(capsys, arguments, INVALID, "too long to compile", tmp_path)

@@ -16,8 +16,8 @@ from runs import save as save_plain
 from safetensors.torch import load_file
 
 from kasa_cli.errors import ExitCode
-from kasa_cli.pipeline import facts
-from kasa_cli.pipeline.spectra import RANKS, best_and_worst
+from kasa_cli.pipeline.inspecting.spectrum import RANKS, best_and_worst
+from kasa_cli.pipeline.measuring import facts
 from kasa_cli.render.units import number
 
 Row = dict[str, object]

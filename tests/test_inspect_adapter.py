@@ -21,7 +21,7 @@ from rich.console import Console
 from runs import ROOT, inside
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.commands.adapter import Running, Where, adapter
+from kasa_cli.commands.inspect_adapter import Running, Where, adapter
 from kasa_cli.commands.truncate import Options, Patterns, truncate
 from kasa_cli.errors import ExitCode, IntegrityError, InvalidInput, UsageError
 from kasa_cli.render.adapters import adapter_tables

@@ -8,7 +8,7 @@ import torch
 from matrices import FLOATS, SHAPES, gaussian, linear, log, same_bytes, truth, with_spectrum
 from torch import nn
 
-from kasa_cli.linalg.ends import Ends, ends
+from kasa_cli.linalg.bottom import Ends, ends
 from kasa_cli.methods import kasa
 from kasa_cli.methods.kasa import COMPATS, DIAG_INITS, Recipe, Start
 

@@ -5,8 +5,8 @@ import torch
 from matrices import cliff, distance, gaussian, log, with_spectrum
 
 from kasa_cli.linalg import kernels
-from kasa_cli.linalg.ends import ends
-from kasa_cli.linalg.subspace import SOLVERS
+from kasa_cli.linalg.bottom import ends
+from kasa_cli.linalg.solvers import SOLVERS
 
 
 @pytest.fixture(params=["scipy", "torch"])

@@ -11,12 +11,12 @@ from adapters import saved
 from faults import tree_hash
 from runs import environment, inside
 
-from kasa_cli.checkpoint import known_names, naming
-from kasa_cli.checkpoint.known_names import QUESTION, names_of, packed, unpacked
 from kasa_cli.checkpoint.layout import open_checkpoint
-from kasa_cli.checkpoint.store import NAMES, Store
 from kasa_cli.commands import store as verb
 from kasa_cli.errors import InvalidInput
+from kasa_cli.files.store import NAMES, Store
+from kasa_cli.model_names import name_cache, name_map
+from kasa_cli.model_names.name_cache import QUESTION, names_of, packed, unpacked
 
 
 def asked(folder: Path):
@@ -39,8 +39,8 @@ def kept(tmp_path):
 def count(monkeypatch):
     """How often transformers was asked."""
     calls = []
-    real = naming.map_names
-    monkeypatch.setattr(naming, "map_names", lambda *args: calls.append(args) or real(*args))
+    real = name_map.map_names
+    monkeypatch.setattr(name_map, "map_names", lambda *args: calls.append(args) or real(*args))
     return calls
 
 
@@ -70,7 +70,7 @@ def test_another_config_other_shapes_and_another_order_are_other_questions(llama
 
 def test_another_version_of_transformers_is_asked_itself(llama, kept, count, monkeypatch):
     names_of(*llama, kept)
-    monkeypatch.setattr(known_names, "version", lambda name: "99.0")
+    monkeypatch.setattr(name_cache, "version", lambda name: "99.0")
     names_of(*llama, kept)
     assert len(count) == 2
 
@@ -80,7 +80,7 @@ def test_another_version_of_transformers_is_asked_itself(llama, kept, count, mon
 )
 def test_what_is_no_map_of_names_is_asked_for_anew(payload, llama, kept, count, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(known_names, "packed", lambda names: payload)
+        patched.setattr(name_cache, "packed", lambda names: payload)
         found = names_of(*llama, kept)
     assert names_of(*llama, kept) == found and len(count) == 2
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kasa_cli.checkpoint.lock import RunLock
-from kasa_cli.checkpoint.staging import Staging
 from kasa_cli.errors import Locked
+from kasa_cli.files.lock import RunLock
+from kasa_cli.files.staging import Staging
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from peft import PeftModel
 from runs import finished, inside
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.checkpoint.container import Reader, read_header
 from kasa_cli.checkpoint.layout import open_checkpoint
+from kasa_cli.checkpoint.safetensors_file import Reader, read_header
 from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import AlreadyMerged, ExitCode, IntegrityError, InvalidInput, UsageError
 
@@ -244,7 +244,7 @@ def test_the_tail_makes_the_truncated_base(pretruncated, tmp_path):
 
 def test_a_cut_that_rounding_brought_back_in_one_weight_leaves_the_base_known(pretruncated, tmp_path):
     """That weight is the same in both bases; the others tell them apart."""
-    from kasa_cli.pipeline.lineage import Origin, adapter_manifest, base_is
+    from kasa_cli.pipeline.adapter_on_base.provenance import Origin, adapter_manifest, base_is
 
     model, out, _ = pretruncated
     known = copy.deepcopy(dict(adapter_manifest(out / "adapter")))

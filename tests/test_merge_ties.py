@@ -23,9 +23,9 @@ from runs import inside
 from safetensors.torch import load_file, save_file
 
 from kasa_cli.checkpoint.layout import open_checkpoint
-from kasa_cli.checkpoint.ties import groups_of, taken_apart
 from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import ExitCode, InvalidInput
+from kasa_cli.model_names.tied_weights import groups_of, taken_apart
 from kasa_cli.report import MergeReport
 
 HERE = Running(1, use_store=False)

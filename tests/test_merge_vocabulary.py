@@ -22,7 +22,7 @@ from test_merge_ties import assert_accounted, assert_close, loaded, merged
 from kasa_cli.checkpoint.manifest import load as load_manifest
 from kasa_cli.checkpoint.model_config import resized
 from kasa_cli.errors import ExitCode, InvalidInput
-from kasa_cli.pipeline import streamed
+from kasa_cli.pipeline.merging import by_rows
 
 QV = {"target_modules": ["q_proj"]}
 BOTH = ["embed_tokens", "lm_head"]
@@ -120,8 +120,8 @@ def test_a_vocabulary_shrinks_and_grows(rows, folder, tmp_path, caplog):
 @pytest.mark.parametrize("rows", [OLD - 6, 3 * OLD])
 def test_the_hash_on_record_is_that_of_all_rows_of_the_base(rows, folder, tmp_path, monkeypatch):
     """Of those that a smaller vocabulary leaves out, too; whether they fit into one block or not."""
-    monkeypatch.setattr(streamed, "BLOCK_ENTRIES", 64)
-    monkeypatch.setattr(streamed, "LEAST_ROWS", 4)
+    monkeypatch.setattr(by_rows, "BLOCK_ENTRIES", 64)
+    monkeypatch.setattr(by_rows, "LEAST_ROWS", 4)
     base = base_of("llama", folder)
     trained(base, tmp_path / "adapter", rows, **QV)
     merged(tmp_path / "adapter", base, tmp_path / "OUT")

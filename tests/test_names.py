@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kasa_cli import commands as commands_package
-from kasa_cli.checkpoint.names import Kind, NameMap, Slot
-from kasa_cli.checkpoint.naming import map_names
 from kasa_cli.errors import InvalidInput
+from kasa_cli.model_names.name_map import map_names
+from kasa_cli.model_names.names import Kind, NameMap, Slot
 
 Tensors = dict[str, torch.Tensor]
 

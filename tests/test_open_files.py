@@ -8,11 +8,11 @@ import torch
 from adapters import CASES, WEIGHTS, saved
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.checkpoint import container
-from kasa_cli.checkpoint.container import read_header
+from kasa_cli.checkpoint import safetensors_file
 from kasa_cli.checkpoint.open_files import OpenFiles
-from kasa_cli.commands.adapter import adapter as look
+from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.commands.convert import Running, Where, convert
+from kasa_cli.commands.inspect_adapter import adapter as look
 from kasa_cli.commands.merge import merge
 from kasa_cli.errors import IntegrityError
 
@@ -22,13 +22,13 @@ HERE = Running(2, use_store=False)
 @pytest.fixture
 def opened(monkeypatch):
     """The files that safetensors opens."""
-    paths, safe_open = [], container.safe_open
+    paths, safe_open = [], safetensors_file.safe_open
 
     def counted(path, *args, **kwargs):
         paths.append(path)
         return safe_open(path, *args, **kwargs)
 
-    monkeypatch.setattr(container, "safe_open", counted)
+    monkeypatch.setattr(safetensors_file, "safe_open", counted)
     return paths
 
 

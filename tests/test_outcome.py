@@ -5,8 +5,8 @@ import torch
 from matrices import SHAPES, deficient, gaussian, linear, log, with_spectrum
 
 from kasa_cli.linalg import rounding
-from kasa_cli.linalg.ends import Ends, ends
-from kasa_cli.linalg.outcome import Outcome, outcome
+from kasa_cli.linalg.bottom import Ends, ends
+from kasa_cli.linalg.realised import Outcome, outcome
 from kasa_cli.linalg.rounding import Target, nearest, preserve
 from kasa_cli.methods import kasa
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kasa_cli.checkpoint import peft as peft_format
+from kasa_cli.adapters import peft as peft_format
 from kasa_cli.commands.truncate import Options, Patterns, Where, truncate
 from kasa_cli.report import Target
 

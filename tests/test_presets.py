@@ -10,18 +10,18 @@ import typer
 import yaml
 from runs import ROOT, inside, plain_model
 
-from kasa_cli import cli, flags
-from kasa_cli.checkpoint import handoff
+from kasa_cli.cli import app, flags
+from kasa_cli.cli.presets import Option, load
 from kasa_cli.commands import truncate as verb
 from kasa_cli.errors import ExitCode, InvalidInput, UsageError
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
-from kasa_cli.methods.choice import SIGNS
 from kasa_cli.methods.criteria import CRITERIA, RULES
-from kasa_cli.pipeline import job
-from kasa_cli.pipeline.lineage import BASES
-from kasa_cli.presets import Option, load
+from kasa_cli.methods.selection import SIGNS
+from kasa_cli.pipeline.adapter_on_base.provenance import BASES
+from kasa_cli.pipeline.truncating import options
 from kasa_cli.render.formats import FORMATS
+from kasa_cli.targets import trainer_configs
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 DEFAULT = ROOT / "configs" / "default.yaml"
@@ -125,7 +125,7 @@ def test_the_defaults_spelled_out_are_the_defaults(asked):
 
 
 def test_the_defaults_spelled_out_are_complete_and_explained():
-    command = typer.main.get_command(cli.app).commands["truncate"]
+    command = typer.main.get_command(app.app).commands["truncate"]
     names = {
         option.lstrip("-").replace("-", "_") for parameter in command.params for option in parameter.opts[:1]
     }
@@ -230,7 +230,7 @@ def test_exit_codes(preset, model, capsys, text, code, said):
 @pytest.mark.parametrize(
     ("choice", "table"),
     [
-        (flags.Dtype, job.DTYPES),
+        (flags.Dtype, options.DTYPES),
         (flags.RoundingName, ROUNDINGS),
         (flags.DiagInit, kasa.DIAG_INITS),
         (flags.Compat, kasa.COMPATS),
@@ -238,7 +238,7 @@ def test_exit_codes(preset, model, capsys, text, code, said):
         (flags.CriterionName, CRITERIA),
         (flags.Rule, RULES),
         (flags.End, SIGNS),
-        (flags.EmitName, handoff.FORMATS),
+        (flags.EmitName, trainer_configs.FORMATS),
         (flags.BaseIs, BASES),
     ],
 )

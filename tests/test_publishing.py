@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kasa_cli.checkpoint.durable import write_file
-from kasa_cli.checkpoint.staging import MANIFEST, Staging
 from kasa_cli.errors import OutputExists, ResourceError
+from kasa_cli.files.durable import write_file
+from kasa_cli.files.staging import MANIFEST, Staging
 
 JOB = {"rank": 8}
 

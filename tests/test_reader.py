@@ -7,7 +7,8 @@ import torch
 from faults import st, tensor
 from safetensors.torch import save_file
 
-from kasa_cli.checkpoint.container import BITS, Reader, read_header
+from kasa_cli.checkpoint.dtypes import BITS
+from kasa_cli.checkpoint.safetensors_file import Reader, read_header
 from kasa_cli.errors import IntegrityError, InvalidInput
 
 ONE = {"a": tensor(0, 16)}

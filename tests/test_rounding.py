@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from matrices import gaussian, orthonormal, same_bytes
 
 from kasa_cli.linalg import rounding
-from kasa_cli.linalg.ends import ends
+from kasa_cli.linalg.bottom import ends
 from kasa_cli.linalg.rounding import ROUNDINGS, Target, nearest, other_neighbour, preserve, rounded
 from kasa_cli.methods import kasa
 

@@ -12,7 +12,7 @@ import torch
 from faults import tree_hash
 from runs import TOKEN, finished, outside, save
 
-from kasa_cli.checkpoint.container import read_header
+from kasa_cli.checkpoint.safetensors_file import read_header
 
 RUN = ("-r", 8, "--rounding", "preserve", "--max-shard-size", "2MB")
 USER, HOME = "kasacanaryuser", "kasacanaryhome"

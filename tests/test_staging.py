@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kasa_cli.checkpoint.durable import TEMPORARY, write_file
-from kasa_cli.checkpoint.staging import MANIFEST, Staging, check_apart, require_space
 from kasa_cli.errors import IntegrityError, OutputExists, ResourceError, UnsafeInput, UsageError
+from kasa_cli.files.durable import TEMPORARY, write_file
+from kasa_cli.files.staging import MANIFEST, Staging, check_apart, require_space
 
 JOB = {"rank": 8, "inputs": {"a": "00"}, "seed": None}
 PAYLOAD = b"\x08\0\0\0\0\0\0\0{}      "

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from runs import forks
 
-from kasa_cli.checkpoint import durable
-from kasa_cli.checkpoint import store as storing
-from kasa_cli.checkpoint.durable import TEMPORARY
-from kasa_cli.checkpoint.store import FACTS, STALE_SECONDS, Store, default_root, existing, opened
 from kasa_cli.commands import store as verb
 from kasa_cli.errors import ResourceError, UnsafeInput, UsageError
+from kasa_cli.files import durable
+from kasa_cli.files import store as storing
+from kasa_cli.files.durable import TEMPORARY
+from kasa_cli.files.store import FACTS, STALE_SECONDS, Store, default_root, existing, opened
 
 KEY, OTHER_KEY = "0" * 16, "f" * 16
 PAYLOAD = b"what is known of a tensor"

@@ -16,12 +16,12 @@ import transformers
 from faults import tree_hash
 from runs import ROOT, Ran, changed, environment, finished, forked, inside, plain_model, save
 
-from kasa_cli.checkpoint import store as storing
-from kasa_cli.checkpoint.durable import TEMPORARY
-from kasa_cli.checkpoint.store import Store
 from kasa_cli.commands import store as verb
 from kasa_cli.errors import ExitCode, ResourceError
-from kasa_cli.pipeline.facts import Extremes, pack
+from kasa_cli.files import store as storing
+from kasa_cli.files.durable import TEMPORARY
+from kasa_cli.files.store import Store
+from kasa_cli.pipeline.measuring.facts import Extremes, pack
 
 RANKS = (4, 20, 80)
 SHAPES = {"q_proj": (640, 640), "k_proj": (96, 640), "v_proj": (101, 97)}

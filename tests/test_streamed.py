@@ -15,15 +15,16 @@ from faults import tree_hash
 from runs import environment
 from safetensors.torch import save_file
 
-from kasa_cli.checkpoint import direct
-from kasa_cli.checkpoint.container import read_header
 from kasa_cli.checkpoint.manifest import load as load_manifest
-from kasa_cli.checkpoint.streaming import filling, form
+from kasa_cli.checkpoint.safetensors_file import read_header
+from kasa_cli.checkpoint.safetensors_writer import filling, form
 from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import IntegrityError
-from kasa_cli.pipeline import operate, streamed
-from kasa_cli.pipeline.intact import check_hashes
-from kasa_cli.pipeline.operation import Operation
+from kasa_cli.files import direct_io
+from kasa_cli.pipeline import base_writer
+from kasa_cli.pipeline.merging import by_rows
+from kasa_cli.pipeline.merging.whole_tensor import Operation
+from kasa_cli.pipeline.verifying.integrity import check_hashes
 from kasa_cli.pipeline.workers import Silent
 
 MODEL = "model.safetensors"
@@ -45,14 +46,14 @@ def merged(name, tmp_path, out, **options):
 @pytest.mark.parametrize("name", MERGED)
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_small_blocks_and_whole_tensors_make_the_same_bytes_and_figures(name, dtype, tmp_path, monkeypatch):
-    by_rows, at_once = merged(name, tmp_path, tmp_path / "a", dtype=dtype)
-    monkeypatch.setattr(streamed, "BLOCK_ENTRIES", 64)
-    monkeypatch.setattr(streamed, "LEAST_ROWS", 3)
+    streamed, at_once = merged(name, tmp_path, tmp_path / "a", dtype=dtype)
+    monkeypatch.setattr(by_rows, "BLOCK_ENTRIES", 64)
+    monkeypatch.setattr(by_rows, "LEAST_ROWS", 3)
     assert merged(name, tmp_path, tmp_path / "b", dtype=dtype)[1] == at_once
-    monkeypatch.setattr("kasa_cli.pipeline.merging.Orders.is_whole", True)
+    monkeypatch.setattr("kasa_cli.pipeline.merging.merger.Orders.is_whole", True)
     whole, stored = merged(name, tmp_path, tmp_path / "c", dtype=dtype)
     assert stored == at_once
-    for one, other in zip(by_rows.tensors, whole.tensors, strict=True):
+    for one, other in zip(streamed.tensors, whole.tensors, strict=True):
         assert (one.name, one.terms) == (other.name, other.terms)
         assert one.max_abs_change == pytest.approx(other.max_abs_change, rel=1e-6)
         assert one.rounding_error == pytest.approx(other.rounding_error, rel=1e-4, abs=1e-12)
@@ -102,28 +103,28 @@ def test_of_many_files_few_are_open(tmp_path, monkeypatch):
     num_open, most = [0], [0]
 
     @contextmanager
-    def counted(*args, opened=operate.opened_directly):
+    def counted(*args, opened=base_writer.opened_directly):
         num_open[0] += 1
         most[0] = max(most[0], num_open[0])
         with opened(*args) as file:
             yield file
         num_open[0] -= 1
 
-    monkeypatch.setattr(operate, "opened_directly", counted)
-    monkeypatch.setattr(operate, "OPEN_FILES", 2)
+    monkeypatch.setattr(base_writer, "opened_directly", counted)
+    monkeypatch.setattr(base_writer, "OPEN_FILES", 2)
     merge([adapter], Where(str(base)), tmp_path / "OUT", options, Running(2, use_store=False))
     assert most[0] == 2 and len(list((tmp_path / "OUT").glob("*.safetensors"))) > 4
     check_hashes(tmp_path / "OUT", load_manifest(tmp_path / "OUT"), 1, Silent())
 
 
 def test_bytes_that_do_not_read_back_as_written_are_found(tmp_path, monkeypatch):
-    def slip(descriptor, data, offset, pwrite=direct.pwrite_all):
+    def slip(descriptor, data, offset, pwrite=direct_io.pwrite_all):
         data = bytearray(data)
         if len(data) > 1000:
             data[7] ^= 4
         pwrite(descriptor, memoryview(data), offset)
 
-    monkeypatch.setattr(direct, "pwrite_all", slip)
+    monkeypatch.setattr(direct_io, "pwrite_all", slip)
     with pytest.raises(IntegrityError, match="read back other than written"):
         merged("lora", tmp_path, tmp_path / "OUT")
     assert not (tmp_path / "OUT").exists()

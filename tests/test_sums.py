@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from kasa_cli.linalg.add_and_round import Sum
 from kasa_cli.linalg.rounding import on_the_way, rounded, rounded_to_odd
-from kasa_cli.linalg.sums import Sum
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -28,7 +28,7 @@ from peft import PeftModel
 
 from kasa_cli.commands.truncate import Options, Patterns, Where, plan
 from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.pipeline.job import check
+from kasa_cli.pipeline.truncating.options import check
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

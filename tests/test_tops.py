@@ -17,11 +17,11 @@ from matrices import (
 )
 
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg import tops
-from kasa_cli.linalg.ends import ends_of
+from kasa_cli.linalg import top
+from kasa_cli.linalg.bottom import ends_of
 from kasa_cli.linalg.frame import frame
 from kasa_cli.linalg.gram import Gram
-from kasa_cli.linalg.tops import Tops, tops_of
+from kasa_cli.linalg.top import Tops, tops_of
 
 VALUE = 1e-12
 """Of σ_max."""
@@ -58,7 +58,7 @@ def check(W: torch.Tensor, t: int) -> Tops:
 def roads(monkeypatch):
     """Which way each answer took."""
     taken = []
-    real, lapack = tops.dominant, tops.kernels.top_pairs
+    real, lapack = top.dominant, top.kernels.top_pairs
 
     def dominant(*arguments):
         found = real(*arguments)
@@ -69,8 +69,8 @@ def roads(monkeypatch):
         taken.append("lapack")
         return lapack(*arguments)
 
-    monkeypatch.setattr(tops, "dominant", dominant)
-    monkeypatch.setattr(tops.kernels, "top_pairs", top_pairs)
+    monkeypatch.setattr(top, "dominant", dominant)
+    monkeypatch.setattr(top.kernels, "top_pairs", top_pairs)
     return taken
 
 
@@ -115,7 +115,7 @@ def test_lapack_where_lanczos_does_not_settle_or_pay(build, t, expected, roads):
 def test_both_roads_lead_to_the_same_product(monkeypatch):
     W = with_spectrum(700, 600, log(600, 1e30))
     one = check(W, 8)
-    monkeypatch.setattr(tops, "STEPS", 1000)
+    monkeypatch.setattr(top, "STEPS", 1000)
     other = check(W, 8)
     assert torch.allclose(one.S, other.S, rtol=1e-13)
     assert torch.allclose((one.U * one.S) @ one.V.T, (other.U * other.S) @ other.V.T, atol=1e-10)

@@ -20,9 +20,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kasa_cli.checkpoint import families, handoff, trial
-from kasa_cli.checkpoint.handoff import EMISSIONS, FORMATS, Chosen
 from kasa_cli.errors import IntegrityError, UsageError
+from kasa_cli.model_names import meta_model
+from kasa_cli.targets import peft_trial, trainer_configs
+from kasa_cli.targets.trainer_configs import EMISSIONS, FORMATS, Chosen
 
 PEFT = f"peft {__version__}"
 
@@ -87,7 +88,7 @@ def selections(family: str) -> Iterator[Chosen]:
 
 
 def tried(family: str, chosen: Chosen, lora: dict[str, Any]) -> str | None:
-    return trial.check(chosen, lora, chosen.config, shapes_of(tiny_models.build(family)))
+    return peft_trial.check(chosen, lora, chosen.config, shapes_of(tiny_models.build(family)))
 
 
 @pytest.mark.parametrize("kind", EMISSIONS)
@@ -99,7 +100,7 @@ def test_peft_wraps_what_was_chosen_or_there_is_no_hand_off(family: str, kind: s
                 EMISSIONS[kind](chosen)
             continue
         unchecked = FORMATS[kind].write(chosen)
-        lora = handoff.lora_config(kind, unchecked, chosen)
+        lora = trainer_configs.lora_config(kind, unchecked, chosen)
         try:
             text = EMISSIONS[kind](chosen)
         except UsageError:
@@ -146,7 +147,10 @@ def test_a_pattern_is_handed_off_only_where_its_last_names_say_the_same(family: 
     whole = everything(family)
     alike = tuple(module for module in whole.modules if module.endswith("o_proj"))
     chosen = replaced(whole, modules=alike, parameters=())
-    assert tried(family, chosen, handoff.lora_config("regex", EMISSIONS["regex"](chosen), chosen)) == PEFT
+    assert (
+        tried(family, chosen, trainer_configs.lora_config("regex", EMISSIONS["regex"](chosen), chosen))
+        == PEFT
+    )
     with pytest.raises(UsageError, match=r"layers\.1\.self_attn\.o_proj would be taken too: use --emit peft"):
         EMISSIONS["regex"](replaced(chosen, modules=alike[:1]))
 
@@ -157,7 +161,7 @@ def test_a_module_with_an_experts_name_goes_by_its_weight(kind: str) -> None:
     chosen = replaced(some("deepseek-v3", 3, 2), modules=("model.layers.1.self_attn.o_proj", down))
     text = EMISSIONS[kind](chosen)
     assert f"{down}.weight" in text
-    assert tried("deepseek-v3", chosen, handoff.lora_config(kind, text, chosen)) == PEFT
+    assert tried("deepseek-v3", chosen, trainer_configs.lora_config(kind, text, chosen)) == PEFT
     bare = {"r": 2, "target_modules": list(chosen.modules), "target_parameters": list(chosen.parameters)}
     with pytest.raises(IntegrityError, match=f"leaves out {down}"):
         tried("deepseek-v3", chosen, bare)
@@ -211,7 +215,7 @@ def test_a_parameter_too_few_or_too_many_is_an_error(parameter: str) -> None:
 def test_a_matrix_wrapped_as_a_parameter_counts_as_its_module() -> None:
     lora = {"target_modules": [], "target_parameters": ["model.layers.0.self_attn.q_proj.weight"]}
     model = tiny_models.build("llama")
-    assert trial.wrapped(config_of(model), shapes_of(model), lora) == (
+    assert peft_trial.wrapped(config_of(model), shapes_of(model), lora) == (
         frozenset({"model.layers.0.self_attn.q_proj"}),
         frozenset(),
     )
@@ -233,8 +237,8 @@ def test_no_weight_is_allocated_and_nothing_is_said(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kept = []
-    build = families.build
-    monkeypatch.setattr(families, "build", lambda *args: kept.append(build(*args)) or kept[0])
+    build = meta_model.build
+    monkeypatch.setattr(meta_model, "build", lambda *args: kept.append(build(*args)) or kept[0])
     chosen = some("gpt2", 3, 0)
     lora = {"target_modules": list(chosen.modules), "fan_in_fan_out": False}  # PEFT would warn of that
     assert tried("gpt2", chosen, lora) == PEFT
@@ -246,13 +250,13 @@ def test_without_peft_there_is_no_trial(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "peft", None)
     chosen = some("llama", 3, 0)
     text = EMISSIONS["peft"](chosen)
-    assert tried("llama", chosen, handoff.lora_config("peft", text, chosen)) is None
+    assert tried("llama", chosen, trainer_configs.lora_config("peft", text, chosen)) is None
 
 
 def test_without_a_model_there_is_no_trial() -> None:
     chosen = replaced(some("llama", 3, 0), config={"model_type": "of nobody"}, model_class=None)
     for kind in EMISSIONS:
-        lora = handoff.lora_config(kind, EMISSIONS[kind](chosen), chosen)
+        lora = trainer_configs.lora_config(kind, EMISSIONS[kind](chosen), chosen)
         assert tried("llama", chosen, lora) is None
 
 
@@ -266,4 +270,4 @@ def test_what_no_lora_can_be_put_on_is_named() -> None:
     with pytest.raises(UsageError, match=f"refuses any LoRA on: {modules[0]}: --exclude out_proj"):
         EMISSIONS["names"](chosen)
     with pytest.raises(IntegrityError, match="incompatible with Mamba"):
-        trial.check(chosen, {"target_modules": list(modules)}, config, shapes_of(model))
+        peft_trial.check(chosen, {"target_modules": list(modules)}, config, shapes_of(model))

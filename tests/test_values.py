@@ -5,11 +5,11 @@ import pytest
 import torch
 from matrices import FLOATS, SHAPES, cliff, clustered, deficient, gaussian, linear, log, truth, with_spectrum
 
-from kasa_cli.linalg.ends import Ends, ends_of, level
+from kasa_cli.linalg.bottom import Ends, ends_of, level
 from kasa_cli.linalg.frame import frame
 from kasa_cli.linalg.gram import Gram
-from kasa_cli.linalg.tops import tops_of
-from kasa_cli.linalg.values import Values, values_of
+from kasa_cli.linalg.spectrum import Values, values_of
+from kasa_cli.linalg.top import tops_of
 
 ABSOLUTE = 1e-11
 """Of σ_max, for every value but σ_max itself, which the ends read in directions found in float32: TOP."""

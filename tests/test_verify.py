@@ -15,11 +15,11 @@ from faults import tree_hash
 from runs import inside, plain_model
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.checkpoint.container import read_header
-from kasa_cli.checkpoint.staging import MANIFEST
+from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.commands.truncate import Options, Where, truncate
 from kasa_cli.commands.verify import verify
 from kasa_cli.errors import ExitCode, IntegrityError
+from kasa_cli.files.staging import MANIFEST
 
 ALL = bool(os.environ.get("KASA_ALL_BYTES"))
 NUM_BYTES = 2500

@@ -11,14 +11,14 @@ from matrices import FLOATS, gaussian, same_bytes
 from runs import environment, save
 from safetensors.torch import save_file
 
-from kasa_cli.checkpoint import container
-from kasa_cli.checkpoint.container import Reader
+from kasa_cli.checkpoint import safetensors_file
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
-from kasa_cli.checkpoint.streaming import filling, form
+from kasa_cli.checkpoint.safetensors_file import Reader
+from kasa_cli.checkpoint.safetensors_writer import filling, form
 from kasa_cli.errors import IntegrityError, InvalidInput
 from kasa_cli.linalg.frame import Rows
-from kasa_cli.pipeline import weights
-from kasa_cli.pipeline.weights import Matrix, read_pieces, read_target, row_blocks, weigh
+from kasa_cli.pipeline.measuring import weights
+from kasa_cli.pipeline.measuring.weights import Matrix, read_pieces, read_target, row_blocks, weigh
 from kasa_cli.report import Piece
 
 CPU = torch.device("cpu")
@@ -151,13 +151,13 @@ def test_pieces_are_slices_of_experts_stacked_by_rows(tmp_path, dtype):
 def test_of_a_stack_of_experts_only_one_is_read(tmp_path, monkeypatch):
     checkpoint = opened(tmp_path, fused=torch.randn(50, 4, 8))
     num_bytes = []
-    real = container.read_into
+    real = safetensors_file.read_into
 
     def read_into(file, path, room, offset):
         num_bytes.append(len(room))
         real(file, path, room, offset)
 
-    monkeypatch.setattr(container, "read_into", read_into)
+    monkeypatch.setattr(safetensors_file, "read_into", read_into)
     monkeypatch.setattr(Reader, "tensor", None)
     read_pieces(checkpoint, [Piece("fused", 7)])
     assert num_bytes == [4 * 8 * 4]

@@ -14,7 +14,6 @@ from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
 
-from kasa_cli.checkpoint.container import Container, TensorEntry, read_header
 from kasa_cli.checkpoint.folder import (
     LeftOut,
     Listing,
@@ -23,15 +22,23 @@ from kasa_cli.checkpoint.folder import (
     reason_to_leave,
     require_inside,
 )
-from kasa_cli.checkpoint.untrusted import parse_json, quote, read_small, require_regular
+from kasa_cli.checkpoint.safetensors_file import Container, TensorEntry, read_header
 from kasa_cli.errors import InvalidInput, UnsafeInput
+from kasa_cli.files.untrusted import (
+    MAX_CONFIG,
+    MAX_CONFIG_DEPTH,
+    depth_exceeds,
+    enumerated,
+    parse_json,
+    quote,
+    read_small,
+    require_regular,
+)
 
 __all__ = ["Checkpoint", "LeftOut", "open_checkpoint"]
 
 SINGLE = "model.safetensors"
 MAX_INDEX = 100_000_000  # like a header: very large mixtures pass the Hub's own 10 MB
-MAX_CONFIG = 16_000_000
-MAX_CONFIG_DEPTH = 64
 MAX_SIDE = 1 << 31
 MAX_LAYERS = 100_000
 CONFIG_SIZES = {
@@ -104,19 +111,6 @@ def read_config(root: Path, hub_cache: Path | None) -> dict[str, Any]:
         raise InvalidInput("JSON nested too deep", str(path))
     check_sizes(path, config)
     return config
-
-
-def depth_exceeds(value: Any, limit: int) -> bool:
-    """Whether JSON is nested deeper than `limit`, found level by level rather than by recursion."""
-    level = [value]
-    for _ in range(limit):
-        branches = [
-            item.values() if isinstance(item, dict) else item
-            for item in level
-            if isinstance(item, dict | list)
-        ]
-        level = [item for branch in branches for item in branch]
-    return bool(level)
 
 
 def check_sizes(path: Path, config: dict[str, Any]) -> None:
@@ -250,13 +244,3 @@ def check_agreement(root: Path, weight_map: Mapping[str, str], shards: Mapping[s
     ):
         if found:
             raise InvalidInput(f"{problem}: {enumerated(found)}", str(root))
-
-
-def enumerated(names: list[str], limit: int = 5) -> str:
-    """The first names, and how many more there are.
-
-    >>> enumerated(["a", "b", "c"], 2)
-    'a, b and 1 more'
-    """
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(name if len(name) <= 120 else quote(name) for name in names[:limit]) + rest

@@ -13,10 +13,10 @@ import scipy
 import torch
 
 from kasa_cli import __version__
-from kasa_cli.checkpoint.durable import canonical_json
-from kasa_cli.checkpoint.staging import MANIFEST
-from kasa_cli.checkpoint.untrusted import parse_json, read_small
 from kasa_cli.errors import IntegrityError, InvalidInput
+from kasa_cli.files.durable import canonical_json
+from kasa_cli.files.staging import MANIFEST
+from kasa_cli.files.untrusted import parse_json, read_small
 
 SCHEMA = 2
 SECTIONS = ("environment", "files", "options", "source", "tensors")

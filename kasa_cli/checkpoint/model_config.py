@@ -1,8 +1,20 @@
 """What a new base says of itself in config.json: its dtype, its vocabulary, whether its ends are tied."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from kasa_cli.errors import InvalidInput
+
+MARKS = {
+    ".weight_scale_inv": "block-scaled FP8",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes NF4",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes FP4",
+    ".SCB": "bitsandbytes int8",
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    "_blocks": "MXFP4",
+}
 
 HALVES = ("float16", "bfloat16")
 WIDE = "float32"
@@ -56,3 +68,18 @@ def _replaced(config: Mapping[str, Any], old: int, new: int, depth: int) -> dict
         else value
         for key, value in config.items()
     }
+
+
+def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Refuse a checkpoint whose numbers are codes: their spectrum would mean nothing.
+
+    Raises:
+        InvalidInput: naming the method, and what to do.
+    """
+    declared = config.get("quantization_config")
+    method = declared.get("quant_method", "unknown") if isinstance(declared, Mapping) else None
+    method = method or next(
+        (kind for name in names for mark, kind in MARKS.items() if name.endswith(mark)), None
+    )
+    if method:
+        raise InvalidInput(f"the weights are quantised ({method})", where, "use the unquantised original")

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kasa_cli.checkpoint.container import Container, Reader
+from kasa_cli.checkpoint.safetensors_file import Container, Reader
 from kasa_cli.errors import InvalidInput
 
 

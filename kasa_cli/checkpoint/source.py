@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kasa_cli.checkpoint.folder import LEFT_DIRECTORIES, LEFT_FILES, foreign_weights
-from kasa_cli.checkpoint.untrusted import quote
 from kasa_cli.errors import (
     IntegrityError,
     InvalidInput,
@@ -22,6 +21,7 @@ from kasa_cli.errors import (
     ResourceError,
     UsageError,
 )
+from kasa_cli.files.untrusted import quote
 
 if TYPE_CHECKING:
     from huggingface_hub import ResolvedRevision

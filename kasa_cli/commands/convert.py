@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kasa_cli.checkpoint.adapter import consumed
+from kasa_cli.adapters.adapter import consumed
 from kasa_cli.checkpoint.open_files import OpenFiles
-from kasa_cli.checkpoint.staging import Staging
-from kasa_cli.pipeline import planning
-from kasa_cli.pipeline.conversion_case import Case, Options, check, opened_case
-from kasa_cli.pipeline.conversion_papers import entries_of, recorded, said, write_config, write_papers
-from kasa_cli.pipeline.converting import (
+from kasa_cli.files.staging import Staging
+from kasa_cli.pipeline.adapter_on_base.patches import label
+from kasa_cli.pipeline.adapter_on_base.provenance import TRUNCATED
+from kasa_cli.pipeline.converting.case import Case, Options, check, opened_case
+from kasa_cli.pipeline.converting.factors import (
     Converted,
     Converter,
     convert_all,
@@ -20,10 +20,11 @@ from kasa_cli.pipeline.converting import (
     working_room,
     write_factors,
 )
-from kasa_cli.pipeline.job import Running, Where, check_running
-from kasa_cli.pipeline.lineage import TRUNCATED
-from kasa_cli.pipeline.patches import label
-from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
+from kasa_cli.pipeline.converting.records import entries_of, recorded, said, write_config, write_papers
+from kasa_cli.pipeline.costs import decomposition_cost
+from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
+from kasa_cli.pipeline.opening import Where
+from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
 from kasa_cli.report import ConvertPlan, ConvertReport, ToChange
 
 __all__ = ["Options", "Running", "Where", "convert", "plan"]
@@ -66,7 +67,7 @@ def plan(
             "weights": len(tensors),
             "tensors_to_write": 2 * sum(len(entries) for entries in entries_of(case)),
             "bytes_to_write": None,
-            **planning.decomposition_cost([place.shape for place in decomposed], rooms, running.num_workers),
+            **decomposition_cost([place.shape for place in decomposed], rooms, running.num_workers),
         },
         notes=tuple(_notes(case)),
     )
@@ -88,7 +89,7 @@ def convert(
     options, running, watcher = options or Options(), running or Running(), watcher or Silent()
     check(options)
     check_running(running)
-    facts = planning.open_facts(running)
+    facts = open_facts(running)
     case = opened_case(adapter, where, output, options, facts)
     checkpoint, entries = case.checkpoint, entries_of(case)
     record = recorded(case, running)
@@ -119,7 +120,7 @@ def convert(
         tensors=tuple(one.row for one in done),
         totals=_totals(case, done, len(held)),
         output={"directory": str(output), **output_facts},
-        notes=(*_notes(case), *planning.store_notes(facts)),
+        notes=(*_notes(case), *store_notes(facts)),
     )
 
 

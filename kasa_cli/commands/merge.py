@@ -6,18 +6,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from kasa_cli.checkpoint.dtypes import DTYPES
 from kasa_cli.checkpoint.open_files import OpenFiles
-from kasa_cli.checkpoint.sheets import Sheet, base_sheets, copy_companions, write_index
-from kasa_cli.checkpoint.staging import Staging, require_space
-from kasa_cli.pipeline import planning
-from kasa_cli.pipeline.job import DTYPES, Running, Where, check_running
-from kasa_cli.pipeline.merge_case import Case, Options, check, opened_case
-from kasa_cli.pipeline.merge_papers import recorded, write_papers
-from kasa_cli.pipeline.merging import Merger
-from kasa_cli.pipeline.operate import Written, write_base
-from kasa_cli.pipeline.operation import Merged
-from kasa_cli.pipeline.orders import Orders
-from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
+from kasa_cli.checkpoint.shard_plan import Sheet, base_sheets, copy_companions, write_index
+from kasa_cli.files.staging import Staging, require_space
+from kasa_cli.pipeline.base_writer import Written, write_base
+from kasa_cli.pipeline.costs import streaming_cost
+from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
+from kasa_cli.pipeline.merging.case import Case, Options, check, opened_case
+from kasa_cli.pipeline.merging.edits import Orders
+from kasa_cli.pipeline.merging.merger import Merger
+from kasa_cli.pipeline.merging.records import recorded, write_papers
+from kasa_cli.pipeline.merging.whole_tensor import Merged
+from kasa_cli.pipeline.opening import Where
+from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
 from kasa_cli.report import MergedRow, MergePlan, MergeReport, ToChange
 
 __all__ = ["Options", "Running", "Where", "merge", "plan"]
@@ -58,7 +60,7 @@ def plan(
             "tensors_merged": len(tensors),
             "tensors_copied": len(entries) - len(tensors),
             "bytes_to_write": num_bytes,
-            **planning.streaming_cost(num_bytes, max(held, default=0), running.num_workers),
+            **streaming_cost(num_bytes, max(held, default=0), running.num_workers),
         },
         notes=case.notes,
     )
@@ -80,7 +82,7 @@ def merge(
     options, running, watcher = options or Options(), running or Running(), watcher or Silent()
     check(adapters, options)
     check_running(running)
-    facts = planning.open_facts(running)
+    facts = open_facts(running)
     case = opened_case(adapters, where, output, options, facts)
     checkpoint, orders, made = case.checkpoint, case.orders, case.made
     sheets = _sheets(case)
@@ -106,7 +108,7 @@ def merge(
         adapters=case.adapters,
         totals=_totals(written.tensors, sheets),
         output={"directory": str(output), "manifest_sha256": hashlib.sha256(sealed).hexdigest()},
-        notes=(*case.notes, *planning.store_notes(facts)),
+        notes=(*case.notes, *store_notes(facts)),
     )
 
 

@@ -3,21 +3,22 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kasa_cli.checkpoint.candidates import AsIn, candidates
 from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.names import NameMap
-from kasa_cli.checkpoint.targets import Patterns, patterns
 from kasa_cli.errors import UsageError
-from kasa_cli.methods.choice import SIGNS, Amount, matched_rank
 from kasa_cli.methods.criteria import CRITERIA, RULES
-from kasa_cli.pipeline import planning, ranking
-from kasa_cli.pipeline.ask import Asked, ask
-from kasa_cli.pipeline.facts import Facts
-from kasa_cli.pipeline.handover import EMISSIONS, hand_over
-from kasa_cli.pipeline.job import Running, Where, check_running
-from kasa_cli.pipeline.ranking import Judged, Ranking, Scored
-from kasa_cli.pipeline.workers import Silent, Watcher
+from kasa_cli.methods.selection import SIGNS, Amount, matched_rank
+from kasa_cli.model_names.names import NameMap
+from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
+from kasa_cli.pipeline.measuring.many import Asked, ask
+from kasa_cli.pipeline.measuring.plan import matrices, measure_plan, require_some
+from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.pipeline.selecting import ranking
+from kasa_cli.pipeline.selecting.export import EMISSIONS, hand_over
+from kasa_cli.pipeline.selecting.ranking import Judged, Ranking, Scored
+from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
 from kasa_cli.report import Candidate, MeasurePlan, SelectReport, Skipped
+from kasa_cli.targets.candidates import AsIn, candidates
+from kasa_cli.targets.patterns import Patterns, patterns
 
 __all__ = ["Amount", "Choice", "Patterns", "Running", "Where", "patterns", "plan", "select_targets"]
 
@@ -59,7 +60,7 @@ def plan(
     options, running = options or Choice(), running or Running()
     check_running(running)
     checkpoint, names, found, skipped = _survey(where, options, check(options), patterns)
-    return planning.measure_plan(COMMAND, where, (checkpoint, names), found, skipped, running)
+    return measure_plan(COMMAND, where, (checkpoint, names), found, skipped, running)
 
 
 def select_targets(
@@ -77,10 +78,10 @@ def select_targets(
     options, running, watcher = options or Choice(), running or Running(), watcher or Silent()
     rank_by = check(options)
     check_running(running)
-    facts = planning.open_facts(running)
+    facts = open_facts(running)
     checkpoint, names, found, skipped = _survey(where, options, rank_by, patterns, facts)
-    matrices = [matrix for one in found for matrix in planning.matrices(one)]
-    asked = ask(checkpoint, matrices, lambda bench: ranking.judge(bench, rank_by), facts, running, watcher)
+    weights = [matrix for one in found for matrix in matrices(one)]
+    asked = ask(checkpoint, weights, lambda bench: ranking.judge(bench, rank_by), facts, running, watcher)
     scored, mute = ranking.without_nan(_scored(found, asked), list(rank_by.scores))
     best = ranking.chosen(scored, rank_by)
     rank = _matched(options, scored, best)
@@ -109,7 +110,7 @@ def select_targets(
         emission=hand_over(options.emit, [one.candidate for one in best], checkpoint, names, rank or RANK)
         if options.emit
         else None,
-        notes=(*_notes(checkpoint, names, best), *planning.store_notes(facts)),
+        notes=(*_notes(checkpoint, names, best), *store_notes(facts)),
     )
 
 
@@ -121,10 +122,10 @@ def _survey(
     facts: Facts | None = None,
 ) -> tuple[Checkpoint, NameMap, tuple[Candidate, ...], tuple[Skipped, ...]]:
     """The model, and what of it is a candidate under the rule."""
-    _, checkpoint, names = planning.survey(where, facts)
+    _, checkpoint, names = survey(where, facts.store if facts else None)
     as_in: AsIn = "peft" if rank_by.rule == "peft" else "kasa"
     found, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), as_in, options.max_dim)
-    planning.require_some(found)
+    require_some(found)
     return checkpoint, names, found, skipped
 
 
@@ -175,7 +176,7 @@ def _scored(found: Sequence[Candidate], asked: Asked[Judged]) -> list[Scored]:
     """The candidates all of whose matrices were measured."""
     scored = []
     for one in found:
-        names = [matrix.name for matrix in planning.matrices(one)]
+        names = [matrix.name for matrix in matrices(one)]
         if all(name in asked.answers for name in names):
             scored.append(Scored(one, tuple(asked.answers[name] for name in names)))
     return scored

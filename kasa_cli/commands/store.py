@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kasa_cli.checkpoint.store import FACTS, NAMES, Entry, Store, existing
 from kasa_cli.errors import UsageError, printable
-from kasa_cli.pipeline.facts import header
+from kasa_cli.files.store import FACTS, NAMES, Entry, Store, existing
+from kasa_cli.pipeline.measuring.facts import header
 from kasa_cli.report import StoreReport
 
 DAY = 24 * 3600

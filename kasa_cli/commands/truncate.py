@@ -7,25 +7,28 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kasa_cli.checkpoint import manifest, peft
-from kasa_cli.checkpoint.durable import make_folder
-from kasa_cli.checkpoint.sheets import Sheet, base_sheets, copy_companions, write_index
-from kasa_cli.checkpoint.staging import Staging, check_apart, require_space
-from kasa_cli.checkpoint.targets import Patterns
-from kasa_cli.linalg.outcome import Outcome
+from kasa_cli.adapters import peft
+from kasa_cli.checkpoint import manifest
+from kasa_cli.checkpoint.dtypes import DTYPES
+from kasa_cli.checkpoint.shard_plan import Sheet, base_sheets, copy_companions, write_index
+from kasa_cli.files.durable import make_folder
+from kasa_cli.files.staging import Staging, check_apart, require_space
+from kasa_cli.linalg.realised import Outcome
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline import planning
-from kasa_cli.pipeline.adapters import write_adapter, write_tail
-from kasa_cli.pipeline.facts import Facts
-from kasa_cli.pipeline.job import DTYPES, PARTS, Options, Where, check, recorded
-from kasa_cli.pipeline.measure import Measured, Measurer, measure
-from kasa_cli.pipeline.operate import NewBase, Written, write_base
-from kasa_cli.pipeline.papers import write_papers
-from kasa_cli.pipeline.planning import Plan
-from kasa_cli.pipeline.truncation import Truncation
+from kasa_cli.pipeline.base_writer import NewBase, Written, write_base
+from kasa_cli.pipeline.costs import memory_needed, seconds_needed
+from kasa_cli.pipeline.measuring.facts import Facts, open_facts, pick_device, store_notes
+from kasa_cli.pipeline.opening import Where
+from kasa_cli.pipeline.truncating.adapter_and_tail import write_adapter, write_tail
+from kasa_cli.pipeline.truncating.factors import Measured, Measurer, measure
+from kasa_cli.pipeline.truncating.options import PARTS, Options, check, recorded
+from kasa_cli.pipeline.truncating.plan import Plan, make_plan, require_rank
+from kasa_cli.pipeline.truncating.records import write_papers
+from kasa_cli.pipeline.truncating.rewrite import Truncation
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
 from kasa_cli.report import PlanReport, TensorRow, TruncateReport
+from kasa_cli.targets.patterns import Patterns
 
 __all__ = ["Options", "Patterns", "Where", "plan", "truncate"]
 
@@ -51,8 +54,8 @@ def plan(where: Where, options: Options) -> PlanReport:
             "tensors_operated": len(targets),
             "tensors_skipped": len(made.selection.skipped),
             "bytes_to_write": _bytes_to_write(made, options, sheets),
-            "memory_bytes": planning.memory_needed(targets, options.num_workers),
-            "seconds": round(planning.seconds_needed(targets, options.num_workers), 1),
+            "memory_bytes": memory_needed(targets, options.num_workers),
+            "seconds": round(seconds_needed(targets, options.num_workers), 1),
         },
         output={part: part in options.emit for part in PARTS},
         notes=_notes(made, options),
@@ -69,8 +72,8 @@ def truncate(
     """
     options, watcher = options or Options(), watcher or Silent()
     check(options)
-    device = planning.pick_device(options.device)
-    facts = planning.open_facts(options.running)
+    device = pick_device(options.device)
+    facts = open_facts(options.running)
     made = _plan(where, options, facts)
     sheets = _sheets(made, options)
     check_apart(output, [made.source.root])
@@ -85,21 +88,21 @@ def truncate(
         sealed = write_papers(made, options, staging, environment, (measured, written))
         staging.publish()
     report = _report(where, output, options, made, (measured, written), sealed)
-    return replace(report, notes=(*report.notes, *planning.store_notes(facts)))
+    return replace(report, notes=(*report.notes, *store_notes(facts)))
 
 
 def _plan(where: Where, options: Options, facts: Facts | None = None) -> Plan:
     rule = kasa.COMPATS[options.compat]
-    made = planning.make_plan(
+    made = make_plan(
         where,
         options.patterns,
         options.targets_from,
         lambda outs, ins: rule(options.dropped, outs, ins),
         facts,
     )
-    planning.require_rank(made.selection.targets, options.dropped, "the truncation rank")
+    require_rank(made.selection.targets, options.dropped, "the truncation rank")
     if "adapter" in options.emit:
-        planning.require_rank(made.selection.targets, options.rank, "the rank")
+        require_rank(made.selection.targets, options.rank, "the rank")
     return made
 
 

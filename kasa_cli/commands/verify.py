@@ -4,9 +4,8 @@ from pathlib import Path
 
 from kasa_cli.checkpoint import manifest
 from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.pipeline import compare, intact
-from kasa_cli.pipeline.job import Where
-from kasa_cli.pipeline.planning import find
+from kasa_cli.pipeline.opening import Where, find
+from kasa_cli.pipeline.verifying import integrity, recompute
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, num_cores
 from kasa_cli.report import VerifyReport
 
@@ -32,14 +31,14 @@ def verify(
     found = manifest.load(output)
     if against and found["command"] != "truncate":
         raise UsageError("--against recomputes truncations only", str(output), "use --read-data")
-    intact.check_files(output, found)
-    num_bytes = intact.check_hashes(output, found, num_workers, watcher) if read_data else 0
-    intact.check_structure(output, found)
-    compared: list[compare.Comparison] = []
+    integrity.check_files(output, found)
+    num_bytes = integrity.check_hashes(output, found, num_workers, watcher) if read_data else 0
+    integrity.check_structure(output, found)
+    compared: list[recompute.Comparison] = []
     if against:
         with blas_threads(found["environment"]["threads_per_worker"]):
             _, base = find(against)
-            compared = compare.compare(output, found, base, num_workers, watcher)
+            compared = recompute.compare(output, found, base, num_workers, watcher)
     return VerifyReport(
         command="verify",
         output=str(output),

@@ -9,12 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
 
-from kasa_cli.errors import KasaError, NumericalError, ResourceError
+from kasa_cli.errors import KasaError, NumericalError, ResourceError, UsageError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -121,3 +123,34 @@ def _name(item: object) -> str:
     """What to call an item in an error; nothing, where only its whole content would say it."""
     name = getattr(item, "name", item)
     return name if isinstance(name, str) else ""
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a run is done: none of it but threads and device changes a figure. `workers` 0: the number of cores.
+
+    `store` None is the default store; `use_store` False knows nothing from earlier runs and leaves nothing to later
+    ones. `keep_going`: what cannot be measured is listed and left out.
+    """
+
+    workers: int = 0
+    threads_per_worker: int = 1
+    device: str = "auto"
+    store: Path | None = None
+    use_store: bool = True
+    keep_going: bool = False
+
+    @property
+    def num_workers(self) -> int:
+        """Matrices worked on at once."""
+        return self.workers or num_cores()
+
+
+def check_running(running: Running) -> None:
+    """Refuse what no machine can do.
+
+    Raises:
+        UsageError: a number below zero.
+    """
+    if running.workers < 0 or running.threads_per_worker < 1:
+        raise UsageError("workers and threads must be positive")

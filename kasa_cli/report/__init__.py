@@ -1,42 +1,17 @@
 """What a run planned, saw and did: frozen plain data, for any renderer and for Python."""
 
-from kasa_cli.report.adapters import AdapterReport, InCut, ModuleRow, ValueRow
-from kasa_cli.report.converted import ConvertedRow, ConvertReport
-from kasa_cli.report.done import (
-    AdapterRow,
-    DemoReport,
-    MergedRow,
-    MergeReport,
-    SpectralFacts,
-    TensorRow,
-    TruncateReport,
-    VerifyReport,
-)
-from kasa_cli.report.looks import (
-    CandidateRow,
-    Curve,
-    DiffReport,
-    DiffRow,
-    Emission,
-    SelectReport,
-    SpectrumReport,
-    SpectrumRow,
-    StoreReport,
-)
-from kasa_cli.report.plan import (
-    Candidate,
-    ConvertPlan,
-    MeasurePlan,
-    MergePlan,
-    Piece,
-    PlanReport,
-    Selection,
-    Skipped,
-    Target,
-    ToChange,
-    ToMeasure,
-    module_type,
-)
+from kasa_cli.report.adapter import AdapterReport, InCut, ModuleRow, ValueRow
+from kasa_cli.report.convert import ConvertedRow, ConvertPlan, ConvertReport
+from kasa_cli.report.demo import DemoReport
+from kasa_cli.report.diff import DiffReport, DiffRow
+from kasa_cli.report.measure_plan import MeasurePlan, ToMeasure
+from kasa_cli.report.merge import AdapterRow, MergedRow, MergePlan, MergeReport
+from kasa_cli.report.select import CandidateRow, Emission, SelectReport
+from kasa_cli.report.spectrum import Curve, SpectrumReport, SpectrumRow
+from kasa_cli.report.store import StoreReport
+from kasa_cli.report.truncate import PlanReport, SpectralFacts, TensorRow, TruncateReport
+from kasa_cli.report.verify import VerifyReport
+from kasa_cli.report.weights import Candidate, Piece, Selection, Skipped, Target, ToChange, module_type
 
 __all__ = [
     "AdapterReport",

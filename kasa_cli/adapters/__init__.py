@@ -1,0 +1,1 @@
+"""Adapter files: read, check, place on a base, write."""

@@ -1,0 +1,119 @@
+"""What an adapter says, as plain data: the words that its readers and those who use it share."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.checkpoint.dtypes import FLOATS
+from kasa_cli.checkpoint.safetensors_file import Container
+from kasa_cli.errors import InvalidInput
+from kasa_cli.files.untrusted import enumerated, quote
+
+UNKNOWN_PARAMETER = ""
+"""The parameter of a patch that only the base can tell: fused experts are not named in an adapter's tensors."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What an adapter says about one weight in memory.
+
+    `tensors` leads from short names (`lora_A`) to those in the file. `settings` is plain data: rank, alpha, scaling
+    and whatever else the kind's formula needs. `parameter` is "weight", the name of a fused parameter, or, before the
+    base was asked, `UNKNOWN_PARAMETER`; then `depth` counts the wrappers around it, 0 the outermost. `copies` are
+    tensors of the file that only repeat those of the same short name (RandLoRA stores its shared bases per module).
+    """
+
+    module: str
+    parameter: str
+    kind: str
+    tensors: Mapping[str, str]
+    settings: Mapping[str, Any]
+    depth: int = 0
+    copies: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A parameter in memory that the file holds anew, and why: modules_to_save, bias, base layer, resized, norm.
+
+    `copies` are tensors of the file that repeat it, and `before` is what it was before it was trained.
+    """
+
+    parameter: str
+    tensor: str
+    why: str
+    copies: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the weight under the adapter, saved with it, and not what the adapter made of it."""
+        return self.why in ("base layer", "resized")
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Trained rows of an embedding: they take the place of those at `indices`."""
+
+    parameter: str
+    tensor: str
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter with every tensor accounted for."""
+
+    path: Path
+    kind: str
+    container: Container
+    config: Mapping[str, Any]
+    patches: tuple[Patch, ...]
+    replacements: tuple[Replacement, ...]
+    token_rows: tuple[TokenRows, ...]
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Every module that it says something about."""
+        values = [one.parameter for one in self.replacements] + [one.parameter for one in self.token_rows]
+        return frozenset(
+            {patch.module for patch in self.patches} | {name.rpartition(".")[0] for name in values}
+        )
+
+
+def consumed(adapter: Adapter) -> frozenset[str]:
+    """Every tensor of the file that a patch or a value takes."""
+    patches = [
+        name for patch in adapter.patches for name in (*patch.tensors.values(), *patch.copies.values())
+    ]
+    values: tuple[Replacement | TokenRows, ...] = (*adapter.replacements, *adapter.token_rows)
+    more = [name for one in adapter.replacements for name in (*one.copies, *one.before)]
+    return frozenset((*patches, *(one.tensor for one in values), *more))
+
+
+def unconsumed(names: Iterable[str], container: Container) -> InvalidInput:
+    """The error for tensors that nothing in the config accounts for."""
+    listed = enumerated([quote(name) for name in names], 3)
+    return InvalidInput(f"tensors that nothing accounts for: {listed}", str(container.path))
+
+
+def require_group(
+    container: Container, module: str, tensors: Mapping[str, str], groups: tuple[tuple[str, ...], ...]
+) -> None:
+    """A module has all the tensors of one group and no other."""
+    nearest = min(groups, key=lambda group: len({*group} ^ {*tensors}))
+    missing = [short for short in nearest if short not in tensors]
+    if missing:
+        raise InvalidInput(f"{enumerated(missing)} of {quote(module)} is missing", str(container.path))
+    extra = [name for short, name in tensors.items() if short not in nearest]
+    if extra:
+        raise unconsumed(extra, container)
+
+
+def require_floats(container: Container, tensors: Mapping[str, str]) -> None:
+    """Refuse numbers that no formula is for: a quantized adapter."""
+    for name in tensors.values():
+        dtype = container.tensors[name].dtype
+        if dtype not in FLOATS:
+            raise InvalidInput(f"dtype {dtype} in an adapter", name, "save it in float32 or bfloat16")

@@ -1,0 +1,127 @@
+"""The base of an adapter, asked by the names in memory: which weight, and which bytes on disk hold it."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kasa_cli.checkpoint.dtypes import FLOATS
+from kasa_cli.checkpoint.safetensors_file import TensorEntry
+from kasa_cli.errors import InvalidInput
+from kasa_cli.model_names.experts import NotAssembled, Origin, is_turned, matrices, shapes_of
+from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
+from kasa_cli.report import Piece
+
+Tensors = Mapping[str, TensorEntry]
+REORDERED = ("PermuteForRope", "Interleave")
+"""Operations of transformers that change the order of rows: nothing is added to a weight through them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece on disk and the rows [start, stop) of the matrix in memory that it holds."""
+
+    piece: Piece
+    start: int
+    stop: int
+
+
+class Landed(NamedTuple):
+    """The pieces of a weight in memory."""
+
+    matrices: tuple[tuple[Part, ...], ...]
+    is_turned: bool
+
+
+class Base:
+    """The base's names, asked by what is in memory."""
+
+    def __init__(self, names: NameMap, tensors: Tensors) -> None:
+        self.names, self.tensors = names, tensors
+        self.shapes = {name: entry.shape for name, entry in tensors.items()}
+        self.weights = {weight.label: weight for weight in names.weights}
+        self.stacks: defaultdict[str, list[Weight]] = defaultdict(list)
+        for weight in names.weights:
+            if not weight.is_module:
+                self.stacks[split_name(weight.label)[0]].append(weight)
+        self.holders: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        self.by_way_of: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        for name, slot in names.slots.items():
+            self.holders[slot.module, slot.parameter].append(name)
+            if slot.tied_with is not None:
+                self.by_way_of[slot.tied_with, slot.parameter].append(name)
+
+    def memory_name(self, module: str) -> str:
+        """A module by its name in memory. An adapter of an older transformers may have the one on disk."""
+        slot = self.names.slots.get(f"{module}.weight")
+        if module in self.weights or slot is None or slot.parameter != "weight":
+            return module
+        weight = self.weights.get(slot.module)
+        is_whole = weight is not None and weight.made_of == Origin(((f"{module}.weight",),))
+        return slot.module if is_whole or slot.kind is Kind.ROUTER else module
+
+    def weight(self, module: str) -> Weight | None:
+        """The matrix of a module: a linear map or embedding, a router, or what an old layout has under that name."""
+        if module in self.weights and self.weights[module].is_module:
+            return self.weights[module]
+        name = self.holder(module, "weight")
+        if name is not None and self.names.slots[name].kind is Kind.ROUTER and len(self.shapes[name]) == 2:
+            return self.lone(module, name, Kind.ROUTER)
+        name = f"{module}.weight"
+        return self.lone(module, name, Kind.LINEAR) if len(self.shapes.get(name, ())) == 2 else None
+
+    def holder(self, module: str, parameter: str) -> str | None:
+        """The one tensor on disk that fills a parameter; None if there are none or several."""
+        held = self.holders.get((module, parameter), [])
+        return held[0] if len(held) == 1 else None
+
+    def tied(self, module: str, parameter: str) -> str | None:
+        """The one tensor on disk that fills a parameter by way of another module: they are one in memory."""
+        held = self.by_way_of.get((module, parameter), [])
+        return held[0] if len(held) == 1 else None
+
+    def lone(self, module: str, name: str, kind: Kind) -> Weight:
+        """A weight that one tensor on disk holds as it is."""
+        slot = self.names.slots[name]
+        made_of = Origin(((name,),))
+        return Weight(module, self.shapes[name], kind, True, False, slot.in_block, slot.tied_with, made_of)
+
+
+def pieces_of(base: Base, weight: Weight) -> Landed:
+    """The pieces of a weight, and which rows of it each holds."""
+    operations = weight.made_of.operations
+    reordered = [op for op in operations if op.startswith(REORDERED)]
+    if reordered:
+        raise InvalidInput(
+            f"transformers makes it by {reordered[0]}: nothing is merged through that", weight.label
+        )
+    try:
+        found = matrices(weight.shape, weight.made_of, base.shapes)
+    except NotAssembled as reason:
+        raise InvalidInput(str(reason), weight.label) from reason
+    check_dtypes(base, weight)
+    sides = weight.shape[-2:]
+    if sides[0] == sides[1] and any(op.startswith("Transpose") for op in operations):
+        raise InvalidInput(
+            "square, and transformers may turn it when it loads: which way is not known", weight.label
+        )
+    turned = is_turned(found[0], sides, base.shapes)
+    return Landed(tuple(parts_of(pieces, base, turned) for pieces in found), turned)
+
+
+def check_dtypes(base: Base, weight: Weight) -> None:
+    """Refuse what cannot be added to."""
+    for name in weight.made_of.names:
+        dtype = base.tensors[name].dtype
+        if dtype not in FLOATS:
+            raise InvalidInput(f"dtype {dtype} in the base", name, "dequantize the base first")
+
+
+def parts_of(pieces: Sequence[Piece], base: Base, turned: bool) -> tuple[Part, ...]:
+    """Pieces with the rows that they hold."""
+    parts, start = [], 0
+    for piece, shape in zip(pieces, shapes_of(tuple(pieces), base.shapes), strict=True):
+        stop = start + shape[1 if turned else 0]
+        parts.append(Part(piece, start, stop))
+        start = stop
+    return tuple(parts)

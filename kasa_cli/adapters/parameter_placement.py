@@ -1,0 +1,98 @@
+"""From the parameters that an adapter holds anew to the bytes of the base that they replace."""
+
+from dataclasses import dataclass, replace
+
+from kasa_cli.adapters.adapter import Adapter, Replacement, TokenRows
+from kasa_cli.adapters.base import Base, Landed, Part, Tensors, pieces_of
+from kasa_cli.errors import InvalidInput
+from kasa_cli.files.untrusted import quote
+from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
+from kasa_cli.report import Piece
+
+
+@dataclass(frozen=True)
+class PlacedValue:
+    """Where a parameter held anew goes: `shape` is that in memory, the pieces as in `Placed`.
+
+    `vocabulary` is the number of rows (on disk, in the adapter) where they differ: the vocabulary was resized. `tied`
+    is, as there, whether `tied_with`, the same tensor, is left alone.
+    """
+
+    value: Replacement | TokenRows
+    kind: Kind
+    shape: tuple[int, ...]
+    matrices: tuple[tuple[Part, ...], ...]
+    is_turned: bool
+    vocabulary: tuple[int, int] | None
+    tied_with: str | None
+    tied: bool
+
+
+def placed_values(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[PlacedValue, ...]:
+    """Lead every parameter that an adapter holds anew to the tensors on disk that it replaces, wholly or by rows.
+
+    Raises:
+        InvalidInput: the base has no such parameter, or one of another shape.
+    """
+    base = Base(names, tensors)
+    values: tuple[Replacement | TokenRows, ...] = (*adapter.replacements, *adapter.token_rows)
+    return tuple(place_value(adapter, base, value) for value in values)
+
+
+def place_value(adapter: Adapter, base: Base, value: Replacement | TokenRows) -> PlacedValue:
+    """One parameter held anew, its shape checked. Only an embedding, or a head, may have another number of rows."""
+    weight, touched = parameter_of(base, value), adapter.touched
+    landed = pieces_of(base, weight) if len(weight.shape) in (2, 3) else whole(weight)
+    new = adapter.container.tensors[value.tensor].shape
+    old = weight.shape
+    vocabulary = None
+    if isinstance(value, TokenRows):
+        anew = [one.tensor for one in adapter.replacements if one.parameter == value.parameter]
+        check_rows(value, new, adapter.container.tensors[anew[0]].shape if anew else old)
+    elif new != old:
+        is_vocabulary = value.why != "bias" and len(new) == len(old) and new[1:] == old[1:]
+        if not (is_vocabulary and weight.kind in (Kind.EMBEDDING, Kind.HEAD)):
+            raise InvalidInput(f"shape {list(new)}, in the base {list(old)}", value.tensor)
+        vocabulary = (old[0], new[0])
+    # PEFT ties trained rows to the other end by itself; a whole parameter it does not
+    is_alone = (
+        isinstance(value, Replacement) and weight.tied_with is not None and weight.tied_with not in touched
+    )
+    return PlacedValue(
+        value, weight.kind, old, landed.matrices, landed.is_turned, vocabulary, weight.tied_with, is_alone
+    )
+
+
+def parameter_of(base: Base, value: Replacement | TokenRows) -> Weight:
+    """The parameter in memory that a value is for."""
+    module, parameter = split_name(value.parameter)
+    weight = base.weights.get(value.parameter)
+    if weight is None and parameter == "weight":
+        weight = base.weight(module)
+    name = base.holder(module, parameter) or (value.parameter if value.parameter in base.shapes else None)
+    if weight is None and name is not None:
+        weight = base.lone(value.parameter, name, base.names.slots[name].kind)
+    if weight is None and (other := base.tied(module, parameter)):
+        found = base.lone(
+            value.parameter, other, base.weights[module].kind if module in base.weights else Kind.OTHER
+        )
+        weight = replace(found, tied_with=base.names.slots[other].module)
+    if weight is None:
+        what = f"no such parameter in the base: {quote(value.parameter)}"
+        raise InvalidInput(what, value.tensor, "name the base that it was trained on")
+    return weight
+
+
+def whole(weight: Weight) -> Landed:
+    """A parameter that is no matrix: one tensor on disk is all of it."""
+    return Landed(
+        ((Part(Piece(weight.made_of.names[0]), 0, weight.shape[0] if weight.shape else 1),),), False
+    )
+
+
+def check_rows(value: TokenRows, new: tuple[int, ...], old: tuple[int, ...]) -> None:
+    """Trained rows are as wide as the embedding, and it has those rows."""
+    if new[1:] != old[1:] or len(new) != len(old):
+        raise InvalidInput(f"rows of shape {list(new)} for {list(old)} in the base", value.tensor)
+    if value.indices and max(value.indices) >= old[0]:
+        raise InvalidInput(f"row {max(value.indices)} of {old[0]} in the base", value.tensor)

@@ -1,0 +1,276 @@
+"""From what an adapter says about the model in memory to the bytes of the base on disk.
+
+PEFT calls a module's product W = (out x in) whatever way it is stored. Here every patch is led to the tensors on disk
+that hold its weight: one, or, for fused experts, as many as there are experts and projections.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from kasa_cli.adapters.adapter import UNKNOWN_PARAMETER, Adapter, Patch
+from kasa_cli.adapters.base import Base, Landed, Part, Tensors, pieces_of
+from kasa_cli.adapters.config_fields import is_absent
+from kasa_cli.adapters.module_settings import Resolver, resolver_of, version_of
+from kasa_cli.adapters.peft import CONFIG
+from kasa_cli.adapters.saved_parameters import declared, ends_with_name
+from kasa_cli.adapters.tensor_names import ends_with
+from kasa_cli.adapters.tensor_shapes import TRANSPOSED, bound
+from kasa_cli.errors import InvalidInput
+from kasa_cli.files.untrusted import enumerated, quote
+from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
+
+REMEDY = "the file is incomplete, or of another base"
+
+NARROWED = ("exclude_modules", "layers_to_transform")
+
+FIRST_BY_LAYOUT = (0, 19)
+"""The first PEFT that asks a module of fused experts which way it stores them. Before, all were (in, out) to it."""
+TURNED_CLASSES = ("GptOss", "OpenAIPrivacyFilter", "Aria")
+"""How the names of those classes begin whose experts say that they are stored (in, out)."""
+OUTPUT_SIDE = "oft_embedding_R.weight"
+"""A rotation of an embedding turns what comes out of it."""
+BIASED = frozenset({"ia3", "road", "lite-ia3", "lite-road"})
+"""Kinds that change the bias of their module, if it has one."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a patch goes. Each of `matrices` is one weight of `shape` in memory, its parts stacked by rows.
+
+    `is_transposed`: memory holds (in, out), so what the adapter makes goes in transposed. `is_turned`: the files hold
+    each matrix the other way round from memory. `bias` is the module's on disk, where the patch changes that too.
+    `tied_with` is another module that the same tensor serves, `tied` whether the adapter leaves that one alone.
+    """
+
+    patch: Patch
+    shape: tuple[int, int]
+    matrices: tuple[tuple[Part, ...], ...]
+    is_transposed: bool
+    is_turned: bool
+    bias: str | None
+    tied_with: str | None
+    tied: bool
+
+    @property
+    def name(self) -> str:
+        """The module that it is about."""
+        return self.patch.module
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(out_features, in_features), as the adapter counts them."""
+        return (self.shape[1], self.shape[0]) if self.is_transposed else self.shape
+
+
+def placed(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[Placed, ...]:
+    """Lead every patch of an adapter to the tensors on disk that it changes.
+
+    Raises:
+        InvalidInput: the base has no such module, or one that does not fit; a target of the base has no tensors.
+    """
+    base = Base(names, tensors)
+    settled = settle(adapter, base)
+    touched = adapter.touched | {patch.module for patch in settled}
+    require_complete(adapter, base, touched)
+    resized = {
+        split_name(one.parameter)[0]: adapter.container.tensors[one.tensor].shape
+        for one in adapter.replacements
+        if one.why == "base layer" and split_name(one.parameter)[1] == "weight"
+    }
+    return tuple(place(adapter, base, patch, resized.get(patch.module), touched) for patch in settled)
+
+
+# --- patches ---
+
+
+def place(
+    adapter: Adapter, base: Base, patch: Patch, resized: tuple[int, ...] | None, touched: frozenset[str]
+) -> Placed:
+    """One patch on its weight, every shape checked."""
+    weight = weight_of(base, patch)
+    landed = pieces_of(base, weight)
+    shape = (weight.shape[-2], weight.shape[-1])
+    if resized is not None and len(resized) == 2:
+        shape = (resized[0], resized[1])
+        landed = Landed(((Part(landed.matrices[0][0].piece, 0, shape[0]),),), landed.is_turned)
+    is_transposed = is_in_out(adapter, base, patch, weight, shape)
+    found = Placed(
+        patch,
+        shape,
+        landed.matrices,
+        is_transposed,
+        landed.is_turned,
+        bias_of(base, patch),
+        weight.tied_with,
+        weight.tied_with is not None and weight.tied_with not in touched,
+    )
+    check_shapes(adapter, found)
+    return found
+
+
+def weight_of(base: Base, patch: Patch) -> Weight:
+    """The weight in memory that a patch is about."""
+    weight = base.weights.get(f"{patch.module}.{patch.parameter}") if patch.parameter != "weight" else None
+    weight = weight or base.weight(patch.module)
+    if weight is None:
+        is_there = any(slot.module == patch.module for slot in base.names.slots.values())
+        what = "no matrix in the base: nothing to merge into" if is_there else "no such module in the base"
+        tensor = next(iter(patch.tensors.values()))
+        raise InvalidInput(f"{what}: {quote(patch.module)}", tensor, "name the base that it was trained on")
+    return weight
+
+
+def is_in_out(adapter: Adapter, base: Base, patch: Patch, weight: Weight, shape: tuple[int, int]) -> bool:
+    """Whether memory holds the transpose of what the adapter makes."""
+    if not weight.is_module:
+        return is_expert_in_out(adapter, base, patch, shape)
+    if not TRANSPOSED.isdisjoint(patch.tensors):
+        return True
+    if base.names.model_class is None:  # without the class, a Conv1D cannot be told but by the config
+        return bool(patch.settings.get("fan_in_fan_out"))
+    return weight.kind is Kind.CONV1D
+
+
+def is_expert_in_out(adapter: Adapter, base: Base, patch: Patch, shape: tuple[int, int]) -> bool:
+    """Whether PEFT took the experts for stored (in, out). The shapes tell, unless the matrices are square."""
+    entries = adapter.container.tensors
+    sides = (entries[patch.tensors["lora_B"]].shape[0], entries[patch.tensors["lora_A"]].shape[-1])
+    if shape[0] != shape[1]:
+        return sides == shape[::-1]
+    if version_of(adapter.config) < FIRST_BY_LAYOUT:
+        return True
+    if base.names.model_class is None:
+        raise InvalidInput(
+            "square experts of an unknown class: which way they are stored is not known", patch.module
+        )
+    return base.names.model_class.startswith(TURNED_CLASSES)
+
+
+def check_shapes(adapter: Adapter, found: Placed) -> None:
+    """Every tensor of a patch fits the sides of the weight."""
+    patch, entries = found.patch, adapter.container.tensors
+    out_features, in_features = found.sides
+    turns_output = OUTPUT_SIDE in patch.tensors
+    known = {"o": out_features, "i": out_features if turns_output else in_features}
+    if patch.kind != "adalora" and "r" in patch.settings:
+        known["r"] = patch.settings["r"] * len(found.matrices)
+    shapes = {short: entries[name].shape for short, name in patch.tensors.items()}
+    bound(patch.kind, patch.settings, shapes, known, patch.tensors)
+
+
+def bias_of(base: Base, patch: Patch) -> str | None:
+    """The bias on disk that a patch changes with its weight."""
+    name = base.holder(patch.module, "bias") or base.tied(patch.module, "bias")
+    if "lora_B.bias" in patch.tensors and name is None:
+        raise InvalidInput(
+            f"a bias for {quote(patch.module)}, which has none in the base", patch.tensors["lora_B.bias"]
+        )
+    is_changed = "lora_B.bias" in patch.tensors or patch.kind in BIASED
+    return name if is_changed and not patch.settings.get("feedforward") else None
+
+
+# --- parameters that are not modules ---
+
+
+def settle(adapter: Adapter, base: Base) -> tuple[Patch, ...]:
+    """Every patch with its parameter: PEFT nests the wrappers of a module, the first parameter innermost."""
+    patches = [replace(patch, module=base.memory_name(patch.module)) for patch in adapter.patches]
+    nested: defaultdict[str, list[Patch]] = defaultdict(list)
+    for patch in patches:
+        if patch.parameter == UNKNOWN_PARAMETER:
+            nested[patch.module].append(patch)
+    resolver = resolver_of(adapter.config, adapter.path / CONFIG) if nested else None
+    named = {
+        id(patch): name
+        for module, own in nested.items()
+        for patch, name in parameters(adapter, base, module, own)
+    }
+    return tuple(
+        settled(resolver, patch, named[id(patch)]) if resolver and id(patch) in named else patch
+        for patch in patches
+    )
+
+
+def parameters(
+    adapter: Adapter, base: Base, module: str, patches: list[Patch]
+) -> Iterable[tuple[Patch, str]]:
+    """The patches of one module with the parameters that they are about, innermost first."""
+    wanted = adapter.config["target_parameters"]
+    stacks = [split_name(weight.label)[1] for weight in base.stacks.get(module, ())]
+    targeted = [name for name in stacks if any(ends_with(f"{module}.{name}", target) for target in wanted)]
+    if not targeted:
+        targeted = ["weight"]
+    depths = sorted(patch.depth for patch in patches)
+    if depths != list(range(len(targeted))):
+        what = f"{len(patches)} wrappers for {len(targeted)} targeted parameters ({enumerated(targeted)})"
+        raise InvalidInput(
+            what, next(iter(patches[0].tensors.values())), "name the base that it was trained on"
+        )
+    if len(targeted) > 1 and base.names.model_class is None:
+        raise InvalidInput(
+            "several parameters of a module of unknown class: their order is not known", module
+        )
+    return zip(sorted(patches, key=lambda patch: -patch.depth), targeted, strict=True)
+
+
+def settled(resolver: Resolver, patch: Patch, parameter: str) -> Patch:
+    """A patch whose parameter is known, with the numbers that PEFT's patterns give that."""
+    full = f"{patch.module}.{parameter}"
+    is_named = any(ends_with(full, target) for target in resolver.config["target_parameters"])
+    numbers = resolver.settings(full if is_named else patch.module)
+    settings = {**patch.settings, **{key: numbers[key] for key in ("r", "alpha", "scaling")}}
+    return replace(patch, parameter=parameter, settings=MappingProxyType(settings))
+
+
+def require_complete(adapter: Adapter, base: Base, touched: frozenset[str]) -> None:
+    """No module or parameter of the base is named by the config and left out of the file.
+
+    Raises:
+        InvalidInput: naming the first of them.
+    """
+    for what, absent in (
+        ("targets in the base without tensors in the adapter", _targets(adapter, base, touched)),
+        ("modules_to_save without tensors in the adapter", _saved(adapter, base, touched)),
+        ("biases of the base that the config says are trained, not in the adapter", _biases(adapter, base)),
+    ):
+        if listed := [quote(name) for name in absent]:
+            raise InvalidInput(f"{what}: {enumerated(listed, 3)}", str(adapter.container.path), REMEDY)
+
+
+def _targets(adapter: Adapter, base: Base, touched: frozenset[str]) -> Iterator[str]:
+    """Modules that a list of targets, taken as PEFT takes it, names."""
+    listed = adapter.config.get("target_modules")
+    if not isinstance(listed, list) or not all(is_absent(adapter.config.get(field)) for field in NARROWED):
+        return
+    for weight in base.names.weights:
+        is_touched = weight.label in touched or weight.tied_with in touched
+        if weight.is_module and not is_touched and any(ends_with(weight.label, end) for end in listed):
+            yield weight.label
+
+
+def _saved(adapter: Adapter, base: Base, touched: frozenset[str]) -> Iterator[str]:
+    """Parameters of modules that PEFT saves whole; what a module is tied with may stand for it."""
+    saved = declared(adapter.config)
+    if not saved:
+        return
+    for name, slot in base.names.slots.items():
+        # an adapter of an older transformers may have the module's name on disk
+        is_held = not touched.isdisjoint({slot.module, slot.tied_with, name.rpartition(".")[0]})
+        if not is_held and any(ends_with_name(slot.module, end) for end in saved):
+            yield f"{slot.module}.{slot.parameter}"
+
+
+def _biases(adapter: Adapter, base: Base) -> Iterator[str]:
+    """Biases of all modules, or of those that a patch is for. A mask that old files call a bias is no vector."""
+    which = adapter.config.get("bias") or "none"
+    if which == "none":
+        return
+    held = {one.parameter for one in adapter.replacements}
+    patched = {base.memory_name(patch.module) for patch in adapter.patches}
+    for name, slot in base.names.slots.items():
+        is_bias = slot.parameter == "bias" and len(base.shapes[name]) == 1
+        is_trained = which == "all" or slot.module in patched
+        if is_bias and is_trained and held.isdisjoint({f"{slot.module}.bias", name}):
+            yield f"{slot.module}.bias"

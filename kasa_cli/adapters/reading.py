@@ -1,0 +1,299 @@
+"""An adapter on disk as plain data: what every tensor of it is for. No PEFT, no base, no weight read.
+
+PEFT drops what it does not know in silence. Here each tensor is part of a patch of one module, a parameter held
+anew, or the trained rows of an embedding; what is none of these stops the run by name.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from kasa_cli.adapters.adapter import (
+    UNKNOWN_PARAMETER,
+    Adapter,
+    Patch,
+    Replacement,
+    TokenRows,
+    require_floats,
+    require_group,
+    unconsumed,
+)
+from kasa_cli.adapters.config import read_config
+from kasa_cli.adapters.config_fields import is_absent
+from kasa_cli.adapters.lora_lite import open_lite
+from kasa_cli.adapters.module_settings import Resolver, extra_tensors, kept_rank, resolver_of, version_of
+from kasa_cli.adapters.peft import CONFIG, WEIGHTS
+from kasa_cli.adapters.saved_parameters import EMBEDDINGS, NORM, TOKENS, replacements, token_rows
+from kasa_cli.adapters.tensor_names import Place, ends_with, parse
+from kasa_cli.adapters.tensor_shapes import block_size, bound
+from kasa_cli.checkpoint.folder import require_inside
+from kasa_cli.checkpoint.safetensors_file import Container, read_header
+from kasa_cli.errors import InvalidInput, UnsafeInput
+from kasa_cli.files.untrusted import enumerated, quote
+
+__all__ = ["Adapter", "Patch", "Replacement", "TokenRows", "open_adapter"]
+
+PICKLE = "adapter_model.bin"
+FIRST_NUMBER = re.compile(r"[^.]+(?:\.[^.]+)*?\.[^.]+\.([0-9]{1,9})\.")
+"""PEFT's number of a layer: the first with two names before it."""
+STARTED = frozenset({"pissa", "olora"})
+"""Kinds that are a plain LoRA but for what their start took off the base."""
+
+
+def open_adapter(path: Path, *, hub_cache: Path | None = None) -> Adapter:
+    """Read the config and the header of a PEFT folder, or of one lora-lite file.
+
+    `hub_cache` is the cache that kasa itself resolved a Hub id into; links that stay inside it are trusted.
+
+    Raises:
+        InvalidInput: a field, a name or a shape is not understood, or does not fit the others.
+        UnsafeInput: the weights are a pickle, or a link leads out of the folder.
+    """
+    if not path.is_dir():
+        return open_lite(path)
+    require_files(path)
+    for name in (CONFIG, WEIGHTS):
+        require_inside(path, name, hub_cache)
+    config = read_config(path)
+    resolver = resolver_of(config, path / CONFIG)
+    check_versions(resolver)
+    return assembled(path, read_header(path / WEIGHTS), resolver)
+
+
+def require_files(path: Path) -> None:
+    """Say what a folder is, if it is no adapter that can be read."""
+    if not (path / CONFIG).exists():
+        inside = [name for name in ("adapter", "tail") if (path / name / CONFIG).exists()]
+        remedy = f"name {' or '.join(str(path / name) for name in inside)}" if inside else ""
+        raise InvalidInput(f"no adapter: {CONFIG} is missing", str(path), remedy)
+    if (path / WEIGHTS).exists():
+        return
+    if (path / PICKLE).exists():
+        remedy = "load it with PEFT where you trust it and save it again, as safetensors"
+        raise UnsafeInput(f"weights in a pickle, {PICKLE}", str(path), remedy)
+    raise InvalidInput(f"no adapter: {WEIGHTS} is missing", str(path))
+
+
+def check_versions(resolver: Resolver) -> None:
+    """Refuse what older releases of PEFT meant otherwise."""
+    config = resolver.config
+    if resolver.kind == "oft" and config.get("use_cayley_neumann") and version_of(config) < (0, 18):
+        what = "OFT with the Cayley-Neumann series of a PEFT before 0.18, which has another formula"
+        raise InvalidInput(what, str(resolver.path), "merge it with that PEFT")
+
+
+def assembled(path: Path, container: Container, resolver: Resolver) -> Adapter:
+    """Sort the tensors of a file into what they are for."""
+    places = parsed(container, shorts_of(resolver))
+    shared = {
+        p.short: name for name, p in places.items() if p.is_shared and p.short in resolver.method.shared
+    }
+    parts = {
+        name: p
+        for name, p in places.items()
+        if p.short and p.short not in (TOKENS, NORM) and name not in shared.values()
+    }
+    rest = {name: p for name, p in places.items() if name not in parts and name not in shared.values()}
+    patches = patches_of(container, resolver, parts, shared)
+    rows = tuple(token_rows(container, resolver.config, rest))
+    replaced = tuple(replacements(resolver.config, container, rest, patches))
+    require_targets(resolver, patches, replaced)
+    require_targeted(resolver, patches)
+    if not rows and not is_absent(resolver.config.get("trainable_token_indices")):
+        raise InvalidInput("trainable_token_indices without trained rows", str(container.path))
+    if not patches and not replaced and not rows:
+        raise InvalidInput("an adapter without tensors", str(container.path))
+    patches = tuple(on_own_base(patch, replaced) for patch in patches)
+    return Adapter(path, resolver.kind, container, resolver.config, patches, replaced, rows)
+
+
+def on_own_base(patch: Patch, replaced: Iterable[Replacement]) -> Patch:
+    """A LoRA on a weight that the file holds too: what the start took off is off that already."""
+    has_base = any(one.parameter == f"{patch.module}.weight" and one.why == "base layer" for one in replaced)
+    if not has_base or "base_start" not in patch.settings:
+        return patch
+    settings = {**patch.settings, "init_lora_weights": True, "base_start": "file"}
+    kind = "lora" if patch.kind in STARTED else patch.kind
+    return replace(patch, kind=kind, settings=MappingProxyType(settings))
+
+
+def shorts_of(resolver: Resolver) -> frozenset[str]:
+    """The short names of tensors that this type of adapter has."""
+    method = resolver.method
+    grouped = {short for group in method.groups for short in group}
+    return frozenset(grouped | {*method.shared, *extras_of(resolver), TOKENS, NORM})
+
+
+def extras_of(resolver: Resolver) -> tuple[str, ...]:
+    """The tensors that a variant of LoRA has more."""
+    return extra_tensors(resolver.config) if resolver.method.kind == "lora" else ()
+
+
+def parsed(container: Container, shorts: frozenset[str]) -> dict[str, Place]:
+    """The place of every tensor, none twice, all of one adapter."""
+    places, adapters = {}, set()
+    taken: dict[tuple[str, str, int], str] = {}
+    for name in container.tensors:
+        place = parse(name, shorts)
+        if place is None or not (place.module or place.is_shared):
+            raise unconsumed([name], container)
+        before = taken.setdefault((place.module, place.short, place.depth if place.short else 0), name)
+        if before != name:
+            raise InvalidInput(f"{quote(before)} and {quote(name)} are the same tensor", str(container.path))
+        places[name] = place
+        adapters.add(place.adapter)
+    if len(adapters - {""}) > 1:
+        raise InvalidInput(
+            f"several adapters in one file: {enumerated(sorted(adapters - {''}))}", str(container.path)
+        )
+    return places
+
+
+# --- patches ---
+
+
+def patches_of(
+    container: Container, resolver: Resolver, parts: Mapping[str, Place], shared: Mapping[str, str]
+) -> tuple[Patch, ...]:
+    """The tensors of each module together, complete and of the right shapes."""
+    of_module: defaultdict[tuple[str, int], dict[str, str]] = defaultdict(dict)
+    for name, place in parts.items():
+        if place.is_shared:
+            raise unconsumed([name], container)
+        of_module[place.module, place.depth][place.short] = name
+    extras = extras_of(resolver)
+    for (module, _), tensors in of_module.items():
+        require_group(container, module, tensors, tuple((*g, *extras) for g in resolver.method.groups))
+    absent = [short for short in resolver.method.shared if of_module and short not in shared]
+    if absent:
+        raise InvalidInput(f"{enumerated(absent)} is missing", str(container.path))
+    if shared and not of_module:
+        raise unconsumed(shared.values(), container)
+    return tuple(patch(container, resolver, key, own, shared) for key, own in of_module.items())
+
+
+def patch(
+    container: Container,
+    resolver: Resolver,
+    key: tuple[str, int],
+    own: dict[str, str],
+    shared: Mapping[str, str],
+) -> Patch:
+    """One module's patch, with the numbers that hold for it."""
+    module, depth = key
+    is_open = may_be_parameter(resolver.config, module, depth)
+    if depth and not is_open:
+        raise unconsumed(own.values(), container)
+    tensors = {**own, **shared}
+    require_floats(container, tensors)
+    shapes = {short: container.tensors[name].shape for short, name in tensors.items()}
+    settings = {**resolver.settings(module), **told_by_shapes(resolver.kind, shapes)}
+    check_feedforward(resolver.config, module, settings, container)
+    known = {} if is_open else known_letters(resolver, module, settings)
+    bound(resolver.kind, settings, shapes, known, tensors)
+    copies = {short: name for short, name in own.items() if short in shared}
+    return Patch(
+        module,
+        UNKNOWN_PARAMETER if is_open else "weight",
+        resolver.kind,
+        MappingProxyType(tensors),
+        MappingProxyType(settings),
+        depth,
+        MappingProxyType(copies),
+    )
+
+
+def known_letters(resolver: Resolver, module: str, settings: Mapping[str, Any]) -> dict[str, int]:
+    """What the config says about the sides of a module's tensors."""
+    if resolver.method.kind == "adalora":
+        return {"n": kept_rank(resolver, module)}
+    return {"r": settings["r"]} if "r" in settings else {}
+
+
+def may_be_parameter(config: Mapping[str, Any], module: str, depth: int) -> bool:
+    """Whether only the base can say what a module's tensors are for: a list of targets does not name the module."""
+    if not config.get("target_parameters"):
+        return False
+    listed = config.get("target_modules")
+    is_module = isinstance(listed, list) and any(ends_with(module, target) for target in listed)
+    return depth > 0 or not is_module
+
+
+def told_by_shapes(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Settings that the tensors say more surely than the config does."""
+    if kind == "ia3" and "ia3_l" in shapes:
+        return {"feedforward": shapes["ia3_l"][:1] == (1,) and shapes["ia3_l"] != (1, 1)}
+    if kind == "oft":
+        rotation = next(iter(shapes.values()))
+        return {"oft_block_size": block_size(rotation[-1]) if rotation else 0}
+    return {}
+
+
+def check_feedforward(
+    config: Mapping[str, Any], module: str, settings: Mapping[str, Any], container: Container
+) -> None:
+    """IA3 says twice on which side it scales. A pattern is not matched: the shape has said it."""
+    listed = config.get("feedforward_modules")
+    if "feedforward" not in settings or isinstance(listed, str):
+        return
+    if settings["feedforward"] != any(module.endswith(end) for end in listed or ()):
+        what = f"ia3_l of {quote(module)} is of the other side than feedforward_modules says"
+        raise InvalidInput(what, str(container.path))
+
+
+def require_targets(resolver: Resolver, patches: Iterable[Patch], replaced: Iterable[Replacement]) -> None:
+    """A target with a number in its name is one place of the model: the file must hold it."""
+    listed = resolver.config.get("target_modules")
+    if not isinstance(listed, list) or not is_absent(resolver.config.get("exclude_modules")):
+        return
+    numbered = [target for target in listed if any(part.isdecimal() for part in target.split("."))]
+    held = {patch.module for patch in patches} | {one.parameter.rpartition(".")[0] for one in replaced}
+    ends = {end for module in held for end in endings(module)} if numbered else set()
+    absent = [quote(target) for target in numbered if target not in ends]
+    if absent:
+        raise InvalidInput(f"targets without tensors: {enumerated(absent, 3)}", str(resolver.path))
+
+
+def require_targeted(resolver: Resolver, patches: Iterable[Patch]) -> None:
+    """Lists of targets, exclusions and layers name the modules that the file patches: PEFT drops any other."""
+    listed = resolver.config.get("target_modules")
+    if not isinstance(listed, list) or not listed or resolver.config.get("target_parameters"):
+        return
+    for patch in patches:
+        if not is_targeted(resolver.config, patch.module, listed):
+            what = f"tensors of {quote(patch.module)}, which is no target by the config"
+            raise InvalidInput(what, str(resolver.path), "PEFT would leave them out: correct the config")
+
+
+def is_targeted(config: Mapping[str, Any], module: str, listed: list[str]) -> bool:
+    """Whether a list of targets names a module that nothing excludes, or the other end of one that is tied."""
+    if config.get("ensure_weight_tying") and module.rpartition(".")[2] in EMBEDDINGS:
+        return True
+    excluded = config.get("exclude_modules")
+    if isinstance(excluded, list) and any(ends_with(module, end) for end in excluded):
+        return False
+    return any(ends_with(module, end) for end in listed) and is_in_layers(config, module, listed)
+
+
+def is_in_layers(config: Mapping[str, Any], module: str, listed: Iterable[str]) -> bool:
+    """Whether a module is in the layers to be transformed. Patterns of a stranger are not matched."""
+    layers = config.get("layers_to_transform")
+    if layers in (None, []) or module in listed or not is_absent(config.get("layers_pattern")):
+        return True
+    found = FIRST_NUMBER.match(module)
+    return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
+
+
+def endings(path: str) -> Iterator[str]:
+    """A path and what is left of it without its first parts.
+
+    >>> list(endings("a.b.c"))
+    ['a.b.c', 'b.c', 'c']
+    """
+    while path:
+        yield path
+        path = path.partition(".")[2]

@@ -1,0 +1,165 @@
+"""What an adapter says about tied weights: the same of all ends, or something else of each.
+
+PEFT wraps the ends of tied weights one by one. In training each end is the shared tensor and what its own wrapper
+says of it; only PEFT's merge, in place, gives all ends what was meant for one.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kasa_cli.adapters.adapter import Adapter, Replacement, TokenRows
+from kasa_cli.adapters.base import Part
+from kasa_cli.adapters.parameter_placement import PlacedValue
+from kasa_cli.adapters.placement import Placed
+from kasa_cli.checkpoint.safetensors_file import Reader
+from kasa_cli.errors import InvalidInput
+from kasa_cli.files.untrusted import enumerated
+from kasa_cli.model_names.names import Group, Kind
+
+Item = Placed | PlacedValue
+Own = Mapping[str, list[Item]]
+"""By end what an adapter says of it."""
+TURNED = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
+"""The factors of an embedding, as those of a head: the one looks at its weight through the transpose."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What an adapter says, item by item, and which ends of tied weights each is about; none for other weights.
+
+    `apart` are the groups whose ends it makes different.
+    """
+
+    items: tuple[tuple[Item, tuple[str, ...]], ...]
+    apart: tuple[Group, ...]
+
+    def led(self, names: Mapping[str, str]) -> tuple[tuple[Placed, ...], tuple[PlacedValue, ...]]:
+        """All items, led to the tensors of the ends. Of an end that has none, another one says the same."""
+        found = [one for item, ends in self.items for one in (_led(item, ends, names) if ends else [item])]
+        places = tuple(item for item in found if isinstance(item, Placed))
+        return places, tuple(item for item in found if isinstance(item, PlacedValue))
+
+
+def words(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group]) -> Words:
+    """Which ends of tied weights each item of an adapter is about, and which weights that unties.
+
+    Raises:
+        InvalidInput: what becomes of the other ends is not known.
+    """
+    ends: defaultdict[int, tuple[str, ...]] = defaultdict(tuple)
+    dropped, apart = set(), []
+    for group in groups:
+        own = {end: [item for item in items if end in touched(item)] for end in group.ends}
+        shared, repeated = _shared(adapter, own)
+        rest = {end: [one for one in said if one not in shared + repeated] for end, said in own.items()}
+        _require_known(adapter, group, shared, rest)
+        if not _all_same(adapter, [*rest.values()]):
+            apart.append(group)
+        dropped |= {id(one) for one in repeated}
+        for one in shared:
+            ends[id(one)] = tuple(end for end in group.ends if not (_is_base(one) and _replaces(rest[end])))
+        for end, said in rest.items():
+            for one in said:
+                ends[id(one)] += (end,)
+    return Words(tuple((one, ends[id(one)]) for one in items if id(one) not in dropped), tuple(apart))
+
+
+def touched(item: Item) -> tuple[str, ...]:
+    """The parameters in memory that an item changes."""
+    if isinstance(item, PlacedValue):
+        return (item.value.parameter,)
+    weight, bias = f"{item.patch.module}.{item.patch.parameter}", f"{item.patch.module}.bias"
+    return (weight, bias) if item.bias else (weight,)
+
+
+def _shared(adapter: Adapter, own: Own) -> tuple[list[Item], list[Item]]:
+    """What all ends have though it is said of one: a base that the file holds anew, and rows, which PEFT ties by
+    itself if they are of the embedding. Beside it, what only repeats that."""
+    values = [item for said in own.values() for item in said if isinstance(item, PlacedValue)]
+    bases: list[Item] = [one for one in values if _is_base(one)]
+    rows: list[Item] = [one for one in values if isinstance(one.value, TokenRows)]
+    is_tied = len(rows) == 1 and isinstance(rows[0], PlacedValue) and rows[0].kind is Kind.EMBEDDING
+    is_one = _all_same(adapter, [[base] for base in bases])
+    return [*(bases[:1] if is_one else []), *(rows if is_tied else [])], bases[1:] if is_one else []
+
+
+def _is_base(item: Item) -> bool:
+    """Whether it is the weight under the adapter, and not what the adapter made of it."""
+    if isinstance(item, Placed) or isinstance(item.value, TokenRows):
+        return False
+    return item.value.why == "resized" or (item.value.is_base and bool(item.vocabulary))
+
+
+def _replaces(items: Sequence[Item]) -> bool:
+    return any(isinstance(one, PlacedValue) and isinstance(one.value, Replacement) for one in items)
+
+
+def _require_known(adapter: Adapter, group: Group, shared: Sequence[Item], rest: Own) -> None:
+    has_rows = any(isinstance(one, PlacedValue) and isinstance(one.value, TokenRows) for one in shared)
+    if has_rows and any(rest.values()):
+        what = f"trained rows of tied weights, and more of one of them: {enumerated([*group.ends])}"
+        raise InvalidInput(what, str(adapter.container.path), "merge it with PEFT and look at both ends")
+
+
+def _all_same(adapter: Adapter, lists: Sequence[Sequence[Item]]) -> bool:
+    """Whether the same is said in every list."""
+    ordered = [sorted(items, key=_order) for items in lists]
+    return all(
+        len(other) == len(ordered[0]) and all(map(_same, [adapter] * len(other), ordered[0], other))
+        for other in ordered[1:]
+    )
+
+
+def _order(item: Item) -> str:
+    return type(item.value).__name__ if isinstance(item, PlacedValue) else f"{item.patch.kind} patch"
+
+
+def _same(adapter: Adapter, one: Item, other: Item) -> bool:
+    if isinstance(one, Placed) and isinstance(other, Placed):
+        is_alike = (one.patch.kind, one.patch.settings) == (other.patch.kind, other.patch.settings)
+        return is_alike and _equal(_factors(adapter, one), _factors(adapter, other))
+    if isinstance(one, PlacedValue) and isinstance(other, PlacedValue):
+        is_alike = _indices(one) == _indices(other)
+        return is_alike and _equal(_value(adapter, one), _value(adapter, other))
+    return False
+
+
+def _indices(item: PlacedValue) -> tuple[int, ...] | None:
+    return item.value.indices if isinstance(item.value, TokenRows) else None
+
+
+def _factors(adapter: Adapter, item: Placed) -> dict[str, Tensor]:
+    with Reader(adapter.container) as reader:
+        found = {short: reader.tensor(name) for short, name in item.patch.tensors.items()}
+    return {TURNED.get(short, short): one.T if short in TURNED else one for short, one in found.items()}
+
+
+def _value(adapter: Adapter, item: PlacedValue) -> dict[str, Tensor]:
+    with Reader(adapter.container) as reader:
+        return {"": reader.tensor(item.value.tensor)}
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _led(item: Item, ends: Sequence[str], names: Mapping[str, str]) -> list[Item]:
+    if isinstance(item, PlacedValue):
+        return [replace(item, matrices=_at(item, names[end])) for end in ends if end in names]
+    weight = touched(item)[0]
+    if weight in ends and weight not in names:
+        return []
+    if weight in ends:
+        item = replace(item, matrices=_at(item, names[weight]))
+    bias = names.get(f"{item.patch.module}.bias", item.bias)
+    return [replace(item, bias=bias) if item.bias else item]
+
+
+def _at(item: Item, name: str) -> tuple[tuple[Part, ...], ...]:
+    """The one piece of a weight, under another name."""
+    (part,) = item.matrices[0]
+    return ((replace(part, piece=replace(part.piece, name=name)),),)

@@ -1,0 +1,149 @@
+"""The command line: verbs in, exit codes out.
+
+torch and transformers are imported inside the verbs, so that `--help` answers at once.
+"""
+
+import gc
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from kasa_cli import __version__
+from kasa_cli.cli import convert, demo, inspect, merge, select_targets, store, truncate, verify
+from kasa_cli.errors import ExitCode, KasaError, printable
+
+app = typer.Typer(
+    help="Spectral surgery on Hugging Face checkpoints: offline KaSA, streamed, exact and verified.",
+    epilog="Exit codes and every option: see docs/cli.md.",
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, it is nothing that an `except Exception` may take for a failure."""
+
+
+COLLECT_EVERY = 10_000
+"""Objects between two searches for garbage. torch and transformers make a million that stay: Python's own 700 would
+spend a quarter of the start on them."""
+VERBOSE = re.compile(r"--verbose|-q*v[qv]*")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kasa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Hold the options that need no verb."""
+
+
+app.command(epilog=truncate.EXAMPLE)(truncate.truncate)
+app.add_typer(inspect.app, name="inspect")
+app.command(epilog=select_targets.EXAMPLE)(select_targets.select_targets)
+app.command(epilog=merge.EXAMPLE)(merge.merge)
+app.command(epilog=convert.EXAMPLE)(convert.convert)
+app.command(epilog=verify.EXAMPLE)(verify.verify)
+app.add_typer(store.app, name="store")
+app.command(epilog=demo.EXAMPLE)(demo.demo)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code; every known error is one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    gc.set_threshold(COLLECT_EVERY)
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no κ shows how it is spelled
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _guarded(arguments)
+    except KeyboardInterrupt:  # once more, while the first is being reported
+        code = ExitCode.INTERRUPTED
+    except Terminated:
+        code = ExitCode.TERMINATED
+    except SystemExit as leaving:  # rich's way to say that nobody reads the help any more
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        code = ExitCode.DONE
+    _leave(code)
+
+
+def _guarded(arguments: list[str]) -> int:
+    """The exit code of a run."""
+    try:
+        return _run(arguments)
+    except KasaError as error:
+        return _fail(error, error.exit_code, arguments)
+    except TyperException as error:
+        return _fail(_one_line(error), ExitCode.USAGE, arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted: run the same command again to go on", ExitCode.INTERRUPTED, arguments)
+    except Terminated:
+        return _fail("terminated: run the same command again to go on", ExitCode.TERMINATED, arguments)
+    except BrokenPipeError:
+        return ExitCode.DONE
+    except (OSError, MemoryError) as error:
+        return _fail(_resource(error), ExitCode.RESOURCE, arguments)
+    except Exception as error:  # the last line of defence: a bug must not look like a result
+        what = f"internal error: {type(error).__name__}: {error}: please report it, with --verbose"
+        return _fail(what, ExitCode.INTERNAL, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    code = int(app(arguments, prog_name="kasa", standalone_mode=False) or 0)
+    if code == ExitCode.INTERRUPTED:  # Typer's way to say that Ctrl-C was pressed
+        raise KeyboardInterrupt
+    return code
+
+
+def _fail(error: object, code: ExitCode, arguments: list[str]) -> int:
+    if any(VERBOSE.fullmatch(argument) for argument in arguments):
+        import traceback
+
+        for line in traceback.format_exc().splitlines():
+            typer.echo(printable(line), err=True)
+    typer.echo(f"kasa: {printable(str(error))}", err=True)
+    return code
+
+
+def _resource(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}: use fewer --workers"
+    return f"{error.strerror or error}: {error.filename or 'the result'}: check disk and permissions"
+
+
+def _one_line(error: TyperException) -> str:
+    """Typer's own errors in the words of kasa's: what, where, what to do."""
+    describe: Callable[[], str] = getattr(error, "format_message", lambda: str(error))
+    what = " ".join(describe().split()).removesuffix(".").replace("Value error, ", "")
+    command = getattr(getattr(error, "ctx", None), "command_path", "kasa")
+    return f"{what}: {command}: see {command} --help"
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave at once: a thread deep in LAPACK cannot be asked to stop, and a crash is what staging is made for."""
+    with suppress(OSError, KeyboardInterrupt, Terminated):
+        typer.echo(nl=False)
+        typer.echo(nl=False, err=True)
+    os._exit(code)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise Terminated

@@ -1,0 +1,117 @@
+"""`kasa convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kasa_cli.cli.flags import (
+    CHOICE,
+    INPUT,
+    BaseIs,
+    BaseName,
+    CacheDir,
+    Config,
+    DryRun,
+    FlavourName,
+    Format,
+    FormatOption,
+    FormName,
+    Json,
+    LocalOnly,
+    NoStore,
+    OutputOption,
+    Overwrite,
+    Quiet,
+    Restart,
+    Revision,
+    StoreOption,
+    Threads,
+    Verbose,
+    Workers,
+)
+from kasa_cli.cli.output import show, watching
+
+EXAMPLE = "Example: kasa convert my-adapter --to lora --base org/model -o lora"
+
+
+def convert(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A folder of PEFT or kasa, or a lora-lite file.")
+    ],
+    to: Annotated[FormName, typer.Option(help="A plain LoRA for PEFT and servers, or lora-lite's file.")],
+    base: Annotated[
+        str,
+        typer.Option(metavar="BASE", help="A directory, or a Hub id (org/name).", rich_help_panel=INPUT),
+    ],
+    output_dir: OutputOption,
+    on: Annotated[
+        BaseName,
+        typer.Option(
+            help="Of KaSA: rank r + t on the original base, or r on the truncated.", rich_help_panel=CHOICE
+        ),
+    ] = BaseName.ORIGINAL,
+    names: Annotated[
+        FlavourName,
+        typer.Option(help="Of modules in memory, or of tensors on disk.", rich_help_panel=CHOICE),
+    ] = FlavourName.PEFT,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the R largest components of each update.", rich_help_panel=CHOICE),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            metavar="E", help="Keep the fewest that hold this share of Σσ².", rich_help_panel=CHOICE
+        ),
+    ] = None,
+    pad_rank: Annotated[
+        bool,
+        typer.Option("--pad-rank", help="Pad to a rank that servers accept.", rich_help_panel=CHOICE),
+    ] = False,
+    base_is: Annotated[
+        BaseIs, typer.Option(help="Of KaSA: auto asks the manifests.", rich_help_panel=INPUT)
+    ] = BaseIs.AUTO,
+    force_base: Annotated[
+        bool,
+        typer.Option("--force-base", help="Take a base it was not made for.", rich_help_panel=INPUT),
+    ] = False,
+    overwrite: Overwrite = False,
+    restart: Restart = False,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+    config: Config = None,
+    dry_run: DryRun = False,
+    workers: Workers = 0,
+    threads_per_worker: Threads = 1,
+    store: StoreOption = None,
+    no_store: NoStore = False,
+    output_format: FormatOption = Format.TABLE,
+    json_format: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Convert an adapter into a plain LoRA that PEFT, vLLM and llama.cpp read, exactly or with the loss measured."""
+    from kasa_cli.commands import convert as verb
+
+    options = verb.Options(
+        to=to,
+        on=on,
+        names=names,
+        rank=rank,
+        energy=energy,
+        pad_rank=pad_rank,
+        base_is=base_is,
+        force_base=force_base,
+        overwrite=overwrite,
+        restart=restart,
+    )
+    where = verb.Where(base, revision, cache_dir, local_files_only)
+    running = verb.Running(workers, threads_per_worker, "cpu", store, not no_store)
+    spelling = Format.JSON if json_format else output_format
+    if dry_run:
+        return show(verb.plan(adapter, where, output_dir, options, running), spelling, quiet)
+    with watching(quiet) as watcher:
+        report = verb.convert(adapter, where, output_dir, options, running, watcher)
+    return show(report, spelling, quiet)

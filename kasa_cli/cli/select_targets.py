@@ -1,0 +1,147 @@
+"""`kasa select-targets`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kasa_cli.cli.flags import (
+    CHOICE,
+    OUTPUT,
+    CacheDir,
+    Config,
+    CriterionName,
+    Device,
+    DryRun,
+    EmitName,
+    End,
+    Excludes,
+    Format,
+    FormatOption,
+    Json,
+    KeepGoing,
+    LocalOnly,
+    ModelArgument,
+    NoStore,
+    OverwriteFiles,
+    Quiet,
+    Revision,
+    Rule,
+    StoreOption,
+    Targets,
+    TargetsFrom,
+    Threads,
+    Verbose,
+    Workers,
+)
+from kasa_cli.cli.output import hand_off, refuse_occupied, show, watching
+from kasa_cli.errors import ExitCode
+
+EXAMPLE = "Example: kasa select-targets org/model --top-p 0.2 --emit peft -o lora.json"
+
+
+def select_targets(
+    model: ModelArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File for the hand-off, or for the JSON.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    emit: Annotated[
+        EmitName | None,
+        typer.Option(
+            metavar="KIND",
+            help="Hand-off, tested on the model: names, peft, axolotl, llamafactory or regex.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    overwrite: OverwriteFiles = False,
+    top_p: Annotated[
+        float | None, typer.Option(help="Best share; default: 0.2.", rich_help_panel=CHOICE)
+    ] = None,
+    num_modules: Annotated[
+        int | None, typer.Option(help="So many of the best.", rich_help_panel=CHOICE)
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="All up to a score, inclusive.", rich_help_panel=CHOICE)
+    ] = None,
+    criterion: Annotated[
+        CriterionName,
+        typer.Option(
+            metavar="CRITERION",
+            help="kappa, snr, snr-mp, stable-rank, effective-rank or alpha.",
+            rich_help_panel=CHOICE,
+        ),
+    ] = CriterionName.KAPPA,
+    prefer: Annotated[
+        End | None, typer.Option(help="Which end; default: the criterion's.", rich_help_panel=CHOICE)
+    ] = None,
+    rule: Annotated[
+        Rule, typer.Option(help="Of kappa: PEFT's KappaTune, or σ₁/σₖ itself.", rich_help_panel=CHOICE)
+    ] = Rule.PEFT,
+    max_dim: Annotated[
+        int, typer.Option(min=1, help="Leave out what has a longer side.", rich_help_panel=CHOICE)
+    ] = 16384,
+    per_type: Annotated[
+        bool, typer.Option("--per-type", help="Rank within each module type.", rich_help_panel=CHOICE)
+    ] = False,
+    shape_fair: Annotated[
+        bool,
+        typer.Option("--shape-fair", help="Against a random matrix of the shape.", rich_help_panel=CHOICE),
+    ] = False,
+    match_budget: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RANK", min=1, help="Rank that costs as much as RANK on all.", rich_help_panel=CHOICE
+        ),
+    ] = None,
+    compare: Annotated[
+        str, typer.Option(help="Other criteria, joined by commas.", rich_help_panel=CHOICE)
+    ] = "",
+    target: Targets = None,
+    exclude: Excludes = None,
+    targets_from: TargetsFrom = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+    config: Config = None,
+    workers: Workers = 0,
+    threads_per_worker: Threads = 1,
+    device: Device = "auto",
+    store: StoreOption = None,
+    no_store: NoStore = False,
+    keep_going: KeepGoing = False,
+    dry_run: DryRun = False,
+    output_format: FormatOption = Format.TABLE,
+    json_format: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Rank what to fine-tune by its spectrum (KappaTune, Spectrum, …) and hand the best over."""
+    refuse_occupied(output, overwrite=overwrite)
+    from kasa_cli.commands import select_targets as verb
+
+    options = verb.Choice(
+        amount=verb.Amount(top_p, num_modules, threshold),
+        criterion=criterion,
+        prefer=prefer,
+        rule=rule,
+        max_dim=max_dim,
+        per_type=per_type,
+        shape_fair=shape_fair,
+        match_budget=match_budget,
+        compare=tuple(name.strip() for name in compare.split(",") if name.strip()),
+        emit=emit,
+    )
+    where = verb.Where(model, revision, cache_dir, local_files_only)
+    patterns = verb.patterns(target, exclude, targets_from)
+    running = verb.Running(workers, threads_per_worker, device, store, not no_store, keep_going)
+    spelling = Format.JSON if json_format else output_format
+    if dry_run:
+        return show(verb.plan(where, options, patterns, running), spelling, quiet)
+    with watching(quiet) as watcher:
+        report = verb.select_targets(where, options, patterns, running, watcher)
+    if not hand_off(report, output, spelling, quiet):
+        show(report, spelling, quiet)
+    return ExitCode.BELOW_STANDARD if report.totals["unmeasured"] else ExitCode.DONE

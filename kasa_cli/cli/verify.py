@@ -1,0 +1,45 @@
+"""`kasa verify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kasa_cli.cli.flags import (
+    CacheDir,
+    Format,
+    FormatOption,
+    Json,
+    LocalOnly,
+    Quiet,
+    Revision,
+    Verbose,
+    Workers,
+)
+from kasa_cli.cli.output import show, watching
+
+EXAMPLE = "Example: kasa verify out --read-data --against org/model"
+
+
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that kasa wrote.")],
+    read_data: Annotated[bool, typer.Option("--read-data", help="Hash every byte.")] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Recompute from the base and compare.")
+    ] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+    workers: Workers = 0,
+    output_format: FormatOption = Format.TABLE,
+    json_format: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Check an output against its manifest, and against its base. Never writes."""
+    from kasa_cli.commands import verify as verb
+
+    base = verb.Where(against, revision, cache_dir, local_files_only) if against else None
+    with watching(quiet) as watcher:
+        report = verb.verify(output, read_data=read_data, against=base, workers=workers, watcher=watcher)
+    return show(report, Format.JSON if json_format else output_format, quiet)

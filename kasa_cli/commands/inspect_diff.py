@@ -1,0 +1,146 @@
+"""`kasa inspect diff`: two checkpoints of the same shapes, weight by weight."""
+
+from collections.abc import Sequence
+
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.errors import NumericalError, UsageError
+from kasa_cli.methods.selection import rank_correlation
+from kasa_cli.pipeline.inspecting.diff import Contrasted, Pair, contrast
+from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
+from kasa_cli.pipeline.measuring.many import size
+from kasa_cli.pipeline.measuring.plan import matrices
+from kasa_cli.pipeline.measuring.weights import Matrix, working_set
+from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running, run
+from kasa_cli.report import Candidate, DiffReport, Skipped
+from kasa_cli.targets.candidates import candidates
+from kasa_cli.targets.patterns import Patterns, patterns
+
+__all__ = ["Patterns", "Running", "Where", "diff", "patterns"]
+
+ANY_SIDE = 1 << 62
+RANK = 16
+
+
+def diff(
+    models: tuple[Where, Where],
+    patterns: Patterns | None = None,
+    running: Running | None = None,
+    rank: int = RANK,
+    watcher: Watcher | None = None,
+) -> DiffReport:
+    """Compare the linear weights of two checkpoints, or those that the patterns name.
+
+    `rank` is that of the subspaces compared at either end, less for narrow weights.
+
+    Raises:
+        KasaError: by the kind of trouble.
+    """
+    running, watcher, patterns = running or Running(), watcher or Silent(), patterns or Patterns()
+    check_running(running)
+    if rank < 1:
+        raise UsageError("the rank of a subspace must be positive")
+    facts = open_facts(running)
+    sources, chosen, notes = _open(models, patterns, facts)
+    pairs, skipped = _pairs(*chosen)
+    if not pairs:
+        raise UsageError("the two have no weight in common", f"{models[0].model} and {models[1].model}")
+    found = _contrasted(pairs, sources, facts, (running, rank), watcher)
+    done = {name: one for name, one in found.items() if isinstance(one, Contrasted)}
+    rows = tuple(one.row for one in done.values() if one.row)
+    return DiffReport(
+        command="inspect diff",
+        models=(models[0].model, models[1].model),
+        tensors=rows,
+        identical=tuple(name for name, one in done.items() if one.row is None),
+        skipped=(*skipped, *(one for one in found.values() if isinstance(one, Skipped))),
+        rank_correlation=rank_correlation([row.kappa[0] for row in rows], [row.kappa[1] for row in rows]),
+        totals={
+            "differing": len(rows),
+            "identical": len(done) - len(rows),
+            "unmeasured": len(found) - len(done),
+            "decompositions": sum(one.num_new for one in done.values()),
+            "decompositions_reused": sum(one.num_reused for one in done.values()),
+        },
+        notes=(*notes, *store_notes(facts)),
+    )
+
+
+def _open(
+    models: tuple[Where, Where], patterns: Patterns, facts: Facts
+) -> tuple[tuple[Checkpoint, Checkpoint], list[tuple[Candidate, ...]], list[str]]:
+    """Both checkpoints with what there is to compare in them."""
+    checkpoints, chosen, notes = [], [], []
+    for where in models:
+        _, checkpoint, names = survey(where, facts.store)
+        checkpoints.append(checkpoint)
+        chosen.append(candidates(checkpoint.tensors, names, patterns, "kasa", ANY_SIDE)[0])
+        notes += [f"{where.model}: {names.note}"] if names.note else []
+    return (checkpoints[0], checkpoints[1]), chosen, notes
+
+
+def _pairs(first: Sequence[Candidate], second: Sequence[Candidate]) -> tuple[list[Pair], tuple[Skipped, ...]]:
+    """What both have, by the names in memory: files may name it differently. What only one has is skipped."""
+    ours, theirs = ({one.module: one for one in chosen} for chosen in (first, second))
+    pairs, skipped = [], []
+    for module in dict.fromkeys((*ours, *theirs)):
+        if module not in ours or module not in theirs:
+            skipped.append(Skipped(module, f"only in {'B' if module in theirs else 'A'}"))
+        elif ours[module].shape != theirs[module].shape or _forms_differ(ours[module], theirs[module]):
+            skipped.append(Skipped(module, "of another shape in B"))
+        else:
+            pairs += _matched(ours[module], theirs[module])
+    return pairs, tuple(skipped)
+
+
+def _forms_differ(one: Candidate, other: Candidate) -> bool:
+    return one.num_matrices != other.num_matrices or one.is_transposed != other.is_transposed
+
+
+def _matched(one: Candidate, other: Candidate) -> list[Pair]:
+    both = zip(matrices(one), matrices(other), strict=True)
+    return [Pair(first.name, one.module, one.shape, first, _named(second, first)) for first, second in both]
+
+
+def _named(matrix: Matrix, like: Matrix) -> Matrix:
+    return Matrix(like.name, matrix.pieces, matrix.is_transposed)
+
+
+def _size(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> int:
+    """Both weights are held, and one Gram matrix at a time."""
+    return size(sources[0], pair.first) + size(sources[1], pair.second) - working_set(pair.shape, 0)
+
+
+def _contrasted(
+    pairs: Sequence[Pair],
+    sources: tuple[Checkpoint, Checkpoint],
+    facts: Facts,
+    how: tuple[Running, int],
+    watcher: Watcher,
+) -> dict[str, Contrasted | Skipped]:
+    """Every pair, the largest first; in the order given."""
+    running, rank = how
+
+    def one(pair: Pair) -> Contrasted | Skipped:
+        try:
+            return contrast(pair, sources, facts, rank)
+        except NumericalError as error:
+            if not running.keep_going:
+                raise
+            return Skipped(pair.name, error.what)
+
+    def work(pair: Pair) -> float:
+        return min(pair.shape) ** 2 * max(pair.shape)
+
+    watcher.stage("compare", len(pairs), sum(work(pair) for pair in pairs))
+    ordered = sorted(pairs, key=lambda pair: -work(pair))
+    with blas_threads(running.threads_per_worker):
+        found = run(
+            one,
+            ordered,
+            running.num_workers,
+            lambda pair: watcher.finished(pair.name, work(pair)),
+            lambda pair: _size(pair, sources),
+        )
+    by_name = {pair.name: result for pair, result in zip(ordered, found, strict=True)}
+    return {pair.name: by_name[pair.name] for pair in pairs}

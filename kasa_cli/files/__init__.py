@@ -1,0 +1,1 @@
+"""The disk: untrusted input, durable writes, staging, locks and the store; without torch."""

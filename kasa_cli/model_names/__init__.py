@@ -1,0 +1,1 @@
+"""Names of tensors on disk and of modules in memory, by transformers."""

@@ -1,0 +1,267 @@
+"""Which module in memory owns a tensor on disk: the one place that finds both names.
+
+transformers and PEFT name modules as they are in memory; files keep the names of earlier layouts, store every
+expert by itself, and leave out a tied head. The translation is transformers' own, on a model without weights.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from kasa_cli.errors import InvalidInput, printable
+from kasa_cli.model_names import meta_model
+from kasa_cli.model_names.conversion import Landing, landed, origins
+from kasa_cli.model_names.experts import Origin
+from kasa_cli.model_names.names import Kind, NameMap, Shapes, Slot, UnknownFamily, Weight, split_name
+
+
+def map_names(config: Mapping[str, Any], shapes: Shapes) -> NameMap:
+    """Find the slot of every tensor on disk, from its name and shape alone.
+
+    When transformers has no class for the config, the names are taken for those in memory: `note` says why.
+    """
+    try:
+        model = meta_model.build(config, shapes)
+    except UnknownFamily as reason:
+        note = f"names in memory are taken to be those on disk: {printable(str(reason))}"
+        slots = assumed_slots(shapes)
+        return NameMap(None, note, slots, (), assumed_weights(shapes, slots))
+    anatomy = Anatomy(model)
+    landings = landed(model, shapes)
+    if config.get("quantization_config") is None:  # a packed tensor has another shape than what it unpacks to
+        check_shapes(anatomy, landings, shapes)
+    slots = {name: anatomy.slot(name, landings.get(name)) for name in shapes}
+    weights = anatomy.weights(origins(landings))
+    return NameMap(type(model).__name__, None, slots, anatomy.linear_modules(), weights)
+
+
+def check_shapes(anatomy: "Anatomy", landings: Mapping[str, Landing], shapes: Shapes) -> None:
+    """Refuse weights that the config does not describe."""
+    for name, landing in landings.items():
+        wanted, found = tuple(anatomy.memory[landing.name].shape), shapes[name]
+        if landing.whole and wanted != found and anatomy.kind(split_name(landing.name)[0]) != Kind.OTHER:
+            what = f"shape {found} on disk, {wanted} by config.json"
+            raise InvalidInput(what, name, "the config and the weights do not belong together")
+
+
+def misfits(config: Mapping[str, Any], shapes: Shapes) -> list[str]:
+    """The tensors on disk that the config describes otherwise than they are.
+
+    Raises `UnknownFamily` when transformers has no class for it.
+    """
+    model = meta_model.build(config, shapes)
+    memory = model.state_dict()
+    return [
+        name
+        for name, landing in landed(model, shapes).items()
+        if landing.whole and tuple(memory[landing.name].shape) != shapes[name]
+    ]
+
+
+# --- what a module is ---
+
+ROUTER_CLASS = re.compile(r"Router|TopK|Gating$|MoE\w*Gate$")
+ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+class Anatomy:
+    """The modules of a model, as kinds."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.memory: dict[str, Tensor] = model.state_dict()
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.unique = [path for path, _ in model.named_modules()]
+        self.stacks = {name: p.shape for name, p in model.named_parameters() if p.dim() == 3}
+        self.head = output_head(model)
+        self.blocks = frozenset(block_paths(self.modules))
+        self.routers = frozenset(
+            p for p, m in self.modules.items() if p and ROUTER_CLASS.search(type(m).__name__)
+        )
+        self.expert_counts = frozenset(expert_counts(model.config.to_dict()))
+        self.aliases = aliases(model)
+
+    def slot(self, name: str, landing: Landing | None) -> Slot:
+        """The slot of a tensor on disk that landed, or did not."""
+        module, parameter = split_name(landing.name if landing else name)
+        if landing is None:
+            return Slot(module, parameter, Kind.OTHER, self.in_block(module), None)
+        kind = self.kind(module)
+        if not landing.whole and kind != Kind.EXPERTS:
+            kind = Kind.OTHER  # split, joined or reordered on its way: not the module's matrix
+        return Slot(module, parameter, kind, self.in_block(module), self.tied_with(landing.name))
+
+    def kind(self, path: str) -> Kind:
+        """What a module is. Routers come first: many of them are linear maps."""
+        module = self.modules[path]
+        if self.is_router(path, module):
+            return Kind.ROUTER
+        if module is self.head:
+            return Kind.HEAD
+        for kind, kind_class in (
+            (Kind.LINEAR, nn.Linear),
+            (Kind.CONV1D, Conv1D),
+            (Kind.EMBEDDING, nn.Embedding),
+        ):
+            if isinstance(module, kind_class):
+                return kind
+        return Kind.EXPERTS if is_experts(path, module) else Kind.OTHER
+
+    def is_router(self, path: str, module: nn.Module) -> bool:
+        """Does it, or what it is part of, choose experts?"""
+        if any(ancestor in self.routers for ancestor in ancestors(path)):
+            return True
+        leaf = split_name(path)[1]
+        if not isinstance(module, nn.Linear) or leaf not in ROUTER_NAMES:
+            return False
+        return leaf == "shared_expert_gate" or module.out_features in self.expert_counts
+
+    def in_block(self, path: str) -> bool:
+        """Does it live inside one of a stack of layers?"""
+        return any(ancestor in self.blocks for ancestor in ancestors(path))
+
+    def tied_with(self, name: str) -> str | None:
+        """Another module that holds the same parameter, the output head if it is one of them."""
+        others = [split_name(other)[0] for other in self.aliases.get(name, ()) if other != name]
+        others.sort(key=lambda path: self.modules.get(path) is not self.head)
+        return others[0] if others else None
+
+    def linear_modules(self) -> tuple[str, ...]:
+        """Every linear map of the model, in the order of `named_modules`."""
+        return tuple(path for path in self.unique if isinstance(self.modules[path], nn.Linear | Conv1D))
+
+    def weights(self, made_of: Mapping[str, Origin]) -> tuple[Weight, ...]:
+        """Every linear map and embedding, then every stack of matrices, with the tensors they are made of."""
+        matrices = [
+            self.weight(path, f"{path}.weight", weight.shape, made_of)
+            for path in self.unique
+            if isinstance(module := self.modules[path], nn.Linear | Conv1D | nn.Embedding)
+            and isinstance(weight := module.weight, Tensor)
+            and weight.dim() == 2
+        ]
+        return (*matrices, *(self.weight(name, name, shape, made_of) for name, shape in self.stacks.items()))
+
+    def weight(self, label: str, name: str, shape: torch.Size, made_of: Mapping[str, Origin]) -> Weight:
+        """A weight in memory, by what it is called and by the parameter that holds it."""
+        module, is_module = split_name(name)[0], label != name
+        is_linear = is_module and isinstance(self.modules[module], nn.Linear)
+        facts = (self.kind(module), is_module, is_linear, self.in_block(module), self.tied_with(name))
+        return Weight(label, tuple(shape), *facts, self.origin(name, made_of))
+
+    def origin(self, name: str, made_of: Mapping[str, Origin]) -> Origin:
+        """What a parameter is made of: its own tensors, or those of another name that it goes by."""
+        return next((made_of[n] for n in (name, *self.aliases.get(name, ())) if n in made_of), Origin())
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """A module's path and those of the modules it lies in.
+
+    >>> list(ancestors("layers.0.mlp"))
+    ['layers.0.mlp', 'layers.0', 'layers']
+    """
+    while path:
+        yield path
+        path = split_name(path)[0]
+
+
+def block_paths(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The entries of stacks, where an entry is itself made of modules: a list of heads is no stack."""
+    for path, module in modules.items():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            yield from (f"{path}.{name}" for name, entry in module.named_children() if any(entry.children()))
+
+
+def output_head(model: PreTrainedModel) -> nn.Module | None:
+    """The module that makes logits over the vocabulary, if the model has one and says so."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    except (NotImplementedError, AttributeError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def is_experts(path: str, module: nn.Module) -> bool:
+    """Does it hold the weights of several experts itself?"""
+    named = split_name(path)[1] == "experts" or "Expert" in type(module).__name__
+    return named and any(True for _ in module.parameters(recurse=False))
+
+
+def expert_counts(config: Mapping[str, Any]) -> Iterator[float]:
+    """How many experts a config speaks of."""
+    for section in meta_model.sections(config):
+        yield from (number for key, number in meta_model.numbers(section) if key.endswith("experts"))
+
+
+def aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """For each parameter that goes by several names, all of them."""
+    groups: defaultdict[int, dict[str, None]] = defaultdict(dict)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        groups[id(parameter)][name] = None
+    for target, source in model.all_tied_weights_keys.items():
+        if source in parameters:
+            groups[id(parameters[source])][target] = None
+    return {name: tuple(group) for group in groups.values() if len(group) > 1 for name in group}
+
+
+# --- when the class is not known ---
+
+HEAD_NAMES = frozenset({"lm_head", "embed_out", "score", "classifier"})
+
+
+def assumed_slots(shapes: Shapes) -> dict[str, Slot]:
+    """Slots by the look of names and shapes alone."""
+    slots = {}
+    for name, shape in shapes.items():
+        module, parameter = split_name(name)  # a bias is of its weight's kind
+        kind = assumed_kind(module, shapes.get(f"{module}.weight", shape))
+        slots[name] = Slot(module, parameter, kind, has_number(module), None)
+    return slots
+
+
+MATRIX_KINDS = frozenset({Kind.LINEAR, Kind.HEAD, Kind.ROUTER, Kind.EMBEDDING})
+
+
+def assumed_weights(shapes: Shapes, slots: Mapping[str, Slot]) -> tuple[Weight, ...]:
+    """What looks like a linear map or an embedding, then every stack of matrices, in the order on disk."""
+    weights = [assumed_weight(name, shapes[name], slot) for name, slot in slots.items()]
+    return tuple(sorted((weight for weight in weights if weight), key=lambda weight: not weight.is_module))
+
+
+def assumed_weight(name: str, shape: tuple[int, ...], slot: Slot) -> Weight | None:
+    """A tensor on disk as the weight in memory that it must be, if it is one."""
+    is_module = len(shape) == 2 and slot.parameter == "weight" and slot.kind in MATRIX_KINDS
+    if not is_module and len(shape) != 3:
+        return None
+    label, is_linear = slot.module if is_module else name, is_module and slot.kind != Kind.EMBEDDING
+    return Weight(label, shape, slot.kind, is_module, is_linear, slot.in_block, None, Origin(((name,),)))
+
+
+def assumed_kind(path: str, shape: tuple[int, ...]) -> Kind:
+    """What a module must be, by its path and the shape of its weight.
+
+    >>> assumed_kind("h.0.mlp.up", (8, 4)).value, assumed_kind("wte", (9, 4)).value
+    ('linear', 'embedding')
+    """
+    parts = path.split(".")
+    if ROUTER_NAMES.intersection(parts):
+        return Kind.ROUTER
+    if parts[-1] == "experts" or (len(shape) == 3 and "experts" in parts):
+        return Kind.EXPERTS
+    if len(shape) != 2:
+        return Kind.OTHER
+    if HEAD_NAMES.intersection(parts):
+        return Kind.HEAD
+    if re.search("embed|wte|wpe", path):
+        return Kind.EMBEDDING
+    return Kind.LINEAR if has_number(path) else Kind.OTHER
+
+
+def has_number(path: str) -> bool:
+    """Is it an entry of something that repeats?"""
+    return any(part.isdecimal() for part in path.split("."))

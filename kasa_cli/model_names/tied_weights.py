@@ -1,0 +1,81 @@
+"""Parameters that transformers makes one in memory, and what a model is in which they are several.
+
+A checkpoint stores tied weights once. transformers ties them by the class and by config.json, so both are asked, on
+a model without weights; what the class ties whatever the config says cannot be untied.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kasa_cli.checkpoint import model_config
+from kasa_cli.errors import InvalidInput
+from kasa_cli.files.untrusted import enumerated
+from kasa_cli.model_names import meta_model
+from kasa_cli.model_names.conversion import landed, name_on_disk
+from kasa_cli.model_names.name_map import aliases
+from kasa_cli.model_names.names import Group, Shapes
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A model whose tied weights are several: its config, and the new tensors, each with the one it copies."""
+
+    config: Mapping[str, Any]
+    groups: tuple[Group, ...]
+    sources: Mapping[str, str]
+
+
+def groups_of(config: Mapping[str, Any], shapes: Shapes) -> tuple[Group, ...]:
+    """The groups of parameters that are one in memory, of which a tensor is on disk."""
+    return _groups(meta_model.build(config, shapes), shapes)
+
+
+def taken_apart(config: Mapping[str, Any], shapes: Shapes, touched: Iterable[Group]) -> Apart:
+    """The model with `tie_word_embeddings` false: every parameter that this frees has a tensor of its own.
+
+    Raises:
+        InvalidInput: its class ties one of the touched groups whatever config.json says.
+    """
+    edited = model_config.untied(config)
+    before, after = meta_model.build(config, shapes), meta_model.build(edited, shapes)
+    still = set(aliases(after))
+    for group in touched:
+        if not still.isdisjoint(group.ends):
+            what = f"{type(after).__name__} ties {enumerated([*group.ends])} whatever config.json says"
+            raise InvalidInput(what, "--untie", "train the adapter on all of them, or on none")
+    groups, sources = [], {}
+    for group in _groups(before, shapes):
+        if still.isdisjoint(group.ends):
+            held = next(iter(group.held.values()))
+            ends = {end: name or name_on_disk(after, end) for end, name in group.ends.items()}
+            sources.update({name: held for name in ends.values() if name not in shapes})
+            groups.append(Group(ends))
+    new = {**shapes, **{name: shapes[held] for name, held in sources.items()}}
+    _require_filled(after, new, before, still)
+    return Apart(edited, tuple(groups), sources)
+
+
+def _groups(model: PreTrainedModel, shapes: Shapes) -> tuple[Group, ...]:
+    on_disk = {landing.name: name for name, landing in landed(model, shapes).items() if landing.whole}
+    names = dict.fromkeys(aliases(model).values())
+    groups = [Group({end: on_disk.get(end) for end in ends}) for ends in names]
+    return tuple(group for group in groups if group.held)
+
+
+def _require_filled(
+    after: PreTrainedModel, shapes: Shapes, before: PreTrainedModel, still: Collection[str]
+) -> None:
+    """Untying has freed parameters and done nothing else: each has its tensor, of its shape."""
+    memory = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
+    same = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
+    filled = {landing.name for landing in landed(after, shapes).values()}
+    freed = {name for name in aliases(before) if name not in still}
+    odd = [
+        name for name in memory if same.get(name) != memory[name] or (name in freed and name not in filled)
+    ]
+    if odd:
+        what = f"{type(after).__name__} untied has no tensor on disk for {enumerated(odd, 3)}"
+        raise InvalidInput(what, "--untie")

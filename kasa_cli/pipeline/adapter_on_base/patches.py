@@ -1,0 +1,73 @@
+"""One patch of an adapter: what it is called, the weight under it, and what it does to each matrix of its place."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from kasa_cli.adapters.adapter import Patch
+from kasa_cli.adapters.peft import PEFT_VERSION
+from kasa_cli.adapters.placement import Placed
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.methods.adapter_kinds import table as kinds
+from kasa_cli.methods.adapter_kinds.change import Change
+from kasa_cli.pipeline.measuring.weights import Matrix, read_pieces
+
+IN_FILE = "file"
+"""The adapter's file holds its module's own base, cut already."""
+LOST = "lost"
+"""What the adapter's start took off its base cannot be found again."""
+
+
+def label(patch: Patch) -> str:
+    """The module; with the name of its parameter where that is not its weight."""
+    return patch.module if patch.parameter == "weight" else f"{patch.module}.{patch.parameter}"
+
+
+def module_of(place: Placed) -> kinds.Module:
+    """The module of a patch, as its kind's formula sees it."""
+    outs, ins = place.sides
+    return kinds.Module(outs, ins, place.patch.settings, place.is_transposed)
+
+
+def is_stack(place: Placed) -> bool:
+    """Whether the patch is of a parameter that holds experts, even if it is one."""
+    is_part = place.matrices[0][0].piece.index is not None
+    return is_part or place.patch.parameter != "weight" or len(place.matrices) > 1
+
+
+def matrix_of(place: Placed) -> Matrix:
+    """The weight under a patch of one matrix, in the base's files, to ask about."""
+    pieces = tuple(part.piece for part in place.matrices[0])
+    return Matrix(pieces[0].name, pieces, is_transposed=place.is_turned != place.is_transposed)
+
+
+def weight_under(checkpoint: Checkpoint, place: Placed) -> Tensor:
+    """The weight under a patch of one matrix, as (out, in)."""
+    read = [read_pieces(checkpoint, [part.piece]) for part in place.matrices[0]]
+    read = [piece.T for piece in read] if place.is_turned else read
+    W = read[0] if len(read) == 1 else torch.cat(read)
+    return W.T if place.is_transposed else W
+
+
+def needs_weight(patch: Patch) -> bool:
+    """Whether what the patch does is known only with the weight."""
+    return patch.kind in kinds.KINDS and kinds.KINDS[patch.kind].needs_weight
+
+
+def changes_of(tensors: Mapping[str, Tensor], place: Placed, weight: Callable[[], Tensor]) -> list[Change]:
+    """The change of every matrix of a place; `weight` reads the one that the kind's formula may need."""
+    if is_stack(place):
+        return expert_changes(tensors, module_of(place), len(place.matrices))
+    return [change_of(tensors, place, weight() if needs_weight(place.patch) else None)]
+
+
+def change_of(tensors: Mapping[str, Tensor], place: Placed, W: Tensor | None) -> Change:
+    """The change of the one matrix of a place; W is for kinds whose formula needs it."""
+    return kinds.change(place.patch.kind, tensors, module_of(place), W)
+
+
+def expert_changes(tensors: Mapping[str, Tensor], module: kinds.Module, num_experts: int) -> list[Change]:
+    """The change of every expert of a stack."""
+    # `placed` has settled which side is which, by the version that wrote the file
+    return kinds.experts(tensors, module, num_experts, PEFT_VERSION)

@@ -1,0 +1,100 @@
+"""What KaSA cuts off a base: how many components of each weight, and their factors.
+
+The manifest beside an adapter knows how many; without one it is the adapter's rank, as in PEFT. The factors come from
+the tail beside it, which `kasa truncate` wrote, else from the store, else from a decomposition. The tail goes first:
+it is there or not, whatever was asked before, so that the result does not depend on the state of the store.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kasa_cli.adapters import peft
+from kasa_cli.checkpoint.hashing import hash_tensor
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.safetensors_file import Container, Reader, read_header
+from kasa_cli.errors import IntegrityError
+from kasa_cli.files.durable import sha256_file
+from kasa_cli.methods.adapter_kinds import table as kinds
+from kasa_cli.methods.adapter_kinds.change import Term
+from kasa_cli.pipeline.adapter_on_base.provenance import Origin, adapter_manifest
+from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.pipeline.measuring.weights import Matrix, weigh
+
+TAIL = f"tail/{peft.WEIGHTS}"
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What a manifest says of cuts, by tensor on disk: how many components, of which original (its hash).
+
+    `tail` holds the factors of those cuts, where it was written.
+    """
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    originals: Mapping[str, str] = field(default_factory=dict)
+    tail: Container | None = None
+
+    def rank(self, name: str, r: int) -> int:
+        """How many components of a weight are cut, for an adapter of rank r on it."""
+        return self.ranks.get(name, r)
+
+    def from_tail(self, name: str, module: str, rank: int) -> Term | None:
+        """The cut of a weight, -U_d S_d V_d^T, as the tail holds it; None where it does not, or another rank."""
+        names = peft.tensor_names(module)
+        wanted = {names["A"], names["B"]}
+        if self.tail is None or self.ranks.get(name) != rank or not wanted <= self.tail.tensors.keys():
+            return None
+        with Reader(self.tail) as reader:
+            A, B = (reader.tensor(names[side]).to(torch.float64) for side in "AB")
+        return Term(B[:, :rank], A[:rank])  # what is beyond the rank pads it to that of other modules
+
+    def term(
+        self, checkpoint: Checkpoint, facts: Facts, matrix: Matrix, module: str, rank: int
+    ) -> Term | None:
+        """The cut of a weight of the original base, -U_d S_d V_d^T; None where nothing is cut.
+
+        Raises:
+            NumericalError: no solver converges.
+        """
+        if not rank:
+            return None
+        piece = matrix.pieces[0]
+        if found := self.from_tail(piece.name, module, rank) if piece.index is None else None:
+            shard = checkpoint.shards[checkpoint.shard_of(piece.name)]
+            if self.originals.get(piece.name) == hash_tensor(shard, piece.name):
+                return found
+        weight = weigh(checkpoint, matrix, torch.device("cpu"))
+        (term,) = kinds.truncation(facts.bench(weight).bottom(rank)).terms
+        return term
+
+
+def known_cuts(adapter: Path, base: Origin | None) -> Cuts:
+    """What is known of the cuts that an adapter was trained with, by the manifest beside it or beside its base.
+
+    Raises:
+        IntegrityError: the tail is not as it was written.
+    """
+    beside_base = [(base.checkpoint.root, base.manifest)] if base else []
+    for folder, known in ((adapter, adapter_manifest(adapter)), *beside_base):
+        if known and known.get("command") == "truncate":
+            cut = {name: one for name, one in known["tensors"].items() if "truncation_rank" in one}
+            return Cuts(
+                {name: int(one["truncation_rank"]) for name, one in cut.items()},
+                {name: str(one["input_blake3"]) for name, one in cut.items()},
+                _tail(folder.parent, known),
+            )
+    return Cuts()
+
+
+def _tail(output: Path, known: Mapping[str, Any]) -> Container | None:
+    """The tail of an output, if it was written and is there."""
+    record, path = known["files"].get(TAIL), output / TAIL
+    if record is None or not path.is_file():
+        return None
+    if sha256_file(path) != record["sha256"]:
+        raise IntegrityError("altered since kasa wrote it", str(path), "restore it, or remove the folder")
+    return read_header(path)

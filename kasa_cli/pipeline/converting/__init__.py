@@ -1,0 +1,1 @@
+"""An adapter as the factors of a plain LoRA."""

@@ -1,0 +1,224 @@
+"""What `kasa convert` is asked for: the options, checked, and an adapter on its base that a plain LoRA can say."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.adapters.adapter import Adapter
+from kasa_cli.adapters.placement import Placed
+from kasa_cli.adapters.writing import FLAVOURS
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.source import Source
+from kasa_cli.errors import InvalidInput, UsageError
+from kasa_cli.files.staging import check_apart
+from kasa_cli.methods.adapter_kinds.as_lora import Limit
+from kasa_cli.methods.adapter_kinds.change import Term
+from kasa_cli.model_names.names import NameMap
+from kasa_cli.pipeline.adapter_on_base import provenance
+from kasa_cli.pipeline.adapter_on_base.match import KASA, Fitted, fitted, read_adapter
+from kasa_cli.pipeline.adapter_on_base.patches import IN_FILE, matrix_of
+from kasa_cli.pipeline.adapter_on_base.provenance import BASES, ORIGINAL, TRUNCATED, Origin
+from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts, known_cuts
+from kasa_cli.pipeline.converting.representable import require_form, require_nothing_else, require_own
+from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.pipeline.opening import Where, survey
+
+LORA, LITE = "lora", "lora-lite"
+FORMS = (LORA, LITE)
+BASES_OF_KASA = (ORIGINAL, TRUNCATED)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `kasa convert`. Neither rank nor energy: nothing is lost."""
+
+    to: str = LORA
+    on: str = ORIGINAL
+    names: str = "peft"
+    rank: int | None = None
+    energy: float | None = None
+    pad_rank: bool = False
+    base_is: str = "auto"
+    force_base: bool = False
+    overwrite: bool = False
+    restart: bool = False
+
+    @property
+    def limit(self) -> Limit:
+        """How much of each update is kept."""
+        return Limit(self.rank, self.energy)
+
+    @property
+    def is_lite(self) -> bool:
+        """Whether the file is lora-lite's."""
+        return self.to == LITE
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What is known of the cuts, and whether the base at hand lacks them already."""
+
+    cuts: Cuts
+    is_made: bool
+
+    def require_known(self, places: Sequence[Placed]) -> None:
+        """Refuse, before the work, a base that lacks its cuts where no tail says what they were.
+
+        Raises:
+            UsageError: naming the first module without.
+        """
+        if self.is_made:
+            for place in places:
+                self._in_tail(place)
+
+    def terms(self, checkpoint: Checkpoint, facts: Facts, place: Placed) -> tuple[Term, ...]:
+        """What was cut, or is to be, off the weight under a patch."""
+        settings = place.patch.settings
+        if settings.get("base_start") == IN_FILE:
+            return ()
+        if self.is_made:
+            return self._in_tail(place)
+        matrix = matrix_of(place)
+        rank = self.cuts.rank(matrix.name, int(settings["r"]))
+        term = self.cuts.term(checkpoint, facts, matrix, place.patch.module, rank)
+        return () if term is None else (term,)
+
+    def _in_tail(self, place: Placed) -> tuple[Term, ...]:
+        """The cut of a base that lacks it already: only the tail knows what it was."""
+        name, module = place.matrices[0][0].piece.name, place.patch.module
+        rank = self.cuts.rank(name, int(place.patch.settings["r"]))
+        if not rank:
+            return ()
+        term = self.cuts.from_tail(name, module, rank)
+        if term is None:
+            what = "what was cut off this base is in no tail beside it"
+            raise UsageError(what, module, "give the original base, or convert --on truncated")
+        return (term,)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An adapter on its base, and what is to be made of it. `told`: what a KaSA adapter's base is, else None."""
+
+    options: Options
+    source: Source
+    base: Origin
+    names: NameMap
+    fitted: Fitted
+    told: str | None
+    cuts: Cuts
+
+    @property
+    def adapter(self) -> Adapter:
+        """What its files say."""
+        return self.fitted.adapter
+
+    @property
+    def places(self) -> tuple[Placed, ...]:
+        """Where its patches go."""
+        return self.fitted.places
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The base's files."""
+        return self.base.checkpoint
+
+    @property
+    def on(self) -> str | None:
+        """Which of KaSA's two bases the LoRA is for."""
+        return self.options.on if self.told else None
+
+    @property
+    def cutting(self) -> Cutting | None:
+        """KaSA's cut, where it is part of the update."""
+        return Cutting(self.cuts, self.told == TRUNCATED) if self.on == ORIGINAL else None
+
+    @property
+    def fits_given(self) -> bool:
+        """Whether the LoRA is for the base at hand, and not for the other one of KaSA's two."""
+        return self.told == self.on
+
+    @property
+    def truncations(self) -> list[Mapping[str, Any]]:
+        """The manifests of `kasa truncate` that know of the two bases."""
+        manifests = (self.fitted.made_by, self.base.manifest)
+        return [one for one in manifests if one and one["command"] == "truncate"]
+
+    @property
+    def model_it_fits(self) -> tuple[str | None, str | None]:
+        """Hub id and commit of what the LoRA is for; None where that is not on the Hub, or not known."""
+        if self.fits_given:
+            return self.source.repo, self.source.commit
+        if self.on == TRUNCATED or not self.truncations:
+            return None, None
+        source = self.truncations[0]["source"]
+        return source.get("repo"), source.get("commit")
+
+    def hash_in_other_base(self, name: str) -> str | None:
+        """The hash of a tensor in the other one of KaSA's two bases, where a manifest knows it."""
+        found = (one["tensors"].get(name) for one in self.truncations)
+        known: Mapping[str, Any] = next((one for one in found if one), {})
+        if self.on == ORIGINAL:
+            return known.get("input_blake3")
+        return known.get("blake3") if known.get("role") == "truncated" else None
+
+
+def check(options: Options) -> None:
+    """Refuse what no adapter can satisfy.
+
+    Raises:
+        UsageError: saying which option.
+    """
+    if options.rank is not None and options.energy is not None:
+        raise UsageError("rank and energy both say how much is kept", "", "give one of --rank and --energy")
+    if options.rank is not None and options.rank < 1:
+        raise UsageError("a rank must be positive", "--rank")
+    if options.energy is not None and not 0 < options.energy <= 1:
+        raise UsageError("a share of energy is above 0 and at most 1", "--energy")
+    for name, known, what in (
+        (options.to, FORMS, "form to convert to"),
+        (options.on, BASES_OF_KASA, "base to convert for"),
+        (options.names, tuple(FLAVOURS), "names"),
+        (options.base_is, BASES, "kind of base"),
+    ):
+        if name not in known:
+            raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
+    if options.is_lite and options.names != "peft":
+        raise UsageError("lora-lite has names of its own", "--names", "leave it out")
+
+
+def opened_case(path: Path, where: Where, output: Path, options: Options, facts: Facts | None = None) -> Case:
+    """The adapter read, placed, fit for this base, and all of it such that a plain LoRA can say it.
+
+    Raises:
+        KasaError: by the kind of trouble; nothing was written.
+    """
+    source, checkpoint, names = survey(where, facts.store if facts else None)
+    check_apart(output, [source.root, path])
+    adapter, base = read_adapter(path), provenance.origin(checkpoint)
+    one = fitted(adapter, base, names)
+    _require_convertible(one, base, options)
+    require_nothing_else(adapter, one.values, checkpoint)
+    told, cuts = None, Cuts()
+    if adapter.kind == KASA:
+        told = provenance.base_is(options.base_is, base, one.made_by, one.targets)
+        cuts = known_cuts(path, base)
+    if not options.force_base:
+        one.require_base(base)
+    case = Case(options, source, base, names, one, told, cuts)
+    if case.cutting:
+        case.cutting.require_known(one.places)
+    return case
+
+
+def _require_convertible(one: Fitted, base: Origin, options: Options) -> None:
+    adapter = one.adapter
+    if options.on == TRUNCATED and adapter.kind != KASA:
+        raise UsageError(f"an adapter of kind {adapter.kind} has no truncated base", "--on", "leave it out")
+    if not one.places:
+        raise InvalidInput("an adapter that adds to no weight", str(adapter.path), "use kasa merge")
+    one.require_start(base)
+    require_form(one.places, options.limit)
+    if options.on == ORIGINAL:
+        require_own(one.places)

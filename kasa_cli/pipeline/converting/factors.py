@@ -1,0 +1,226 @@
+"""CONVERT: every patch of an adapter as factors of a plain LoRA, kept at once as parts, then written at one rank.
+
+The factors of all modules would not fit in memory, and the rank of the file is known only when all are there.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from kasa_cli.adapters.adapter import Adapter
+from kasa_cli.adapters.placement import Placed
+from kasa_cli.adapters.writing import Entry
+from kasa_cli.checkpoint.dtypes import BITS
+from kasa_cli.checkpoint.hashing import hash_tensor
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.open_files import OpenFiles
+from kasa_cli.checkpoint.safetensors_file import read_header
+from kasa_cli.checkpoint.safetensors_writer import Filling, filling, form
+from kasa_cli.errors import IntegrityError, InvalidInput, NumericalError
+from kasa_cli.files.durable import canonical_json
+from kasa_cli.files.staging import Staging
+from kasa_cli.methods.adapter_kinds.as_lora import Compact, Limit, has_low_rank_form, of_terms, of_weight
+from kasa_cli.methods.adapter_kinds.change import Change, Term
+from kasa_cli.pipeline.adapter_on_base.patches import changes_of, label, needs_weight, weight_under
+from kasa_cli.pipeline.converting.case import Cutting
+from kasa_cli.pipeline.converting.representable import no_form
+from kasa_cli.pipeline.measuring.facts import SOLVER_EDITION, Facts, header
+from kasa_cli.pipeline.measuring.weights import working_set
+from kasa_cli.pipeline.workers import Watcher, run
+from kasa_cli.report import ConvertedRow
+
+
+@dataclass(frozen=True)
+class Converter:
+    """Everything that the conversion of one patch needs. `cutting` None: the update is what the adapter adds."""
+
+    adapter: Adapter
+    files: OpenFiles
+    checkpoint: Checkpoint
+    facts: Facts
+    staging: Staging
+    limit: Limit
+    cutting: Cutting | None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One patch converted: where its factors are kept, the hashes of the base's tensors, and what was measured.
+
+    `norm` and `error` are Frobenius norms, of the update and of what is missing of it as stored.
+    """
+
+    place: Placed
+    key: str
+    hashes: Mapping[str, str]
+    rank: int
+    exact_rank: int | None
+    norm: float
+    error: float
+
+    @property
+    def loss(self) -> float:
+        """What is missing, relative to the update."""
+        return self.error / self.norm if self.norm else 0.0
+
+    @property
+    def row(self) -> ConvertedRow:
+        """What is reported of it."""
+        return ConvertedRow(
+            label(self.place.patch), tuple(self.hashes), self.rank, self.exact_rank, self.norm, self.loss
+        )
+
+
+def loss_of_all(done: Sequence[Converted]) -> float:
+    """What is missing of all updates together."""
+    norm, error = math.hypot(*(one.norm for one in done)), math.hypot(*(one.error for one in done))
+    return error / norm if norm else 0.0
+
+
+def convert_all(
+    converter: Converter, places: Sequence[Placed], num_workers: int, watcher: Watcher
+) -> list[Converted]:
+    """The factors of every patch, each kept as a part; in the order given.
+
+    Raises:
+        InvalidInput: naming the module that no plain LoRA can hold.
+    """
+    watcher.stage("convert", len(places), len(places))
+    ordered = sorted(places, key=lambda place: -math.prod(place.shape))
+    found = run(
+        partial(_convert, converter),
+        ordered,
+        num_workers,
+        lambda place: watcher.finished(place.patch.module, 1),
+        partial(working_room, converter.checkpoint),
+    )
+    by_place = {id(place): one for place, one in zip(ordered, found, strict=True)}
+    return [by_place[id(place)] for place in places]
+
+
+def write_factors(
+    path: Path,
+    metadata: tuple[str, str],
+    items: Sequence[tuple[Converted, list[Entry]]],
+    rank: int,
+    staging: Staging,
+    run_on: tuple[int, Watcher],
+) -> dict[str, dict[str, Any]]:
+    """Write all factors at one rank; dtype, shape and hash of every tensor, by name. `run_on`: workers, watcher."""
+    num_workers, watcher = run_on
+    layout = form(
+        [shape for _, entries in items for entry in entries for shape in entry.shapes(rank)], metadata
+    )
+    watcher.stage("write", len(items), len(items))
+    with filling(path, layout) as file:
+        task = partial(_write, file, rank, staging)
+        run(task, items, num_workers, lambda item: watcher.finished(item[0].place.patch.module, 1))
+    container = read_header(path)
+    return {
+        name: {"dtype": entry.dtype, "shape": list(entry.shape), "blake3": hash_tensor(container, name)}
+        for name, entry in container.tensors.items()
+    }
+
+
+def _convert(converter: Converter, place: Placed) -> Converted:
+    names = dict.fromkeys(part.piece.name for parts in place.matrices for part in parts)
+    shards = converter.checkpoint.shards
+    hashes = {name: hash_tensor(shards[converter.checkpoint.shard_of(name)], name) for name in names}
+    key = _part_key(place, hashes)
+    if converter.staging.part(key) is None:
+        converter.staging.keep_part(key, _made(converter, place))
+    payload = _payload(converter.staging, key, place)
+    return Converted(place, key, hashes, **header(payload))
+
+
+def _made(converter: Converter, place: Placed) -> bytes:
+    """The factors of a patch, packed, and what was measured on them."""
+    weight = cache(partial(weight_under, converter.checkpoint, place))
+    try:
+        tensors = converter.files.tensors(converter.adapter.container, place.patch.tensors)
+        changes = changes_of(tensors, place, weight)
+        found = [_compact(converter, place, change, weight) for change in changes]
+    except (InvalidInput, NumericalError) as error:
+        module = place.patch.module
+        where = error.where if module in error.where else f"{module}: {error.where}".removesuffix(": ")
+        raise type(error)(error.what, where, error.remedy) from error
+    return _packed(found, place.is_transposed)
+
+
+def _packed(found: Sequence[Compact], is_transposed: bool) -> bytes:
+    """The factors as memory has the weight: left (e x rows x n), right (e x n x columns)."""
+    rank = max(one.B.shape[1] for one in found)
+    pairs = [(one.A.T, one.B.T) if is_transposed else (one.B, one.A) for one in found]
+    left = torch.stack([torch.nn.functional.pad(one, (0, rank - one.shape[1])) for one, _ in pairs])
+    right = torch.stack([torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for _, one in pairs])
+    exact = [one.exact_rank for one in found if one.exact_rank is not None]
+    fields = {
+        "rank": rank,
+        "exact_rank": max(exact) if exact else None,
+        "norm": math.hypot(*(one.norm for one in found)),
+        "error": math.hypot(*(one.error for one in found)),
+    }
+    return save({"left": left, "right": right}, {"kasa": json.dumps(fields, sort_keys=True)})
+
+
+def _compact(converter: Converter, place: Placed, change: Change, weight: Callable[[], Tensor]) -> Compact:
+    terms, limit = _terms(change, weight), converter.limit
+    if terms is not None:
+        cutting = converter.cutting
+        cut = cutting.terms(converter.checkpoint, converter.facts, place) if cutting else ()
+        return of_terms((*terms, *cut), limit)
+    if not limit.is_set:
+        raise no_form(place)
+    return of_weight(weight(), change, limit)
+
+
+def _terms(change: Change, weight: Callable[[], Tensor]) -> tuple[Term, ...] | None:
+    """The whole change as low-rank terms; None where it is more than that."""
+    if change.is_low_rank:
+        return change.terms
+    return (change.of_weight(weight()),) if change.of_weight else None
+
+
+def _write(file: Filling, rank: int, staging: Staging, item: tuple[Converted, list[Entry]]) -> None:
+    one, entries = item
+    tensors = load(_payload(staging, one.key, one.place))
+    for entry in entries:
+        for name, tensor in entry.tensors(tensors["left"], tensors["right"], rank).items():
+            file.put(name, tensor)
+
+
+def _payload(staging: Staging, key: str, place: Placed) -> bytes:
+    path = staging.part(key)
+    if path is None:
+        raise IntegrityError("a finished part was altered", place.patch.module, "run the command again")
+    return path.read_bytes()
+
+
+def _part_key(place: Placed, hashes: Mapping[str, str]) -> str:
+    """What the factors depend on beside the job, which names the adapter and the options."""
+    patch = place.patch
+    about = [SOLVER_EDITION, patch.module, patch.parameter, patch.depth, sorted(hashes.items())]
+    return hashlib.sha256(canonical_json({"part": about})).hexdigest()
+
+
+def working_room(checkpoint: Checkpoint, place: Placed) -> int:
+    """Bytes that a conversion occupies at most: as for a decomposition, and the difference in float32 besides."""
+    entry = checkpoint.tensors[place.matrices[0][0].piece.name]
+    size = math.prod(place.shape)
+    return working_set(place.shape, size * BITS[entry.dtype] // 8) + 4 * size
+
+
+def is_decomposed(place: Placed, cutting: Cutting | None) -> bool:
+    """Whether a conversion may come to a decomposition of the weight: of the original base, or of a dense update."""
+    patch = place.patch
+    has_form = has_low_rank_form(patch.kind, patch.settings)
+    return needs_weight(patch) or not has_form or (cutting is not None and not cutting.is_made)

@@ -1,0 +1,124 @@
+"""What stands beside the factors of a conversion: names and config, the card, and the manifest, written last."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.adapters import peft, writing
+from kasa_cli.adapters.base import Base
+from kasa_cli.adapters.writing import FLAVOURS, Entry, Flavour, Said
+from kasa_cli.checkpoint import manifest, model_card
+from kasa_cli.checkpoint.shard_plan import CARD
+from kasa_cli.files.durable import sha256_file, write_file
+from kasa_cli.files.staging import MANIFEST
+from kasa_cli.pipeline.adapter_on_base import provenance
+from kasa_cli.pipeline.converting.case import Case
+from kasa_cli.pipeline.converting.factors import Converted, loss_of_all
+from kasa_cli.pipeline.file_records import file_records
+from kasa_cli.pipeline.workers import Running
+
+
+def recorded(case: Case, running: Running) -> dict[str, Any]:
+    """What the bytes depend on beside the base: no path."""
+    tail = case.cuts.tail if case.cutting else None
+    options = {name: getattr(case.options, name) for name in ("to", "names", "rank", "energy", "pad_rank")}
+    sha256 = provenance.digest(case.adapter.path, case.adapter.container.path)
+    return {
+        "adapter": {"kind": case.adapter.kind, "sha256": sha256},
+        "base_is": case.told,
+        "command": "convert",
+        "environment": manifest.numeric_environment(running.threads_per_worker, "cpu"),
+        "model_class": case.names.model_class,
+        "options": {**options, "on": case.on},
+        "source": {"commit": case.source.commit, "repo": case.source.repo},
+        "tail_sha256": sha256_file(tail.path) if tail else None,
+    }
+
+
+def entries_of(case: Case) -> list[list[Entry]]:
+    """By place what stands in the file, under the names asked for.
+
+    Raises:
+        InvalidInput, UsageError: those names cannot say it; naming the module.
+    """
+    flavour: Flavour = writing.in_lite if case.options.is_lite else FLAVOURS[case.options.names]
+    base = Base(case.names, case.checkpoint.tensors)
+    return [flavour(base, place) for place in case.places]
+
+
+def said(case: Case, done: Sequence[Converted]) -> Said:
+    """One rank for all, and what else stands in the config."""
+    rank = max(one.rank for one in done)
+    rank = writing.padded_rank(rank) if case.options.pad_rank else rank
+    is_on_disk = case.options.names == "disk"
+    return Said(rank, case.model_it_fits, case.names.model_class, case.checkpoint.config, is_on_disk)
+
+
+def write_config(
+    case: Case, folder: Path, entries: Sequence[list[Entry]], words: Said
+) -> tuple[str, tuple[str, str]]:
+    """PEFT's config; lora-lite has it in the header. The name of the file of tensors, and its metadata."""
+    all_entries = [entry for own in entries for entry in own]
+    if case.options.is_lite:
+        return writing.LITE_WEIGHTS, ("cfg", writing.lite_config(all_entries, words.rank))
+    if words.is_on_disk:
+        modules = [name.removesuffix(".weight") for name in case.names.slots]
+    else:
+        modules = [*(slot.module for slot in case.names.slots.values()), *case.names.linear_modules]
+    write_file(folder / peft.CONFIG, [writing.peft_config(all_entries, words, modules)])
+    return peft.WEIGHTS, ("format", "pt")
+
+
+def write_papers(
+    case: Case, folder: Path, record: Mapping[str, Any], done: Sequence[Converted], words: Said
+) -> bytes:
+    """The card, then the manifest, which is last: whoever finds it finds all else."""
+    base = case.checkpoint
+    carried = model_card.source_facts(base.root, base.companions)
+    text = model_card.card(
+        words.base[0], carried, "A LoRA", _card_body(case, record, done, words), is_adapter=True
+    )
+    write_file(folder / CARD, [text])
+    tensors = _tensor_records(case, done)
+    content = {
+        **record,
+        "base_fingerprint": manifest.fingerprint(tensors),
+        "files": file_records(folder, 1),
+        "schema": manifest.SCHEMA,
+        "tensors": tensors,
+        "weights": [asdict(one.row) for one in done],
+    }
+    sealed = manifest.seal(content)
+    write_file(folder / MANIFEST, [sealed])
+    return sealed
+
+
+def _tensor_records(case: Case, done: Sequence[Converted]) -> dict[str, Any]:
+    """Every tensor of the base that the LoRA is for, with the hash that it has there, if that is known."""
+    tensors = case.checkpoint.tensors
+    return {
+        name: {
+            "dtype": tensors[name].dtype,
+            "input_blake3": digest if case.fits_given else case.hash_in_other_base(name),
+            "module": one.place.patch.module,
+            "role": "reference",
+            "shape": list(tensors[name].shape),
+        }
+        for one in done
+        for name, digest in one.hashes.items()
+    }
+
+
+def _card_body(case: Case, record: Mapping[str, Any], done: Sequence[Converted], words: Said) -> str:
+    loss, kind = loss_of_all(done), case.adapter.kind
+    base = f" It is for the {case.on} base." if case.on else ""
+    lost = f" Of the norm of its updates {loss:.2%} is missing." if case.options.limit.is_set else ""
+    where = "on disk" if words.is_on_disk else "in memory"
+    lines = [
+        f"Made by kasa from an adapter of kind {kind}: a plain LoRA of rank {words.rank} and scaling 1.{base}{lost}",
+        "",
+        f"- `{record['adapter']['file']}`: {case.options.to}, modules named as {where}.",
+        f"- `{MANIFEST}`: what it was made from, with hashes; `kasa verify` checks it.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""What a plain LoRA can hold: everything else is refused before the work."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kasa_cli.adapters.adapter import Adapter, TokenRows
+from kasa_cli.adapters.parameter_placement import PlacedValue
+from kasa_cli.adapters.placement import Placed
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.safetensors_file import Reader
+from kasa_cli.errors import InvalidInput
+from kasa_cli.methods.adapter_kinds.as_lora import Limit, has_low_rank_form
+from kasa_cli.pipeline.measuring.weights import read_pieces
+
+MERGE = "kasa merge puts it into the base"
+TAKES_OFF = frozenset({"kasa", "pissa", "olora", "lite-pissa"})
+"""Kinds that change the weight itself, and with it whatever else is the same tensor."""
+
+
+def require_nothing_else(adapter: Adapter, values: Sequence[PlacedValue], checkpoint: Checkpoint) -> None:
+    """Refuse what a plain LoRA has no place for: parameters held anew, unless they are what the base holds.
+
+    Raises:
+        InvalidInput: naming the parameter.
+    """
+    for value in values:
+        one = value.value
+        if isinstance(one, TokenRows):
+            raise InvalidInput("trained rows, which a plain LoRA does not hold", one.parameter, MERGE)
+        if not _is_in_base(adapter, value, checkpoint):
+            raise InvalidInput(
+                f"held anew ({one.why}), which a plain LoRA does not hold", one.parameter, MERGE
+            )
+
+
+def require_form(places: Sequence[Placed], limit: Limit) -> None:
+    """Refuse, before the work, kinds that are no low-rank terms where nothing may be lost, and changes of biases.
+
+    Raises:
+        InvalidInput: naming the first such module.
+    """
+    for place in places:
+        patch = place.patch
+        if place.bias is not None:
+            raise InvalidInput("a change of a bias, which a plain LoRA does not hold", place.bias, MERGE)
+        if not limit.is_set and not has_low_rank_form(patch.kind, patch.settings):
+            raise no_form(place)
+
+
+def no_form(place: Placed) -> InvalidInput:
+    """The error for a kind that is more than low-rank terms."""
+    what = f"an adapter of kind {place.patch.kind} has no exact low-rank form"
+    return InvalidInput(what, place.patch.module, "recompress it with --rank or --energy, or use kasa merge")
+
+
+def require_own(places: Sequence[Placed]) -> None:
+    """Refuse patches that take something off a weight which is another module's too: a LoRA adds to one of them.
+
+    Raises:
+        InvalidInput: naming both.
+    """
+    for place in places:
+        if place.tied and place.patch.kind in TAKES_OFF:
+            what = f"the same tensor as {place.tied_with}, which a LoRA leaves as it is"
+            raise InvalidInput(
+                what, place.patch.module, "untie the base first: save it with tie_word_embeddings false"
+            )
+
+
+def _is_in_base(adapter: Adapter, value: PlacedValue, checkpoint: Checkpoint) -> bool:
+    pieces = [part.piece for parts in value.matrices for part in parts]
+    if value.vocabulary or len(pieces) != 1 or pieces[0].index is not None:
+        return False
+    stored = read_pieces(checkpoint, pieces)
+    with Reader(adapter.container) as reader:
+        held = reader.tensor(value.value.tensor)
+    known = stored.T if value.is_turned else stored
+    return known.shape == held.shape and torch.equal(known.to(torch.float64), held.to(torch.float64))

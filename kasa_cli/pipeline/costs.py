@@ -1,0 +1,60 @@
+"""Memory and time that a run is expected to take, for `--dry-run`."""
+
+from collections.abc import Sequence
+
+from kasa_cli.linalg.solvers import DENSE_SIDE
+from kasa_cli.pipeline.workers import BUDGET
+from kasa_cli.report import Target
+
+RUNTIME_BYTES = 400 << 20
+"""What torch and transformers occupy before the first tensor."""
+
+STREAMED_ROOM = 28 << 20
+"""What a worker occupies that adds to a tensor as it streams by, and writes it."""
+
+START_SECONDS, STREAMED_BYTES_PER_SECOND = 3.0, 4e8
+"""Of a merge: imports, and what a worker reads, adds to, hashes and writes."""
+
+GRAM_FLOPS_PER_SECOND = 4e10
+"""A rank-k update of float64 on one core of a server of 2023: an estimate is all that a plan asks of it."""
+
+
+def decomposition_cost(
+    shapes: Sequence[tuple[int, int]], rooms: Sequence[int], num_workers: int
+) -> dict[str, float]:
+    """Peak bytes and wall seconds expected of decomposing weights that occupy so many bytes each."""
+    largest = sorted([0, *rooms])[-num_workers:]
+    work = sum(min(shape) ** 2 * sum(shape) for shape in shapes)
+    return {
+        "memory_bytes": RUNTIME_BYTES + max(largest[-1], min(sum(largest), BUDGET)),
+        "seconds": round(2.5 * work / GRAM_FLOPS_PER_SECOND / num_workers, 1),
+    }
+
+
+def streaming_cost(num_bytes: int, held: int, num_workers: int) -> dict[str, float]:
+    """Peak bytes and wall seconds expected of a pass over a base of so many bytes, by `benchmarks/merge.py`.
+
+    `held`: bytes that a worker holds of one tensor, beside the rows in work.
+    """
+    seconds = START_SECONDS + num_bytes / STREAMED_BYTES_PER_SECOND / num_workers
+    return {
+        "memory_bytes": RUNTIME_BYTES + num_workers * (STREAMED_ROOM + held),
+        "seconds": round(seconds, 1),
+    }
+
+
+def memory_needed(targets: tuple[Target, ...], num_workers: int) -> int:
+    """Peak bytes expected: the runtime, and for each worker its weight twice, two Gram matrices and panels."""
+    largest = max((_working_set(target) for target in targets), default=0)
+    return RUNTIME_BYTES + num_workers * largest
+
+
+def seconds_needed(targets: tuple[Target, ...], num_workers: int) -> float:
+    """Wall seconds expected, from the multiplications alone; within a factor of a few."""
+    return 2.5 * sum(target.work for target in targets) / GRAM_FLOPS_PER_SECOND / num_workers
+
+
+def _working_set(target: Target) -> int:
+    short, long = sorted(target.shape)
+    element = 4 if target.dtype == "F32" else 2
+    return 2 * element * short * long + 2 * 8 * max(short, DENSE_SIDE) ** 2 + (64 << 20)

@@ -1,0 +1,1 @@
+"""Figures of spectra, adapters and differences between checkpoints."""

@@ -1,0 +1,295 @@
+"""LOOK, at adapters: what one does to every weight, from its own file and, where that is not enough, from the base.
+
+Products are never formed: of a sum of low-rank terms the singular values come from the factors; anything else is
+looked at some rows at a time.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kasa_cli.adapters.adapter import UNKNOWN_PARAMETER, Adapter, Patch
+from kasa_cli.adapters.placement import Placed
+from kasa_cli.adapters.tensor_shapes import TRANSPOSED, bound
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.open_files import OpenFiles
+from kasa_cli.errors import InvalidInput, NumericalError
+from kasa_cli.linalg import quantities
+from kasa_cli.linalg.subspaces import defect
+from kasa_cli.methods.adapter_kinds import learned
+from kasa_cli.methods.adapter_kinds import table as kinds
+from kasa_cli.methods.adapter_kinds.learned import Factors, Update
+from kasa_cli.methods.penalties import CONVENTIONS, Layer
+from kasa_cli.pipeline.adapter_on_base.match import KASA
+from kasa_cli.pipeline.adapter_on_base.patches import (
+    IN_FILE,
+    LOST,
+    expert_changes,
+    label,
+    matrix_of,
+    needs_weight,
+    weight_under,
+)
+from kasa_cli.pipeline.inspecting.share_in_cut import Cut, Dropped
+from kasa_cli.pipeline.measuring.weights import Matrix
+from kasa_cli.report import InCut, ModuleRow, module_type
+
+ENERGY = 0.9
+
+NEEDS_BASE = "not known without the base: give --base"
+START_IS_LOST = "its start took something off the base that is not in the file"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A patch of an adapter and, if there is a base, where it goes."""
+
+    patch: Patch
+    place: Placed | None = None
+
+    @property
+    def name(self) -> str:
+        """The module or its parameter; where only the base could tell which, the path that the file has."""
+        patch = self.patch
+        if patch.parameter == UNKNOWN_PARAMETER:
+            return patch.module + ".base_layer" * patch.depth
+        return label(patch)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is about a parameter, which may hold several experts; only LoRA is there."""
+        is_parameter = self.patch.parameter != "weight" and self.patch.kind == "lora"
+        return is_parameter or (self.place is not None and len(self.place.matrices) > 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weight in float64, if it is read at all."""
+        return 8 * math.prod(self.place.shape) if self.place and not self.is_stack else 0
+
+    @property
+    def matrix(self) -> Matrix | None:
+        """The weight in the base's files, to ask about; None of experts, and of one whose pieces lie turned."""
+        place = self.place
+        if place is None or self.is_stack or (place.is_turned and len(place.matrices[0]) > 1):
+            return None
+        return matrix_of(place)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter, its file held open, and the base that it is looked at with, if any."""
+
+    adapter: Adapter
+    base: Checkpoint | None
+    files: OpenFiles
+
+    def tensors(self, patch: Patch) -> dict[str, Tensor]:
+        """A patch's tensors by their short names.
+
+        Raises:
+            InvalidInput: a number in one of them is not finite.
+        """
+        return self.files.tensors(self.adapter.container, patch.tensors)
+
+    def weight(self, item: Item) -> Tensor | None:
+        """W under the adapter as (out, in): the one in the adapter's own file, or the base's."""
+        place, patch = item.place, item.patch
+        own = f"{patch.module}.weight"
+        for one in self.adapter.replacements:
+            if one.parameter == own and one.is_base:
+                found = self.files.tensor(self.adapter.container, one.tensor)
+                turned = place.is_transposed if place else not TRANSPOSED.isdisjoint(patch.tensors)
+                return found.T if turned else found
+        if place is None or self.base is None or item.is_stack:
+            return None
+        return weight_under(self.base, place)
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether rank or alpha depend on names."""
+        return any(self.adapter.config.get(f"{of}_pattern") for of in ("rank", "alpha"))
+
+
+@dataclass(frozen=True)
+class Look:
+    """One patch under the lens."""
+
+    opened: Opened
+    item: Item
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def patch(self) -> Patch:
+        """What the adapter says."""
+        return self.item.patch
+
+    @cached_property
+    def shape(self) -> tuple[int, int] | None:
+        """(out, in) as the adapter counts them; without a base, what its own tensors say of it."""
+        if self.item.place:
+            return self.item.place.sides
+        shapes = {short: tuple(tensor.shape) for short, tensor in self.tensors.items()}
+        letters = bound(self.patch.kind, self.patch.settings, shapes, {}, self.patch.tensors)
+        if self.patch.kind == "lokr":
+            return letters["a"] * letters["b"], letters["c"] * letters["d"]
+        return (letters["o"], letters["i"]) if {"o", "i"} <= letters.keys() else None
+
+    @cached_property
+    def num_matrices(self) -> int | None:
+        """How many experts there are; None where rank and number cannot be told apart without the base."""
+        if self.item.place:
+            return len(self.item.place.matrices)
+        if not self.item.is_stack:
+            return 1
+        num_rows, r = len(self.tensors["lora_A"]), self.patch.settings["r"]
+        return None if self.opened.has_patterns or num_rows % r else num_rows // r
+
+    def pairs(self) -> Iterable[Factors | None]:
+        """The two factors of each matrix, of kinds that have two."""
+        if self.num_matrices is None:
+            return [None]
+        if self.item.is_stack:
+            A, B = (self.tensors[f"lora_{letter}"] for letter in "AB")
+            return learned.expert_pairs(A, B, self.num_matrices)
+        return [learned.pair(self.patch.kind, self.tensors, self.shape)]
+
+    def updates(self) -> Iterable[Update | str]:
+        """What the adapter does to each matrix, or why that is not known; of experts one at a time."""
+        if self.num_matrices is None or self.shape is None:
+            return [NEEDS_BASE]
+        if self.patch.settings.get("base_start") == LOST:
+            return [START_IS_LOST] * self.num_matrices
+        is_transposed = self.item.place is not None and self.item.place.is_transposed
+        shape = self.shape
+        module = kinds.Module(*shape, self.patch.settings, is_transposed)
+        if self.item.is_stack:
+            made = expert_changes(self.tensors, module, self.num_matrices)
+            return (learned.update(change, None, shape) for change in made)
+        return [self._update(module)]
+
+    def _update(self, module: kinds.Module) -> Update | str:
+        """The weight is read only where the change depends on it."""
+        needs = needs_weight(self.patch)
+        W = self.opened.weight(self.item) if needs else None
+        if needs and W is None:
+            return NEEDS_BASE
+        change = kinds.change(self.patch.kind, self.tensors, module, W)
+        if change.map is not None and W is None:
+            W = self.opened.weight(self.item)
+            if W is None:
+                return NEEDS_BASE
+        return learned.update(change, W, (module.out_features, module.in_features))
+
+
+@dataclass(frozen=True)
+class Looked:
+    """One row, and what KaSA's penalties of that layer are made of."""
+
+    row: ModuleRow
+    layer: Layer | None
+
+
+def module_rows(opened: Opened, item: Item, cuts: Dropped) -> list[Looked]:
+    """A row for each weight that a patch changes; an expert is one.
+
+    Raises:
+        InvalidInput, NumericalError: a tensor is not finite, or does not fit; naming module and tensor.
+    """
+    try:
+        look = Look(opened, item, opened.tensors(item.patch))
+        pairs, updates, count = look.pairs(), look.updates(), look.num_matrices or 1
+        numbers = range(count) if count > 1 else [None]
+        return [
+            _row(look, number, pair, update, cuts)
+            for number, pair, update in zip(numbers, pairs, updates, strict=True)
+        ]
+    except (InvalidInput, NumericalError) as error:
+        if error.where in item.patch.tensors.values():
+            raise
+        where = f"{item.name}: {error.where}" if error.where else item.name
+        raise type(error)(error.what, where, error.remedy) from error
+
+
+def _row(look: Look, number: int | None, pair: Factors | None, update: Update | str, cuts: Dropped) -> Looked:
+    patch, name = look.patch, look.item.name
+    settings: Mapping[str, Any] = patch.settings if look.num_matrices is not None else {}
+    found, why = (None, update) if isinstance(update, str) else (update, update.why)
+    d = learned.diagonal(patch.kind, look.tensors)
+    rank = len(pair[0]) if pair else settings.get("r")
+    defects = [defect(pair[0].T.contiguous()), defect(pair[1])] if pair else [None, None]
+    layer = _layer(look, pair, d, defects)
+    in_cut, in_cut_why = _in_cut(look, rank, found, cuts)
+    row = ModuleRow(
+        name=name if number is None else f"{name}[{number}]",
+        module=patch.module,
+        module_type=module_type(name),
+        parameter=patch.parameter or None,
+        expert=number,
+        shape=look.shape,
+        rank=rank,
+        alpha=settings.get("alpha"),
+        scaling=learned.scaling(patch.kind, look.tensors, settings),
+        norm=found.norm if found else None,
+        why=why,
+        **_spectral(found),
+        **_diagonal(d),
+        defect_a=defects[0],
+        defect_b=defects[1],
+        penalties=_penalties(layer) if layer else None,
+        in_cut=in_cut,
+        in_cut_why=in_cut_why,
+    )
+    return Looked(row, layer)
+
+
+def _spectral(update: Update | None) -> dict[str, Any]:
+    """What the singular values say, if they are known."""
+    S = update.svd[1] if update and update.svd else None
+    names = ("sigma_max", "stable_rank", "effective_rank", "rank_90")
+    if S is None:
+        return {"singular_values": None, **dict.fromkeys(names)}
+    if not len(S):  # every component of an AdaLoRA was pruned
+        return {"singular_values": (), **dict.fromkeys(names, 0.0), "rank_90": 0}
+    return {
+        "singular_values": tuple(S.tolist()),
+        "sigma_max": float(S[0]),
+        "stable_rank": quantities.stable_rank(S),
+        "effective_rank": quantities.effective_rank(S),
+        "rank_90": quantities.rank_of_energy(S, ENERGY),
+    }
+
+
+def _diagonal(d: Tensor | None) -> dict[str, Any]:
+    """The learned diagonal with its signs; of a dense core, which has none, the singular values."""
+    made: dict[str, Any] = dict.fromkeys(("diagonal", "diagonal_signs", "core"))
+    if d is None:
+        return made
+    if d.ndim == 2:
+        return made | {"core": tuple(torch.linalg.svdvals(d).tolist())}
+    values = tuple(d.tolist())
+    return made | {"diagonal": values, "diagonal_signs": learned.signs(values)}
+
+
+def _layer(look: Look, pair: Factors | None, d: Tensor | None, defects: list[Any]) -> Layer | None:
+    if look.patch.kind != KASA or pair is None or d is None or look.shape is None:
+        return None
+    return Layer(float(d.square().sum()), defects[0], defects[1], look.shape, len(pair[0]))
+
+
+def _penalties(layer: Layer) -> dict[str, float]:
+    return {"l2": layer.l2, **{f"l3_{name}": one.l3(layer) for name, one in CONVENTIONS.items()}}
+
+
+def _in_cut(
+    look: Look, rank: int | None, update: Update | None, cuts: Dropped
+) -> tuple[InCut | None, str | None]:
+    if update is None or update.svd is None or rank is None or look.shape is None or look.item.is_stack:
+        return None, None
+    patch = look.patch
+    is_kasa = patch.kind == KASA and patch.settings.get("base_start") != IN_FILE
+    return cuts.share(Cut(patch.module, is_kasa, rank, look.shape, look.item.matrix), update.svd)

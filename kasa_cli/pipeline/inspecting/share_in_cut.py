@@ -1,0 +1,109 @@
+"""Where a base was cut under an adapter: the directions, from the tail that was written then or from the original."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.errors import IntegrityError
+from kasa_cli.linalg.subspaces import Shares, random_shares, shares, spaces
+from kasa_cli.methods.adapter_kinds.change import Term
+from kasa_cli.methods.adapter_kinds.learned import Svd
+from kasa_cli.pipeline.adapter_on_base import provenance
+from kasa_cli.pipeline.adapter_on_base.provenance import Origin
+from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts
+from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.pipeline.measuring.weights import Matrix
+from kasa_cli.report import InCut
+
+IN_TAIL, IN_BASE = "tail", "base"
+NO_BASE = "where its base was cut is not known: give the original as --base"
+CUT_ALREADY = "its base is truncated already, and no tail says where: give the original as --base"
+NOT_SAID = "nothing says whether its base is truncated already: say --base-is original, if it is"
+NO_CUT = "no cut of that rank: it is all of the weight"
+ZERO_CUT = "what was cut is zero: it has no direction"
+ZERO_UPDATE = "the update is zero"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A weight whose base may have been cut: its module, the rank of the adapter there, its pieces in a base.
+
+    `is_kasa`: of a kind that cuts, on a base that is not in its own file.
+    """
+
+    module: str
+    is_kasa: bool
+    rank: int
+    shape: tuple[int, int]
+    matrix: Matrix | None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What is known of the cuts under an adapter; `original` is the base to ask, `why` the reason if there is none.
+
+    `names` leads from modules to tensors on disk, where there is no base that could.
+    """
+
+    cuts: Cuts = field(default_factory=Cuts)
+    names: Mapping[str, str] = field(default_factory=dict)
+    original: tuple[Checkpoint, Facts] | None = None
+    why: str = NO_BASE
+
+    def share(self, cut: Cut, update: Svd) -> tuple[InCut | None, str | None]:
+        """How much of an update lies where the base was cut; or None, and why that is not known.
+
+        Twice None where nobody knows of a cut, for a kind that makes none.
+
+        Raises:
+            NumericalError: no solver converges.
+        """
+        name = cut.matrix.pieces[0].name if cut.matrix else self.names.get(cut.module, "")
+        if not (cut.is_kasa or name in self.cuts.ranks):
+            return None, None
+        rank = self.cuts.rank(name, cut.rank)
+        if not rank:
+            return _in_cut(Shares(0.0, 0.0, 0.0), cut.shape, 0, IN_TAIL), None
+        term = self.cuts.from_tail(name, cut.module, rank)
+        if term is not None:
+            return _measured(term, cut.shape, update, IN_TAIL)
+        if not cut.is_kasa:
+            return None, None
+        if rank >= min(cut.shape):
+            return None, NO_CUT
+        if self.original is None or cut.matrix is None:
+            return None, self.why
+        checkpoint, facts = self.original
+        term = self.cuts.term(checkpoint, facts, cut.matrix, cut.module, rank)
+        return _measured(term, cut.shape, update, IN_BASE) if term else (None, ZERO_CUT)
+
+
+def what_base_is(asked: str, base: Origin, made_by: Mapping[str, Any] | None, names: list[str]) -> str | None:
+    """Whether a base is truncated already; None where nothing says so.
+
+    Raises:
+        IntegrityError: a manifest knows the adapter's base, and this is another.
+    """
+    knows = any(known and known.get("command") == "truncate" for known in (base.manifest, made_by))
+    try:
+        return provenance.base_is(asked, base, made_by, names)
+    except IntegrityError:
+        if knows:
+            raise
+        return None
+
+
+def _measured(
+    term: Term, shape: tuple[int, int], update: Svd, source: str
+) -> tuple[InCut | None, str | None]:
+    within = spaces(term.L, term.R)
+    if within is None:
+        return None, ZERO_CUT
+    found = shares(update, within)
+    return (_in_cut(found, shape, term.R.shape[0], source), None) if found else (None, ZERO_UPDATE)
+
+
+def _in_cut(found: Shares, shape: tuple[int, int], rank: int, source: str) -> InCut:
+    chance = random_shares(*shape, rank)
+    return InCut(rank, found.both, found.left, found.right, chance.both, chance.left, chance.right, source)

@@ -1,0 +1,1 @@
+"""Spectral facts of weights, from the store or by one decomposition."""

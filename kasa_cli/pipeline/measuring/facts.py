@@ -1,0 +1,241 @@
+"""Questions about the spectrum of a weight, and their answers: from the store, or by one decomposition.
+
+A question is the smallest fact that answers it, and every fact is computed in one way only, whatever else is asked or
+known. So the answer to a question does not depend on what was asked before, to the last bit.
+
+    extremes      σ_max, σ_min, ‖W‖_F      answered by every measurement
+    ends-16, -64  bottom factors           a larger one is stored with all smaller ones; ends-16 answers t = 8
+    values        all singular values
+    top-16, -64   top factors, likewise
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from kasa_cli.checkpoint.manifest import numeric_environment
+from kasa_cli.errors import NumericalError, UsageError
+from kasa_cli.files.durable import canonical_json
+from kasa_cli.files.store import Store, opened
+from kasa_cli.linalg.bottom import ANGLE_TOLERANCE, Ends, ends_of, level
+from kasa_cli.linalg.frame import Rows, frame
+from kasa_cli.linalg.gram import Gram
+from kasa_cli.linalg.spectrum import Values, values_of
+from kasa_cli.linalg.top import Tops, tops_of
+from kasa_cli.pipeline.workers import Running
+
+SOLVER_EDITION = 2
+"""Raise it when the solvers change: facts and parts of another edition are not taken up."""
+
+Fact = TypeVar("Fact", "Extremes", Ends, Values, Tops)
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """What every measurement knows: both ends of the spectrum and the norm."""
+
+    sigma_max: float
+    sigma_min: float
+    frobenius: float
+    solver: str
+    residual: float
+
+    @property
+    def kappa(self) -> float:
+        """σ_max over σ_min, infinite for a singular weight."""
+        return self.sigma_max / self.sigma_min if self.sigma_min > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight to ask about: the hash of its content, its shape as (out, in), and how to get it."""
+
+    name: str
+    content: str
+    shape: tuple[int, int]
+    dtype: str
+    read: Callable[[], Tensor | Rows]
+
+
+class Facts:
+    """The store, for one numerical environment: what other versions or thread counts found is not mixed in."""
+
+    def __init__(self, store: Store | None, environment: Mapping[str, Any]) -> None:
+        self.store = store
+        known = {name: value for name, value in environment.items() if name not in ("kasa", "safetensors")}
+        text = canonical_json({**known, "edition": SOLVER_EDITION})
+        self._key = hashlib.sha256(text).hexdigest()[:16]
+
+    def bench(self, weight: Weight) -> "Bench":
+        """The weight, to ask about."""
+        return Bench(self, weight)
+
+    def get(self, weight: Weight, question: str) -> bytes | None:
+        """A fact from the store."""
+        return self.store.get(weight.content, question, self._key) if self.store else None
+
+    def put(self, weight: Weight, question: str, payload: bytes) -> None:
+        """Keep a fact."""
+        if self.store:
+            self.store.put(weight.content, question, self._key, payload)
+
+
+class Bench:
+    """One weight being measured: its Gram matrix, if it comes to that, serves all questions asked of it.
+
+    `is_new` says that a decomposition was made; without one, the weight was not even read. Every answer raises
+    NumericalError, naming the weight, when it is not finite or no solver converges.
+    """
+
+    def __init__(self, facts: Facts, weight: Weight) -> None:
+        self.weight = weight
+        self.is_new = False
+        self._summed: Gram | None = None
+        self._facts = facts
+        self._side = min(weight.shape)
+        self._answers: dict[str, Any] = {}
+
+    def extremes(self) -> Extremes:
+        """Both ends of the spectrum, and the norm."""
+
+        def find() -> Extremes:
+            found = self._ends(level(self._side, 0)).cut(0)
+            return Extremes(found.sigma_max, found.sigma_min, found.frobenius, found.solver, found.residual)
+
+        return self._ask("extremes", Extremes, find)
+
+    def bottom(self, t: int) -> Ends:
+        """The t smallest components, from their level; or alone, where a cut inside it would come out less sharp."""
+        if not 0 <= t < self._side:
+            raise NumericalError(f"cannot drop {t} of {self._side} components", self.weight.name)
+        self.extremes()
+        found = [self._ends(n) for n in _levels(self._side, t)][-1].cut(t)
+        return found if found.angle <= ANGLE_TOLERANCE or found.is_tied else self._ends(t)
+
+    def top(self, t: int) -> Tops:
+        """The t largest components, or all if there are fewer."""
+        wanted = min(t, self._side)
+        levels = _levels(self._side + 1, wanted)
+        found = [self._ask(f"top-{n}", Tops, partial(self._tops, n)) for n in levels][-1]
+        return Tops(found.U[:, :wanted], found.S[:wanted], found.V[:, :wanted])
+
+    def values(self) -> Values:
+        """All singular values."""
+        self.extremes()
+        return self._ask("values", Values, lambda: values_of(self._gram, self._ends(level(self._side, 0))))
+
+    def _ends(self, t: int) -> Ends:
+        return self._ask(f"ends-{t}", Ends, lambda: ends_of(self._gram, t))
+
+    def _tops(self, n: int) -> Tops:
+        return tops_of(self._gram, n)
+
+    @property
+    def _gram(self) -> Gram:
+        if self._summed is None:
+            self.is_new = True
+            self._summed = Gram(frame(self.weight.read()))
+        return self._summed
+
+    def _ask(self, question: str, kind: type[Fact], find: Callable[[], Fact]) -> Fact:
+        """The answer given before, the stored fact, or a new one."""
+        if question not in self._answers:
+            self._answers[question] = self._known(question, kind) or self._found(question, find)
+        answer: Fact = self._answers[question]
+        return answer
+
+    def _found(self, question: str, find: Callable[[], Fact]) -> Fact:
+        """A new fact, stored."""
+        try:
+            found = find()
+        except NumericalError as error:
+            if error.where:
+                raise
+            raise NumericalError(error.what, self.weight.name, error.remedy) from error
+        about = {"dtype": self.weight.dtype, "name": self.weight.name, "shape": list(self.weight.shape)}
+        self._facts.put(self.weight, question, pack(found, about))
+        return found
+
+    def _known(self, question: str, kind: type[Fact]) -> Fact | None:
+        """The stored fact; None too where it is whole, but not what this version of kasa keeps."""
+        payload = self._facts.get(self.weight, question)
+        try:
+            return None if payload is None else unpack(kind, payload)
+        except (KeyError, TypeError, ValueError, SafetensorError):
+            return None
+
+
+def _levels(side: int, t: int) -> Iterator[int]:
+    """The levels up to the one that answers t: a larger fact is never alone, so it answers all smaller questions."""
+    reached, wanted = -1, level(side, t)
+    while reached < wanted:
+        reached = level(side, reached + 1)
+        yield reached
+
+
+def pack(found: Extremes | Ends | Values | Tops, about: Mapping[str, Any]) -> bytes:
+    """A safetensors file; one metadata key, for with two its bytes would change from run to run."""
+    fields = {name: value for name, value in vars(found).items() if not isinstance(value, Tensor)}
+    tensors = {
+        name: value.cpu().contiguous() for name, value in vars(found).items() if isinstance(value, Tensor)
+    }
+    return save(tensors, {"kasa": json.dumps({"about": dict(about), "fields": fields}, sort_keys=True)})
+
+
+def unpack(kind: type[Fact], payload: bytes) -> Fact:
+    """The fact of a packed file."""
+    fields: dict[str, Any] = {**header(payload)["fields"], **load(payload)}
+    return kind(**fields)
+
+
+def header(payload: bytes) -> dict[str, Any]:
+    """What is packed beside the tensors: the fields of the fact, and what it is about."""
+    length = int.from_bytes(payload[:8], "little")
+    content: dict[str, Any] = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["kasa"])
+    return content
+
+
+def content_hash(dtype: str, shape: tuple[int, ...], digest: str, *, is_transposed: bool) -> str:
+    """The key of a weight in the store: what it is, and how it is read."""
+    text = f"{dtype} {'x'.join(map(str, shape))} {'transposed ' if is_transposed else ''}{digest}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise UsageError("no such device here", name, "use --device cpu")
+    return torch.device(name)
+
+
+def open_facts(running: Running) -> Facts:
+    """What earlier runs found in the same numerical environment; or nothing, without a store."""
+    store = opened(running.store) if running.use_store else None
+    environment = numeric_environment(running.threads_per_worker, pick_device(running.device).type)
+    return Facts(store, environment)
+
+
+def store_notes(facts: Facts) -> list[str]:
+    """What a user should know of the store: that it would not keep what was found."""
+    trouble = facts.store.trouble if facts.store else None
+    if trouble is None:
+        return []
+    where = f" ({trouble.where})" if trouble.where else ""
+    return [
+        f"the store could not keep everything, so the next run measures some again: {trouble.what}{where}"
+    ]

@@ -1,0 +1,1 @@
+"""A base with adapters added to it, each tensor rounded once."""

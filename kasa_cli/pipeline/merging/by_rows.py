@@ -1,0 +1,146 @@
+"""A tensor that changes while it streams by: it is never in memory, but for some rows at a time."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
+from kasa_cli.checkpoint.hashing import blake3
+from kasa_cli.checkpoint.safetensors_file import Container, Reader
+from kasa_cli.checkpoint.safetensors_writer import raw_bytes
+from kasa_cli.errors import InvalidInput
+from kasa_cli.linalg.add_and_round import Sum
+from kasa_cli.methods.adapter_kinds.change import Change, carried_out, factors, grain_of
+from kasa_cli.pipeline.base_writer import Rows, too_large
+from kasa_cli.pipeline.merging.whole_tensor import Merged
+
+BLOCK_ENTRIES = 1 << 18
+"""Entries added and rounded in one go: enough for the product to be fast, few enough to stay in the cache."""
+LEAST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, seen as a matrix: its last side is that of a row."""
+
+    container: Container
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        *sides, width = self.container.tensors[self.name].shape or (1,)
+        return (prod(sides), width) if sides else (width, 1)
+
+    @contextmanager
+    def opened(self, step: int) -> Iterator[Rows]:
+        """Its rows, up to `step` at a time, always in the same memory."""
+        flat = replace(self.container.tensors[self.name], shape=self.shape)
+        room = torch.empty(min(step, self.shape[0]), self.shape[1], dtype=TORCH_DTYPES[flat.dtype])
+        with Reader(replace(self.container, tensors={self.name: flat})) as reader:
+            reader.expect(self.name)
+
+            def rows(start: int, stop: int) -> Tensor:
+                X = room[: max(0, min(stop, self.shape[0]) - start)]
+                if len(X):
+                    reader.rows(self.name, start, start + len(X), X)
+                return X
+
+            yield rows
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows, of shape (n, columns), that take the place of those at `indices`, of shape (n,)."""
+
+    indices: Tensor
+    rows: Tensor
+
+    def put_into(self, X: Tensor, first: int) -> Tensor:
+        """The rows from `first` on, with those that fall among them."""
+        here = (self.indices >= first) & (self.indices < first + len(X))
+        if not here.any():
+            return X
+        X = X.to(torch.float64, copy=True)  # rounded with all else, and not before
+        X[self.indices[here] - first] = self.rows[here].to(torch.float64)
+        return X
+
+
+@dataclass
+class Streamed:
+    """A tensor of the base, of `num_matrices` below each other, and what becomes of it, in the layout of its file.
+
+    `value` stands in its stead, and `trained` rows in those of either; `changes` are by the number of the matrix.
+    What was measured is of the bytes given away: whoever stores them sees to it that they read back the same.
+    """
+
+    name: str
+    before: Stored
+    num_matrices: int = 1
+    value: Stored | None = None
+    trained: Sequence[TrainedRows] = ()
+    changes: Mapping[int, Sequence[Change]] = field(default_factory=dict)
+    _sums: list[Sum] = field(default_factory=list)
+    _digest: blake3 = field(default_factory=blake3)
+
+    def pieces(self, dtype: str) -> Iterator[Tensor]:
+        """The new value, rounded once to `dtype`, some rows at a time."""
+        num_rows, width = (self.value or self.before).shape
+        each, step = num_rows // self.num_matrices, self._step(width)
+        with ExitStack() as files:
+            before = files.enter_context(self.before.opened(step))
+            value = files.enter_context(self.value.opened(step)) if self.value else None
+            for number in range(self.num_matrices):
+                total = _sum(self.changes.get(number, ()), width, TORCH_DTYPES[dtype], min(step, each))
+                self._sums.append(total)
+                for start in range(0, each, step):
+                    first, stop = number * each + start, number * each + min(start + step, each)
+                    W = self._hashed(before(first, stop))
+                    Q = total.block(self._with_values(W, value, first, stop), start, W)
+                    if not math.isfinite(total.off):  # where an entry is not, neither is its rounding error
+                        raise too_large(self.name, dtype)
+                    yield Q
+            for start in range(num_rows, self.before.shape[0], step):  # a smaller vocabulary leaves rows out
+                self._hashed(before(start, start + step))
+
+    def examine(self, rows: Rows) -> Merged:
+        """What was measured on the pieces."""
+        whole = sum(total.whole for total in self._sums)
+        off = sum(total.off for total in self._sums)
+        change = max((total.max_abs_change for total in self._sums), default=0.0)
+        return Merged(change, (off / whole) ** 0.5 if whole else 0.0, self._digest.hexdigest())
+
+    def _hashed(self, W: Tensor) -> Tensor:
+        """Rows of the base, each of which is read once and in turn."""
+        if len(W):
+            self._digest.update(raw_bytes(W))
+        return W
+
+    def _step(self, width: int) -> int:
+        """Rows of a block, which no grain straddles."""
+        grain = math.lcm(*map(grain_of, self.changes.values()))
+        return max(1, LEAST_ROWS // grain, BLOCK_ENTRIES // (grain * max(width, 1))) * grain
+
+    def _with_values(self, W: Tensor, value: Rows | None, first: int, stop: int) -> Tensor:
+        """Rows that nothing was done to yet but to hold them anew."""
+        X = W if value is None else value(first, stop)
+        if self.value is not None and not torch.isfinite(X).all():
+            raise InvalidInput("a tensor with numbers that are not finite", self.value.name)
+        for one in self.trained:
+            X = one.put_into(X, first)
+        return X
+
+
+def _sum(changes: Sequence[Change], width: int, dtype: torch.dtype, num_rows: int) -> Sum:
+    """All changes as one term, or where they are more than that, one after the other."""
+    nothing = torch.empty(0, width, dtype=torch.float64)
+    if not all(change.is_low_rank for change in changes):
+        return Sum(nothing.T, nothing, dtype, num_rows, lambda T, start: carried_out(changes, T, start))
+    term = factors(changes)
+    L, R = (term.L, term.R) if term else (nothing.T, nothing)
+    return Sum(L, R, dtype, num_rows)

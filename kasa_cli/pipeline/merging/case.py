@@ -1,0 +1,146 @@
+"""What `kasa merge` is asked for: the options, checked, and adapters opened, fit for their base."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kasa_cli.adapters.adapter import Adapter, consumed
+from kasa_cli.checkpoint.dtypes import DTYPES
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.source import Source
+from kasa_cli.errors import AlreadyMerged, UsageError
+from kasa_cli.files.staging import check_apart
+from kasa_cli.linalg.rounding import ROUNDINGS
+from kasa_cli.model_names.names import NameMap
+from kasa_cli.pipeline.adapter_on_base import provenance
+from kasa_cli.pipeline.adapter_on_base.match import RECOMPUTED, Fitted, fitted, read_adapter, starts_of
+from kasa_cli.pipeline.adapter_on_base.provenance import BASES, Origin
+from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts, known_cuts
+from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.pipeline.merging.edits import Merging, Orders, orders_of
+from kasa_cli.pipeline.merging.layout import Outline, outline
+from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.report import AdapterRow
+
+OWN_FACTORS = "its own factors"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `kasa merge`. No weights: each adapter counts once."""
+
+    weights: tuple[float, ...] = ()
+    base_is: str = "auto"
+    force_base: bool = False
+    untie: bool = False
+    dtype: str = "auto"
+    rounding: str = "nearest"
+    max_shard_size: str | None = None
+    overwrite: bool = False
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """Adapters and their base, what is to be done to each tensor, and which tensors the result has.
+
+    `told`: what the base of KaSA adapters is, None where there are none.
+    """
+
+    options: Options
+    source: Source
+    base: Origin
+    names: NameMap
+    adapters: tuple[AdapterRow, ...]
+    told: str | None
+    made: Outline
+    orders: dict[str, Orders]
+    notes: tuple[str, ...]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The base's files."""
+        return self.base.checkpoint
+
+
+def check(adapters: Sequence[Path], options: Options) -> None:
+    """Refuse what no base can satisfy.
+
+    Raises:
+        UsageError: saying which option.
+    """
+    if not adapters:
+        raise UsageError("no adapter to merge")
+    if options.weights and len(options.weights) != len(adapters):
+        raise UsageError(
+            f"{len(options.weights)} weights for {len(adapters)} adapters", "", "give one each, or none"
+        )
+    if not all(map(math.isfinite, options.weights)):
+        raise UsageError("a weight must be finite", "--weight")
+    for name, known, what in (
+        (options.base_is, BASES, "kind of base"),
+        (options.dtype, tuple(DTYPES), "dtype"),
+        (options.rounding, tuple(ROUNDINGS), "rounding"),
+    ):
+        if name not in known:
+            raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
+
+
+def opened_case(
+    paths: Sequence[Path], where: Where, output: Path, options: Options, facts: Facts | None = None
+) -> Case:
+    """The base and every adapter read, fit for each other, and what they ask of each tensor.
+
+    Raises:
+        KasaError: by the kind of trouble; nothing was written.
+    """
+    source, checkpoint, names = survey(where, facts.store if facts else None)
+    check_apart(output, [source.root, *paths])
+    base = provenance.origin(checkpoint)
+    before, rows, mergings, told = provenance.merged_before(base), [], [], None
+    for path, weight in zip(paths, options.weights or [1.0] * len(paths), strict=True):
+        one = fitted(read_adapter(path), base, names)
+        digest = provenance.digest(path, one.adapter.container.path)
+        if digest in before:
+            raise AlreadyMerged("merged already", str(path), "an adapter is merged once")
+        before.add(digest)
+        merging, own = _merging(one, base, weight, options)
+        mergings.append(merging)
+        rows.append(_row(path, one.adapter, weight, digest))
+        told = own or told
+    made, mergings = outline(base, names, mergings, options.untie)
+    notes = (*([names.note] if names.note else []), *made.notes, *_start_notes(mergings))
+    return Case(options, source, base, names, tuple(rows), told, made, orders_of(mergings), notes)
+
+
+def _merging(one: Fitted, base: Origin, weight: float, options: Options) -> tuple[Merging, str | None]:
+    """An adapter fit for this base, and what a KaSA adapter was told of it."""
+    one.require_start(base)
+    cut = one.cut_targets
+    told = provenance.base_is(options.base_is, base, one.made_by, cut) if cut else None
+    if not options.force_base:
+        one.require_base(base)
+    cuts_base = told == provenance.ORIGINAL
+    cuts = known_cuts(one.adapter.path, base) if cuts_base else Cuts()
+    return Merging(one.adapter, one.places, one.values, weight, cuts_base, cuts), told
+
+
+def _row(path: Path, adapter: Adapter, weight: float, digest: str) -> AdapterRow:
+    return AdapterRow(
+        str(path), adapter.kind, weight, digest, len(consumed(adapter)), len(adapter.container.tensors)
+    )
+
+
+def _start_notes(mergings: Sequence[Merging]) -> list[str]:
+    """What an adapter took off its base, and where that is known from."""
+    notes = []
+    for merging in mergings:
+        starts, name = starts_of(merging.placed), merging.adapter.path.name
+        if not starts.isdisjoint(RECOMPUTED):
+            notes.append(f"{name}: its start is computed anew from this base: was it trained on it?")
+        if OWN_FACTORS in starts:
+            notes.append(
+                f"{name}: what it took off its base is rebuilt from its own tensors, as rounded there"
+            )
+    return notes

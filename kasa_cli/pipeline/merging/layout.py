@@ -1,0 +1,146 @@
+"""What a merged checkpoint is but for its numbers: which tensors it has, of which shapes, and what config.json says.
+
+It differs from the base where an adapter touches one end of tied weights, and where it has another vocabulary. Only
+then transformers is asked, and imported.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kasa_cli.adapters.tied import Item, Words, words
+from kasa_cli.checkpoint import model_config
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.errors import InvalidInput
+from kasa_cli.files.untrusted import enumerated
+from kasa_cli.model_names.names import Group, Kind, NameMap, Shapes, UnknownFamily
+from kasa_cli.pipeline.adapter_on_base.provenance import Origin
+from kasa_cli.pipeline.merging.edits import Merging
+
+NOT_NEEDED = "--untie: no tied weights came apart, nothing to untie"
+VOCABULARIES = (Kind.EMBEDDING, Kind.HEAD)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A merged checkpoint before its numbers are known.
+
+    `config` is None where it is the base's, `shapes` are those of tensors whose rows are others, `sources` lead each
+    new tensor to the one of the base that it is made from.
+    """
+
+    config: Mapping[str, Any] | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def outline(
+    base: Origin, names: NameMap, mergings: Sequence[Merging], may_untie: bool
+) -> tuple[Outline, list[Merging]]:
+    """The outline, and the adapters led to the tensors that it has.
+
+    Raises:
+        InvalidInput: ends of tied weights come apart and must not, or cannot; a part of the model keeps the old size
+            of the vocabulary.
+    """
+    made, mergings = _untied(base, names, mergings, may_untie)
+    return _resized(base.checkpoint, names, made, mergings), mergings
+
+
+# --- tied weights ---
+
+
+def _untied(
+    base: Origin, names: NameMap, mergings: Sequence[Merging], may_untie: bool
+) -> tuple[Outline, list[Merging]]:
+    groups = _tied_groups(base, names, mergings)
+    if not groups:
+        return Outline(notes=(NOT_NEEDED,) if may_untie else ()), list(mergings)
+    said = [words(one.adapter, (*one.placed, *one.values), groups) for one in mergings]
+    apart = {id(group): group for one in said for group in one.apart}
+    if not apart:
+        return Outline(notes=(NOT_NEEDED,) if may_untie else ()), _led(mergings, said, groups)
+    if not may_untie:
+        raise _still_tied(mergings, said)
+    from kasa_cli.model_names import tied_weights
+
+    taken = tied_weights.taken_apart(base.checkpoint.config, _shapes(base.checkpoint), apart.values())
+    freed = enumerated([end for group in apart.values() for end in group.ends])
+    note = f"untied, a tensor each: {freed}; {model_config.TIED} is false in config.json"
+    return Outline(taken.config, {}, taken.sources, (note,)), _led(mergings, said, taken.groups)
+
+
+def _led(mergings: Sequence[Merging], said: Sequence[Words], groups: Iterable[Group]) -> list[Merging]:
+    names = {end: name for group in groups for end, name in group.held.items()}
+    led = [one.led(names) for one in said]
+    return [replace(one, placed=p, values=v) for one, (p, v) in zip(mergings, led, strict=True)]
+
+
+def _still_tied(mergings: Sequence[Merging], said: Sequence[Words]) -> InvalidInput:
+    merging, group = next((m, one.apart[0]) for m, one in zip(mergings, said, strict=True) if one.apart)
+    what = f"it makes tied weights differ ({enumerated([*group.ends])})"
+    return InvalidInput(what, str(merging.adapter.path), "give --untie to write a tensor for each")
+
+
+def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> list[Group]:
+    """The groups of tied weights, if an adapter touches one. Ends that lie apart on disk and differ are not tied."""
+    places: list[Item] = []
+    for merging in mergings:
+        places += [*merging.placed, *merging.values]
+    on_disk = {part.piece.name for one in places for parts in one.matrices for part in parts}
+    on_disk |= {one.bias for merging in mergings for one in merging.placed if one.bias}
+    if not any(names.slots[name].tied_with for name in on_disk):
+        return []
+    from kasa_cli.model_names import tied_weights
+
+    found = []
+    for group in tied_weights.groups_of(base.checkpoint.config, _shapes(base.checkpoint)):
+        held = group.held.values()
+        is_one = len(held) == 1 or len({base.digest(name) for name in held}) == 1
+        if is_one:
+            found.append(group)
+        elif len(held) < len(group.ends) and not on_disk.isdisjoint(held):
+            what = f"tied weights of which some differ on disk: {enumerated([*group.ends])}"
+            raise InvalidInput(what, str(base.checkpoint.root), "load it with transformers and save it again")
+    return found
+
+
+# --- another vocabulary ---
+
+
+def _resized(checkpoint: Checkpoint, names: NameMap, made: Outline, mergings: Sequence[Merging]) -> Outline:
+    resizing = [merging for merging in mergings if any(value.vocabulary for value in merging.values)]
+    if not resizing:
+        return made
+    path = str(resizing[-1].adapter.path)
+    values = [value for merging in resizing for value in merging.values if value.vocabulary]
+    sizes = {value.vocabulary for value in values if value.vocabulary}
+    if len(sizes) > 1:
+        what = f"vocabularies of {enumerated([str(new) for _, new in sorted(sizes)])} rows"
+        raise InvalidInput(what, path, "merge adapters of one vocabulary")
+    [(old, new)] = sizes
+    config = model_config.resized(made.config or checkpoint.config, old, new)
+    shapes = {value.matrices[0][0].piece.name: (new, *value.shape[1:]) for value in values}
+    copied = {name: checkpoint.tensors[source].shape for name, source in made.sources.items()}
+    behind = _left_behind(config, {**_shapes(checkpoint), **copied, **shapes}, names, old)
+    if behind:
+        what = f"a vocabulary of {new} rows, but {enumerated(behind, 3)} has {old} and is not in the adapter"
+        raise InvalidInput(what, path, "save both ends of the vocabulary with it")
+    note = f"the vocabulary has {new} rows, {old} before; the tokenizer is that of the base"
+    return replace(made, config=config, shapes=shapes, notes=(*made.notes, note))
+
+
+def _left_behind(config: Mapping[str, Any], shapes: Shapes, names: NameMap, old: int) -> list[str]:
+    """The tensors that the config describes otherwise than they are."""
+    from kasa_cli.model_names import name_map
+
+    try:
+        return name_map.misfits(config, shapes)
+    except UnknownFamily:
+        ends = [name for name, slot in names.slots.items() if slot.kind in VOCABULARIES]
+        return [name for name in ends if shapes[name][:1] == (old,)]
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in checkpoint.tensors.items()}

@@ -1,0 +1,43 @@
+"""From the model that the user named to a checkpoint, every header checked, and the names of its modules."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
+from kasa_cli.checkpoint.model_config import refuse_quantised
+from kasa_cli.checkpoint.source import Source, resolve
+from kasa_cli.files.store import Store
+from kasa_cli.model_names.name_cache import names_of
+from kasa_cli.model_names.names import NameMap
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the model comes from: a directory, or a Hub id with its revision."""
+
+    model: str
+    revision: str | None = None
+    cache_dir: Path | None = None
+    local_files_only: bool = False
+
+
+def survey(where: Where, store: Store | None = None) -> tuple[Source, Checkpoint, NameMap]:
+    """The model behind a name: its files, checked, and the modules its tensors belong to.
+
+    The names come from `store` if it has them, and are kept there; without a store nothing is written.
+    """
+    source, checkpoint = find(where)
+    refuse_quantised(checkpoint.config, checkpoint.tensors, where.model)
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    return source, checkpoint, names_of(checkpoint.config, shapes, store)
+
+
+def find(where: Where) -> tuple[Source, Checkpoint]:
+    """The model's files, every header checked."""
+    source = resolve(
+        where.model,
+        revision=where.revision,
+        cache_dir=where.cache_dir,
+        local_files_only=where.local_files_only,
+    )
+    return source, open_checkpoint(source.root, hub_cache=source.hub_cache)

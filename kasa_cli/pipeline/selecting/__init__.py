@@ -1,0 +1,1 @@
+"""Candidates ranked by a criterion, and the selection exported for trainers."""

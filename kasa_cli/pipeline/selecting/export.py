@@ -1,0 +1,41 @@
+"""A choice handed over as text, proven on the model: no trainer may take it for another."""
+
+from collections.abc import Sequence
+
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.model_names.names import NameMap
+from kasa_cli.report import Candidate, Emission
+from kasa_cli.targets import trainer_configs
+from kasa_cli.targets.trainer_configs import Chosen
+
+EMISSIONS = tuple(trainer_configs.FORMATS)
+
+
+def hand_over(
+    kind: str, best: Sequence[Candidate], checkpoint: Checkpoint, names: NameMap, rank: int
+) -> Emission:
+    """The text of a choice, after PEFT has wrapped exactly that on a model without weights.
+
+    Raises:
+        UsageError: there is no such text for this choice.
+        IntegrityError: PEFT makes something else of it.
+    """
+    slots = {slot.module for slot in names.slots.values()}
+    chosen = Chosen(
+        modules=tuple(one.module for one in best if one.kind == "module"),
+        parameters=tuple(one.module for one in best if one.kind == "parameter"),
+        all_modules=tuple(sorted(slots.union(names.linear_modules))),
+        config=checkpoint.config,
+        model_class=names.model_class,
+        rank=rank,
+        alpha=2.0 * rank,
+        fan_in_fan_out=any(one.is_transposed for one in best),
+    )
+    text = trainer_configs.emit(kind, chosen)
+    from kasa_cli.targets import peft_trial
+
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    judge = peft_trial.check(
+        chosen, trainer_configs.lora_config(kind, text, chosen), checkpoint.config, shapes
+    )
+    return Emission(kind, text, judge)

@@ -1,0 +1,1 @@
+"""Truncated base, fresh adapter and tail."""

@@ -1,0 +1,129 @@
+"""What is asked for: the options of `truncate`, checked, and the record of those that bytes depend on."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.checkpoint.dtypes import DTYPES
+from kasa_cli.errors import UsageError
+from kasa_cli.linalg.rounding import ROUNDINGS
+from kasa_cli.methods import kasa
+from kasa_cli.pipeline.workers import Running, check_running
+from kasa_cli.targets.patterns import Patterns
+
+PARTS = ("base", "adapter", "tail")
+SHARD_SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s?[KMGT]B", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `kasa truncate` that are not about where the model comes from.
+
+    `truncation_rank` None is the rank, `alpha` None twice the rank, `workers` 0 the number of cores.
+    """
+
+    rank: int = 16
+    truncation_rank: int | None = None
+    alpha: float | None = None
+    use_rslora: bool = False
+    emit: tuple[str, ...] = PARTS
+    dtype: str = "auto"
+    rounding: str = "nearest"
+    min_realised: float = 0.9
+    diag_init: str = "randn"
+    beta: float = 1e-4
+    gamma: float = 1e-3
+    compat: str = "peft"
+    max_shard_size: str | None = None
+    patterns: Patterns = field(default_factory=Patterns)
+    targets_from: Path | None = None
+    seed: int = 0
+    workers: int = 0
+    threads_per_worker: int = 1
+    device: str = "auto"
+    store: Path | None = None
+    use_store: bool = True
+    overwrite: bool = False
+    restart: bool = False
+
+    @property
+    def running(self) -> Running:
+        """How the run is done."""
+        return Running(self.workers, self.threads_per_worker, self.device, self.store, self.use_store)
+
+    @property
+    def dropped(self) -> int:
+        """The truncation rank asked for, T."""
+        return self.rank if self.truncation_rank is None else self.truncation_rank
+
+    @property
+    def lora_alpha(self) -> float:
+        """The alpha of the adapter."""
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def num_workers(self) -> int:
+        """Matrices worked on at once."""
+        return self.running.num_workers
+
+
+def check(options: Options) -> None:
+    """Refuse what no model can satisfy.
+
+    Raises:
+        UsageError: saying which option, and what is known.
+    """
+    if options.rank < 1 or options.dropped < 0:
+        raise UsageError("a rank must be positive, a truncation rank not negative")
+    if not options.emit:
+        raise UsageError("nothing to emit", "", f"give some of {', '.join(PARTS)}")
+    if not (0 <= options.beta < math.inf and 0 <= options.gamma < math.inf):
+        raise UsageError("beta and gamma must not be negative, and finite")
+    check_running(options.running)
+    if not 0 < options.lora_alpha < math.inf:
+        raise UsageError("alpha must be positive and finite")
+    if options.max_shard_size is not None and not SHARD_SIZE.fullmatch(options.max_shard_size):
+        raise UsageError(
+            f"no size of a shard: {options.max_shard_size!r}", "", "give one such as 5GB or 500MB"
+        )
+    _check_names(options)
+
+
+def recorded(options: Options) -> dict[str, Any]:
+    """The options that bytes depend on, as data."""
+    return {
+        "alpha": options.lora_alpha,
+        "beta": options.beta,
+        "compat": options.compat,
+        "diag_init": options.diag_init,
+        "dtype": options.dtype,
+        "emit": sorted(options.emit),
+        "gamma": options.gamma,
+        "max_shard_size": options.max_shard_size,
+        "rank": options.rank,
+        "rounding": options.rounding,
+        "seed": options.seed,
+        "truncation_rank": options.dropped,
+        "use_rslora": options.use_rslora,
+    }
+
+
+def _check_names(options: Options) -> None:
+    for given, known, what in (
+        (options.emit, PARTS, "part to emit"),
+        ((options.dtype,), DTYPES, "dtype"),
+        ((options.rounding,), ROUNDINGS, "rounding"),
+        ((options.diag_init,), kasa.DIAG_INITS, "diag init"),
+        ((options.compat,), kasa.COMPATS, "compat"),
+    ):
+        for name in given:
+            if name not in known:
+                raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
+    if options.diag_init == "residual" and options.dropped < options.rank:
+        raise UsageError(
+            "the residual init needs as many dropped components as the rank",
+            "",
+            "raise --truncation-rank or lower --rank",
+        )

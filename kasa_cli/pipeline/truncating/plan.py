@@ -1,0 +1,52 @@
+"""DECIDE: from headers, names and options to a plan; no weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.source import Source
+from kasa_cli.errors import UsageError
+from kasa_cli.model_names.names import NameMap
+from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.report import Selection, Target
+from kasa_cli.targets.patterns import Patterns, RankRule, select
+from kasa_cli.targets.patterns import patterns as asked_for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint, its names, and what is to be done to it."""
+
+    source: Source
+    checkpoint: Checkpoint
+    names: NameMap
+    selection: Selection
+
+
+def make_plan(
+    where: Where,
+    patterns: Patterns,
+    from_file: Path | None,
+    rank_rule: RankRule,
+    facts: Facts | None = None,
+) -> Plan:
+    """Find the model, check every header, map the names and choose the targets."""
+    source, checkpoint, names = survey(where, facts.store if facts else None)
+    patterns = asked_for(patterns.targets, patterns.excludes, from_file)
+    return Plan(source, checkpoint, names, select(checkpoint.tensors, names.slots, patterns, rank_rule))
+
+
+def require_rank(targets: tuple[Target, ...], rank: int, what: str) -> None:
+    """Refuse a rank that some target cannot have.
+
+    Raises:
+        UsageError: naming the first such target.
+    """
+    for target in targets:
+        if rank >= min(target.shape):
+            raise UsageError(
+                f"{what} {rank} is not below the smaller side of {target.shape[0]} x {target.shape[1]}",
+                target.name,
+                f"lower it, or --exclude {target.module}",
+            )

@@ -1,0 +1,1 @@
+"""Checks of an output: files against the manifest, tensors against their base."""

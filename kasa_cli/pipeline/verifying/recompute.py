@@ -1,0 +1,197 @@
+"""VERIFY: is an output what the base it was made from gives? Every number of it, computed once more."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kasa_cli.adapters import peft
+from kasa_cli.checkpoint.hashing import digest_of, hash_tensor
+from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
+from kasa_cli.checkpoint.safetensors_file import Container, Reader, read_header
+from kasa_cli.checkpoint.safetensors_writer import raw_bytes
+from kasa_cli.checkpoint.shard_plan import CARD
+from kasa_cli.errors import IntegrityError
+from kasa_cli.files.durable import sha256_file
+from kasa_cli.linalg.bottom import Ends, ends
+from kasa_cli.linalg.rounding import Target as Sum
+from kasa_cli.linalg.rounding import blocks, other_neighbour
+from kasa_cli.methods import kasa
+from kasa_cli.pipeline.truncating.factors import as_weight
+from kasa_cli.pipeline.verifying.integrity import Manifest
+from kasa_cli.pipeline.workers import Watcher, run
+from kasa_cli.report import Target
+
+SLACK = 1e-9
+"""Of the largest entry: two machines agree on the exact target to far better than this."""
+TAIL_TOLERANCE = 1e-6
+REMEDY = "is this the base it was made from?"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One target recomputed from the base: the largest distance from the exact result, in units in the last
+    place of the stored dtype, and that of the tail's product in units of σ_max; None for what was not written."""
+
+    name: str
+    ulps: float | None
+    tail_error: float | None
+
+
+def compare(
+    output: Path, manifest: Manifest, base: Checkpoint, num_workers: int, watcher: Watcher
+) -> list[Comparison]:
+    """Recompute everything from the base.
+
+    Raises:
+        IntegrityError: naming the first tensor that differs from what the base gives.
+    """
+    tensors = manifest["tensors"]
+    opened = _Output(output, manifest)
+    _check_names(opened, tensors, base)
+    _check_companions(opened, base)
+    targets = [_target(name, one) for name, one in tensors.items() if one["role"] != "copied"]
+    copied = [name for name, one in tensors.items() if one["role"] == "copied"]
+    watcher.stage("compare", len(tensors), sum(target.work for target in targets))
+    run(partial(_check_copied, opened, base), copied, num_workers, lambda name: watcher.finished(name, 0))
+    return run(
+        partial(_compare_one, opened, base),
+        sorted(targets, key=lambda target: -target.work),
+        num_workers,
+        lambda target: watcher.finished(target.name, target.work),
+    )
+
+
+class _Output:
+    """An output being read: its base and its small files."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.options, self.tensors = manifest["options"], manifest["tensors"]
+        self.base = open_checkpoint(folder / "base") if (folder / "base").is_dir() else None
+        self.small = {
+            name: read_header(folder / name / peft.WEIGHTS)
+            for name in ("adapter", "tail")
+            if (folder / name).is_dir()
+        }
+
+    def stored(self, name: str) -> Tensor | None:
+        """A tensor of the base; None if there is no base."""
+        return _read(self.base.shards[self.base.shard_of(name)], name) if self.base else None
+
+    def small_tensors(self, folder: str, module: str) -> dict[str, Tensor]:
+        """The tensors of one module in `adapter` or `tail`; {} if there is none."""
+        container = self.small.get(folder)
+        if container is None:
+            return {}
+        names = peft.tensor_names(module)
+        return {key: _read(container, name) for key, name in names.items() if name in container.tensors}
+
+
+def _check_names(output: _Output, tensors: Mapping[str, Any], base: Checkpoint) -> None:
+    """The base has the tensors of the output, in their shapes, and a whole output has all of the base's."""
+    for name, one in tensors.items():
+        if name not in base.tensors:
+            raise IntegrityError("not a tensor of the base", name, REMEDY)
+        if list(base.tensors[name].shape) != one["shape"]:
+            raise IntegrityError(
+                f"of shape {one['shape']}, in the base {base.tensors[name].shape}", name, REMEDY
+            )
+    absent = [name for name in base.tensors if name not in tensors]
+    if output.base and absent:
+        raise IntegrityError("a tensor of the base that the output lacks", absent[0], REMEDY)
+
+
+def _check_companions(output: _Output, base: Checkpoint) -> None:
+    """The files beside the weights are those of the base, but for the card and a dtype that config.json names."""
+    if output.base is None:
+        return
+    for name in base.companions:
+        theirs, ours = base.root / name, output.base.root / name
+        if name == CARD or (name == "config.json" and output.options["dtype"] != "auto"):
+            continue
+        if not ours.is_file() or sha256_file(ours) != sha256_file(theirs):
+            raise IntegrityError("not the bytes of the base", f"{ours}", REMEDY)
+
+
+def _compare_one(output: _Output, base: Checkpoint, target: Target) -> Comparison:
+    original = _read(base.shards[base.shard_of(target.name)], target.name)
+    if digest_of([raw_bytes(original)]) != output.tensors[target.name]["input_blake3"]:
+        raise IntegrityError("not made from this tensor of the base", target.name, REMEDY)
+    found = ends(as_weight(original, target), target.dropped)
+    _check_start(output, found, target)
+    return Comparison(target.name, _ulps(output, found, original, target), _tail_error(output, found, target))
+
+
+def _ulps(output: _Output, found: Ends, original: Tensor, target: Target) -> float | None:
+    """How far the stored base is from the exact result, in units in the last place."""
+    stored = output.stored(target.name)
+    if stored is None:
+        return None
+    L, R = kasa.cut(found)
+    exact = Sum(as_weight(original, target), L, R)
+    Q = as_weight(stored, target)
+    allowed = 0.5 if output.options["rounding"] == "nearest" else 1.0
+    slack = SLACK * float(original.abs().max())
+    worst = 0.0
+    for start, stop in blocks(*Q.shape):
+        T, rows = exact.rows(start, stop), Q[start:stop].contiguous()
+        distance = (rows.to(torch.float64) - T).abs()
+        step = (other_neighbour(rows, T).to(torch.float64) - rows.to(torch.float64)).abs()
+        if bool((distance > allowed * step + slack).any()):
+            raise IntegrityError("not what its base gives", target.name, "make the output again")
+        worst = max(worst, float((distance / step.clamp_min(slack or 1.0)).max()))
+    return worst
+
+
+def _tail_error(output: _Output, found: Ends, target: Target) -> float | None:
+    """Distance of the tail's product from the exact one, in the dropped directions, over σ_max."""
+    tensors = output.small_tensors("tail", target.module)
+    if not tensors:
+        return None
+    L, R = kasa.cut(found)
+    A, B = tensors["A"].to(torch.float64), tensors["B"].to(torch.float64)
+    error = float(torch.linalg.matrix_norm(B @ (A @ R.T) - L)) / (found.sigma_max or 1.0)
+    if error > TAIL_TOLERANCE:
+        raise IntegrityError("the tail is not what its base gives", target.name)
+    return error
+
+
+def _check_start(output: _Output, found: Ends, target: Target) -> None:
+    """The adapter is the one that seed and options give."""
+    tensors = output.small_tensors("adapter", target.module)
+    if not tensors:
+        return
+    options = output.options
+    scaling = kasa.scaling(float(options["alpha"]), options["rank"], options["use_rslora"])
+    recipe = kasa.Recipe(options["rank"], scaling, options["seed"])
+    start = kasa.start(found, recipe, options["diag_init"], target.module)
+    given = (tensors["B"] * tensors["diag"]) @ tensors["A"]
+    wanted = (start.B * start.diag) @ start.A
+    is_random = options["diag_init"] != "residual"
+    is_same = torch.equal(tensors["A"], start.A) and torch.equal(tensors["diag"], start.diag)
+    is_close = bool(((given - wanted).abs() <= TAIL_TOLERANCE * (found.sigma_max or 1.0)).all())
+    if not is_close or (is_random and not is_same):
+        raise IntegrityError("the adapter is not what seed and options give", target.module)
+
+
+def _check_copied(output: _Output, base: Checkpoint, name: str) -> None:
+    copies = [checkpoint for checkpoint in (base, output.base) if checkpoint]
+    hashes = {hash_tensor(one.shards[one.shard_of(name)], name) for one in copies}
+    if hashes != {output.tensors[name]["blake3"]}:
+        raise IntegrityError("not the bytes of the base", name, REMEDY)
+
+
+def _target(name: str, one: Mapping[str, Any]) -> Target:
+    rows, columns = one["shape"]
+    return Target(
+        name, one["module"], (rows, columns), one["dtype"], one["is_transposed"], one["truncation_rank"]
+    )
+
+
+def _read(container: Container, name: str) -> Tensor:
+    with Reader(container) as reader:
+        return reader.tensor(name)

@@ -1,0 +1,33 @@
+"""Result of `kasa demo`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kasa_cli.report.merge import MergeReport
+from kasa_cli.report.select import SelectReport
+from kasa_cli.report.spectrum import SpectrumReport
+from kasa_cli.report.truncate import TruncateReport
+from kasa_cli.report.verify import VerifyReport
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What `kasa demo` measured. `rounding` is by (dtype, rule): the least and median share of the cut left.
+
+    `similarity` is the cosine between the last hidden states of the original and of the truncated model, loaded
+    by transformers; `tail_difference` the largest difference between the truncated model and original plus tail in
+    PEFT, None where that is not installed; `merge_difference` the same for the tail merged by kasa.
+    """
+
+    command: str
+    model: str
+    is_generated: bool
+    spectrum: SpectrumReport
+    selected: SelectReport
+    truncated: TruncateReport
+    verified: VerifyReport
+    merged: MergeReport
+    rounding: tuple[dict[str, Any], ...]
+    similarity: float
+    tail_difference: float | None
+    merge_difference: float

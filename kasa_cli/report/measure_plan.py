@@ -1,0 +1,29 @@
+"""Plan of the verbs that only measure: which weights are decomposed, and at what cost."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kasa_cli.report.weights import Skipped
+
+
+@dataclass(frozen=True)
+class ToMeasure:
+    """A weight that would be measured; `shape` as it lies on disk, its pieces stacked."""
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class MeasurePlan:
+    """What `--dry-run` prints of a verb that looks: nothing was read but headers."""
+
+    command: str
+    model: str
+    tensors: tuple[ToMeasure, ...]
+    skipped: tuple[Skipped, ...]
+    totals: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    dry_run: bool = True

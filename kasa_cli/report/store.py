@@ -1,0 +1,15 @@
+"""Result of `kasa store ls` and `kasa store prune`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What the store of facts holds, or what was removed of it: one row a tensor measured."""
+
+    command: str
+    store: str
+    tensors: tuple[dict[str, Any], ...]
+    totals: dict[str, Any]
+    notes: tuple[str, ...] = ()

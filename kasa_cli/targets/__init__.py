@@ -1,0 +1,1 @@
+"""Which weights a verb works on: patterns, candidates, trainer configs."""

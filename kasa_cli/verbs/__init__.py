@@ -1,1 +1,0 @@
-"""One verb a file: its flags, handed to the command of the same name, and the report shown."""
