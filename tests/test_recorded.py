@@ -1,0 +1,40 @@
+"""The commands of kasa write the same bytes and figures as before: compared with the hashes in recorded.json."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import record_outputs
+
+KNOWN: dict[str, Any] = json.loads(record_outputs.FILE.read_text())
+KIND = record_outputs.kind()
+UNKNOWN = (
+    f"nothing is recorded for this kind of machine ({KIND}): check out the commit that last changed "
+    "tests/recorded.json (`git worktree add`), run `python tests/record_outputs.py` there, and copy its "
+    "tests/recorded.json here"
+)
+
+
+@pytest.fixture(scope="session")
+def outputs() -> dict[str, Any]:
+    """The hashes of all outputs of this tree."""
+    command = [sys.executable, record_outputs.__file__, "--print"]
+    environment = {**os.environ, **record_outputs.ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(KIND not in KNOWN, reason=UNKNOWN)
+@pytest.mark.parametrize("name", record_outputs.CASES)
+def test_outputs_are_those_recorded(name: str, outputs: dict[str, Any]) -> None:
+    if name not in outputs:
+        pytest.skip("the demo extra, which brings MiniLM, is not installed")
+    if name not in KNOWN[KIND]:
+        pytest.skip("this case is newer than the record of this kind of machine")
+    before, now = KNOWN[KIND][name], outputs[name]
+    parts = sorted(before.keys() | now.keys())
+    assert [part for part in parts if before.get(part) != now.get(part)] == []
