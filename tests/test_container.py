@@ -217,7 +217,7 @@ def test_a_hundred_thousand_tensors_take_seconds(tmp_path):
 MEASURED = """
 import sys
 from pathlib import Path
-from kasa_cli.checkpoint.container import Reader, read_header
+from kasa_cli.checkpoint.safetensors_file import Reader, read_header
 from kasa_cli.errors import InvalidInput
 try:
     with Reader(read_header(Path(sys.argv[1]))) as reader:

@@ -20,10 +20,10 @@ from kasa_cli.errors import ExitCode, OutputExists
 PROGRAM = """
 import sys
 from pathlib import Path
-from kasa_cli.checkpoint.durable import (
+from kasa_cli.files.durable import (
     canonical_json, copy_file, make_folder, new_file, pwrite_all, sha256_file, write_file
 )
-from kasa_cli.checkpoint.staging import Staging
+from kasa_cli.files.staging import Staging
 from kasa_cli.errors import KasaError
 
 PARTS = {"one": b"1" * 300, "two": b"2" * 500}

@@ -220,7 +220,7 @@ def test_an_intruder_is_found_where_it_is_and_only_there(base, intruded):
     assert row.name == UP1
     assert row.intruders == 1
     assert_right(row, tensors(base)[UP1], tensors(intruded)[UP1])
-    assert row.least_similarity < diff.INTRUDER
+    assert row.least_similarity < diff_file.INTRUDER
     assert len(report.identical) == 7
     assert UP1 not in report.identical
 

@@ -294,5 +294,5 @@ def test_equal_values_are_equal_json_and_what_json_lacks_is_refused():
 
 @pytest.mark.parametrize("module", ["durable", "staging", "lock"])
 def test_torch_is_not_needed(module):
-    code = f"import sys, kasa_cli.checkpoint.{module}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, kasa_cli.files.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

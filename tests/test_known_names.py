@@ -116,7 +116,7 @@ def test_the_second_command_on_a_model_does_without_transformers(name, tmp_path,
         words = [str(places.get(word, word)) for word in COMMANDS[name]]
         words = [str(tmp_path / f"OUT{number}") if word == "OUT" else word for word in words]
         code = (
-            "import os, sys; from kasa_cli import cli; leave = cli._leave\n"
+            "import os, sys; from kasa_cli.cli import app as cli; leave = cli._leave\n"
             "cli._leave = lambda code: (print('transformers' in sys.modules), leave(code))\n"
             f"cli.main({words!r} + ['--json', '-q'])"
         )

@@ -27,7 +27,7 @@ def enter(output, **options):
 HOLDER = """
 import sys
 from pathlib import Path
-from kasa_cli.checkpoint.staging import Staging
+from kasa_cli.files.staging import Staging
 with Staging(Path(sys.argv[1]), fingerprint={}):
     print("held", flush=True)
     sys.stdin.read()

@@ -22,7 +22,7 @@ from test_merge_ties import assert_accounted, assert_close, loaded, merged
 from kasa_cli.checkpoint.manifest import load as load_manifest
 from kasa_cli.checkpoint.model_config import resized
 from kasa_cli.errors import ExitCode, InvalidInput
-from kasa_cli.pipeline.merging import by_rows
+from kasa_cli.pipeline.merging.merger import by_rows
 
 QV = {"target_modules": ["q_proj"]}
 BOTH = ["embed_tokens", "lm_head"]

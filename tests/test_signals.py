@@ -20,8 +20,8 @@ def model(tmp_path_factory):
 SLEEPY = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-from kasa_cli import cli
-from kasa_cli.pipeline import facts
+from kasa_cli.cli import app as cli
+from kasa_cli.pipeline.measuring import facts
 facts.ends_of = lambda *_: time.sleep(60)
 cli.main(sys.argv[1:])
 """

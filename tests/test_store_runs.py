@@ -561,7 +561,7 @@ def test_what_is_no_size_and_no_time_is_refused(
 
 def test_help_on_the_store_imports_no_torch() -> None:
     code = (
-        "import sys; from kasa_cli import cli; code = cli._guarded(['store', 'ls', '--help']); "
+        "import sys; from kasa_cli.cli import app as cli; code = cli._guarded(['store', 'ls', '--help']); "
         "sys.exit(code or ('torch' in sys.modules))"
     )
     done = subprocess.run(

@@ -231,9 +231,9 @@ def test_a_file_that_is_cut_short_between_two_panels_is_invalid(tmp_path, stream
 COLUMNS = 1024
 ONE_AFTER_THE_OTHER = """
 import json, sys
-from kasa_cli import cli
+from kasa_cli.cli import app as cli
 from kasa_cli.linalg import frame
-from kasa_cli.pipeline import weights
+from kasa_cli.pipeline.measuring import weights
 
 weights.STREAMED_BYTES = frame.BLOCK_ENTRIES = 1 << 20
 options = ["--target", "embed_tokens", "--no-store", "--json", "--quiet", "--workers", "1"]
