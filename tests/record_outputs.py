@@ -23,12 +23,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import adapters
 import scipy.linalg  # noqa: F401 - its BLAS is one that bytes depend on
 import threadpoolctl
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.builders import adapters, tiny_models
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {

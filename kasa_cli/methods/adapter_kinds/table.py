@@ -1,6 +1,6 @@
 """The table of adapter kinds: what each does to a weight, and what cannot be merged at all.
 
-A new kind is one function and one row, in the file of its family, and one case in tests/test_adapter_kinds.py.
+A new kind is one function and one row, in the file of its family, and a case in tests/methods/test_adapter_kinds.py.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,149 @@
+"""Ways to run kasa from a test: in this process, in one of its own, or in a forked one that may be killed.
+
+A process of its own costs seconds, for torch and transformers; a fork of a server that has them costs nothing.
+"""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kasa_cli.cli import app
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "hf_CANARYcanaryCANARYcanaryCANARY"
+LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(
+    [
+        "kasa_cli.cli.app",
+        "kasa_cli.commands.truncate",
+        "kasa_cli.commands.verify",
+        "kasa_cli.model_names.name_map",
+        "runs",
+    ]
+)
+
+
+class Ran(NamedTuple):
+    """What came of a run."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out, parse_constant=forbidden)
+
+
+def forbidden(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def inside(capsys, *arguments: object) -> Ran:
+    """Run here: everything but signals, the environment and the way out."""
+    capsys.readouterr()
+    code = app._guarded([str(argument) for argument in arguments])
+    return Ran(int(code), *capsys.readouterr())
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "kasa_cli", *map(str, arguments)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The test's own, with a token in it that must turn up nowhere."""
+    return {**os.environ, "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), **changes}
+
+
+def outside(
+    *arguments: object, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None, **more
+) -> Ran:
+    """Run in a process of its own, as a user does."""
+    done = subprocess.run(
+        [*prefix, *command(*arguments)],
+        env=environment(**(env or {})),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **more,
+    )
+    assert TOKEN not in done.stdout + done.stderr
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def forked(log: Path, *arguments: object, pause: float = 0.0):
+    """Start a run in a fork, slowed by `pause` at every decomposition and every sync of the disk."""
+    given = [str(argument) for argument in arguments]
+    process = forks.Process(target=_slowed, args=(str(log), pause, given, os.environ["KASA_STORE"]))
+    process.start()
+    return process
+
+
+def finished(log: Path, *arguments: object, pause: float = 0.0) -> Ran:
+    """A fork's run, to its end."""
+    process = forked(log, *arguments, pause=pause)
+    process.join(120)
+    assert process.exitcode is not None
+    return Ran(process.exitcode, log.read_text(), log.with_suffix(".err").read_text())
+
+
+def _slowed(log: str, pause: float, arguments: list[str], store: str) -> None:
+    """The child: the real command line, its output in files; its environment is the server's but for the store."""
+    os.environ["KASA_STORE"] = store
+    for stream, name in ((1, log), (2, str(Path(log).with_suffix(".err")))):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+    if pause:
+        from kasa_cli.pipeline.measuring import facts
+
+        facts.ends_of, os.fsync = _after(pause, facts.ends_of), _after(pause / 4, os.fsync)
+    app.main(arguments)
+
+
+def _after(pause: float, function):
+    def slow(*arguments):
+        time.sleep(pause)
+        return function(*arguments)
+
+    return slow
+
+
+def plain_model(
+    folder: Path, layers: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Path:
+    """One shard of square linear weights, of no family that transformers knows: nothing but kasa reads it."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        f"model.layers.{layer}.{module}.weight": torch.randn(dim, dim, generator=generator).to(dtype)
+        for layer in range(layers)
+        for module in LINEAR
+    }
+    weights["model.embed_tokens.weight"] = torch.randn(8, dim, generator=generator).to(dtype)
+    return save(weights, folder)
+
+
+def save(weights: dict[str, torch.Tensor], folder: Path, config: dict[str, Any] | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "none-of-these"}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def changed(model: Path, folder: Path, **tensors: Any) -> Path:
+    """A copy of a model with some tensors passed through functions; dots in names are spelled `__`."""
+    weights = load_file(model / "model.safetensors")
+    for name, function in tensors.items():
+        key = f"{name.replace('__', '.')}.weight"
+        weights[key] = function(weights[key])
+    return save(weights, folder, json.loads((model / "config.json").read_text()))

@@ -1,0 +1,151 @@
+"""KaSA's cut in a merge: as deep as the manifest says, its factors from the tail, the store or a decomposition."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kasa_cli.commands.merge import Options, Running, Where, merge
+from kasa_cli.commands.truncate import Options as Truncation
+from kasa_cli.commands.truncate import Patterns, truncate
+from kasa_cli.errors import IntegrityError
+from kasa_cli.pipeline.measuring.facts import Bench
+from tests.builders import tiny_models
+from tests.builders.truncated import kept
+
+WEIGHTS = "adapter_model.safetensors"
+TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "c_proj")}
+RANK, DEEP = 3, 5
+
+
+@dataclass(frozen=True)
+class Output:
+    """A model, and what `truncate` made of it, with an adapter that is not zero."""
+
+    model: Path
+    out: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.out / "adapter"
+
+    def merged(
+        self, base: Path, out: Path, running: Running | None = None, **options
+    ) -> dict[str, torch.Tensor]:
+        running = running or Running(1, use_store=False)
+        merge([self.adapter], Where(str(base)), out, Options(**options), running)
+        return load_file(out / "model.safetensors")
+
+
+@pytest.fixture(params=sorted(TARGETS))
+def output(request, tmp_path):
+    model = tiny_models.save(request.param, tmp_path / "model")
+    options = Truncation(
+        rank=RANK,
+        truncation_rank=DEEP,
+        alpha=7,
+        workers=1,
+        patterns=Patterns(TARGETS[request.param]),
+        use_store=False,
+    )
+    truncate(Where(str(model)), tmp_path / "out", options)
+    path, generator = tmp_path / "out" / "adapter" / WEIGHTS, torch.Generator().manual_seed(3)
+    trained = {
+        name: 0.1 * torch.randn(one.shape, generator=generator) for name, one in load_file(path).items()
+    }
+    save_file(trained, path, {"format": "pt"})
+    return Output(model, tmp_path / "out")
+
+
+def assert_close(ours, theirs, tolerance=1e-6):
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert float((ours[name] - tensor).abs().max()) <= tolerance * float(tensor.abs().max()), name
+
+
+def test_the_cut_of_the_original_is_as_deep_as_that_of_the_truncated_base(output, tmp_path):
+    """Not as deep as the adapter has rank, which is what a reader without the manifest would make of it."""
+    one = output.merged(output.model, tmp_path / "a")
+    assert_close(one, output.merged(output.out / "base", tmp_path / "b"))
+    name = next(name for name in one if name.endswith(("q_proj.weight", "c_attn.weight")))
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    adapter, W = load_file(output.adapter / WEIGHTS), load_file(output.model / "model.safetensors")[name]
+    A, B, d = (
+        adapter[f"{module}.{part}"].double() for part in ("lora_A.weight", "lora_B.weight", "lora_diag")
+    )
+    update = 7 / RANK * (B * d) @ A
+    exact = torch.from_numpy(kept(W, -DEEP)) + (update.T if len(update) != len(W) else update)
+    assert float((one[name] - exact).abs().max()) <= 1e-6 * float(exact.abs().max())
+
+
+def test_factors_of_the_tail_the_store_and_a_decomposition_agree(output, tmp_path, monkeypatch):
+    from_scratch = Output(output.model, shutil.copytree(output.out, tmp_path / "copy"))
+    shutil.rmtree(from_scratch.out / "tail")
+    computed = from_scratch.merged(output.model, tmp_path / "a", Running(1, store=tmp_path / "store"))
+    asked = []
+    decompose = Bench._found
+    monkeypatch.setattr(Bench, "_found", lambda *args: asked.append(args) or decompose(*args))
+    stored = from_scratch.merged(output.model, tmp_path / "b", Running(1, store=tmp_path / "store"))
+    assert not asked
+    monkeypatch.setattr(Bench, "bottom", lambda *args: pytest.fail("the tail was there"))
+    by_tail = output.merged(output.model, tmp_path / "c")
+    assert all(torch.equal(stored[name], one) for name, one in computed.items())
+    assert_close(by_tail, computed)
+
+
+def test_a_tail_of_another_base_is_not_used(output, tmp_path):
+    stranger = shutil.copytree(output.model, tmp_path / "stranger")
+    weights = load_file(stranger / "model.safetensors")
+    moved = {name: one.flip(0).contiguous() for name, one in weights.items()}
+    save_file(moved, stranger / "model.safetensors", {"format": "pt"})
+    forced = {"base_is": "original", "force_base": True}
+    with_tail = output.merged(stranger, tmp_path / "a", **forced)
+    shutil.rmtree(output.out / "tail")
+    assert_close(with_tail, output.merged(stranger, tmp_path / "b", **forced), 0)
+
+
+def test_an_altered_tail_is_named(output, tmp_path):
+    path = output.out / "tail" / WEIGHTS
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(IntegrityError, match="altered"):
+        output.merged(output.model, tmp_path / "a")
+
+
+def test_of_two_adapters_the_one_that_lacks_more_says_how_deep_the_cut_is(tmp_path):
+    """As in PEFT, where the base ends at the larger truncation, whatever the order."""
+    model = tiny_models.save("llama", tmp_path / "model")
+    name = "model.layers.0.self_attn.q_proj"
+    W = load_file(model / "model.safetensors")[f"{name}.weight"]
+    exact, generator = torch.from_numpy(kept(W, -4)), torch.Generator().manual_seed(8)
+    adapters = []
+    for rank in (2, 4, 3):
+        place = tmp_path / str(rank)
+        place.mkdir()
+        A, B = (
+            torch.randn(rank, W.shape[1], generator=generator),
+            torch.randn(W.shape[0], rank, generator=generator),
+        )
+        d = torch.randn(rank, generator=generator)
+        key = f"base_model.model.{name}"
+        tensors = {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B, f"{key}.lora_diag": d}
+        save_file(tensors, place / WEIGHTS, {"format": "pt"})
+        words = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": [name],
+            "kasa_config": {},
+        }
+        (place / "adapter_config.json").write_text(json.dumps({**words, "peft_version": "0.21.2"}))
+        adapters.append(place)
+        exact = exact + (B.double() * d.double()) @ A.double()
+    options = Options(base_is="original")
+    merge(adapters, Where(str(model)), tmp_path / "OUT", options, Running(1, use_store=False))
+    found = load_file(tmp_path / "OUT" / "model.safetensors")[f"{name}.weight"]
+    assert float((found - exact).abs().max()) <= 1e-6 * float(exact.abs().max())
