@@ -85,7 +85,7 @@ ROWS: dict[str, Row] = {
         exact=4e-6,
         is_float32_inside=True,
     ),
-    "pissa": Row("pissa", peft.LoraConfig, {**LORA, "init_lora_weights": "pissa"}, ALL),
+    "pissa": Row("pissa", peft.LoraConfig, {**LORA, "init_lora_weights": "pissa"}, ALL, exact=4e-6),
     "pissa-rslora": Row(
         "pissa", peft.LoraConfig, {**LORA, "use_rslora": True, "init_lora_weights": "pissa"}, DENSE
     ),
