@@ -18,7 +18,7 @@ from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files import direct_io
 from kasa_cli.pipeline import base_writer
-from kasa_cli.pipeline.merging.merger import by_rows
+from kasa_cli.pipeline.merging import by_rows
 from kasa_cli.pipeline.merging.whole_tensor import Operation
 from kasa_cli.pipeline.verifying.integrity import check_hashes
 from kasa_cli.pipeline.workers import Silent

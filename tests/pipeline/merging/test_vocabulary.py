@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from kasa_cli.checkpoint.manifest import load as load_manifest
 from kasa_cli.checkpoint.model_config import resized
 from kasa_cli.errors import ExitCode, InvalidInput
-from kasa_cli.pipeline.merging.merger import by_rows
+from kasa_cli.pipeline.merging import by_rows
 from tests.builders import tiny_models
 from tests.builders.adapters import WEIGHTS, tampered
 from tests.builders.runs import inside

@@ -7,14 +7,15 @@ import sys
 from typing import Any
 
 import pytest
-import record_outputs
+
+from tests.product import record_outputs
 
 KNOWN: dict[str, Any] = json.loads(record_outputs.FILE.read_text())
 KIND = record_outputs.kind()
 UNKNOWN = (
     f"nothing is recorded for this kind of machine ({KIND}): check out the commit that last changed "
-    "tests/recorded.json (`git worktree add`), run `python tests/record_outputs.py` there, and copy its "
-    "tests/recorded.json here"
+    "tests/product/recorded.json (`git worktree add`), run `python -m tests.product.record_outputs` there, and "
+    "copy its tests/product/recorded.json here"
 )
 
 

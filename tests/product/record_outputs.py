@@ -1,4 +1,4 @@
-"""Run kasa's commands on seeded inputs and hash all that they write: `python tests/record_outputs.py`.
+"""Run kasa's commands on seeded inputs and hash all that they write: `python -m tests.product.record_outputs`.
 
 The hashes go into recorded.json, under the kind of machine that made them; `test_recorded.py` compares. With
 `--print` they go to stdout instead. Each command runs in a fork of this process, through `kasa_cli.cli.main` alone.
@@ -29,13 +29,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.builders import adapters, tiny_models
+from tests.builders.runs import ROOT
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
     "PYTHONHASHSEED": "0",  # PEFT saves sets
     "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(HERE.parent),
+    "PYTHONPATH": str(ROOT),
 }
 FILE = HERE / "recorded.json"
 MANIFEST, CARD = "kasa.manifest.json", "README.md"
@@ -309,7 +310,7 @@ def load_modules() -> None:
 
 def main() -> None:
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
+        os.execve(sys.executable, [sys.executable, __file__, *sys.argv[1:]], {**os.environ, **ENVIRONMENT})
     load_modules()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
