@@ -38,7 +38,6 @@ def bound(model: str, workers: int) -> None:
     from kasa_cli.linalg import kernels
     from kasa_cli.linalg.frame import frame
     from kasa_cli.linalg.gram import gram
-    from kasa_cli.pipeline.measuring.weights import read_target
     from kasa_cli.pipeline.opening import Where, survey
     from kasa_cli.pipeline.workers import blas_threads, run
 
@@ -49,7 +48,7 @@ def bound(model: str, workers: int) -> None:
     )
 
     def task(name: str) -> None:
-        kernels.factorise(gram(frame(read_target(checkpoint, name))))
+        kernels.factorise(gram(frame(checkpoint.tensor(name))))
 
     with blas_threads(1):
         run(task, chosen, workers, lambda name: None)

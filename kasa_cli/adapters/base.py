@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kasa_cli.checkpoint.dtypes import FLOATS
+from kasa_cli.checkpoint.matrix import Piece
 from kasa_cli.checkpoint.safetensors_file import TensorEntry
 from kasa_cli.errors import InvalidInput
 from kasa_cli.model_names.experts import NotAssembled, Origin, is_turned, matrices, shapes_of
 from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
-from kasa_cli.report import Piece
 
 Tensors = Mapping[str, TensorEntry]
 REORDERED = ("PermuteForRope", "Interleave")

@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kasa_cli.report import Target
-
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -32,7 +30,7 @@ MAMBA_FAMILIES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 def lora_config(
-    targets: Sequence[Target],
+    chosen: Sequence[str],
     *,
     rank: int,
     alpha: float,
@@ -41,9 +39,8 @@ def lora_config(
     model_class: str | None,
 ) -> dict[str, Any]:
     """A plain LoRA on exactly these of all modules. `base` is (Hub id, commit), None for a local model."""
-    named = target_modules([target.module for target in targets], modules)
-    config = plain_config(named, rank, base, model_class)
-    return {**config, "fan_in_fan_out": any(t.is_transposed for t in targets), "lora_alpha": alpha}
+    config = plain_config(target_modules(chosen, modules), rank, base, model_class)
+    return {**config, "lora_alpha": alpha}
 
 
 def plain_config(
@@ -106,9 +103,9 @@ def tensor_names(module: str) -> dict[str, str]:
     }
 
 
-def named(targets: Sequence[Target], last_names: Iterable[str]) -> list[str]:
+def named(modules: Sequence[str], last_names: Iterable[str]) -> list[str]:
     """The modules among them whose last name is one of these."""
-    return [target.module for target in targets if target.module.split(".")[-1] in set(last_names)]
+    return [module for module in modules if module.split(".")[-1] in set(last_names)]
 
 
 def expert_names(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -122,9 +119,9 @@ def expert_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     return EXPERT_NAMES.get(layout, ())
 
 
-def taken_for_experts(targets: Sequence[Target], config: Mapping[str, Any]) -> list[str]:
+def taken_for_experts(modules: Sequence[str], config: Mapping[str, Any]) -> list[str]:
     """The modules among them that PEFT 0.21 would replace by the routed experts of the model."""
-    return named(targets, expert_names(config))
+    return named(modules, expert_names(config))
 
 
 def by_parameter(lora: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
@@ -135,14 +132,14 @@ def by_parameter(lora: Mapping[str, Any], modules: Sequence[str]) -> dict[str, A
     return {**lora, "target_modules": kept, "target_parameters": [f"{module}.weight" for module in modules]}
 
 
-def difficulties(targets: Sequence[Target], config: Mapping[str, Any]) -> list[str]:
+def difficulties(modules: Sequence[str], config: Mapping[str, Any], *, has_conv1d: bool = False) -> list[str]:
     """What PEFT 0.21 makes of a KaSA adapter on them, where that is not what one would expect."""
     found = []
-    if any(target.is_transposed for target in targets):
+    if has_conv1d:
         found.append(
             "PEFT refuses KaSA on Conv1D layers: load tail/ on the original base, or train a plain LoRA on base/"
         )
-    if experts := taken_for_experts(targets, config):
+    if experts := taken_for_experts(modules, config):
         found.append(
             f"PEFT 0.21 takes {experts[0]} for routed experts (peft#3711) and refuses the adapter: "
             f"{_excludes(experts)}, or train on base/ with other targets"
@@ -155,9 +152,9 @@ def refused_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     return MAMBA_NAMES if config.get("model_type") in MAMBA_FAMILIES else ()
 
 
-def refusals(targets: Sequence[Target], config: Mapping[str, Any]) -> list[str]:
+def refusals(modules: Sequence[str], config: Mapping[str, Any]) -> list[str]:
     """What PEFT 0.21 refuses of them whatever the kind of LoRA, KaSA or plain."""
-    mamba = named(targets, refused_names(config))
+    mamba = named(modules, refused_names(config))
     return [f"PEFT 0.21 refuses any LoRA on {mamba[0]}: {_excludes(mamba)}"] if mamba else []
 
 

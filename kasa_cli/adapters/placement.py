@@ -17,6 +17,7 @@ from kasa_cli.adapters.peft import CONFIG
 from kasa_cli.adapters.saved_parameters import declared, ends_with_name
 from kasa_cli.adapters.tensor_names import ends_with
 from kasa_cli.adapters.tensor_shapes import TRANSPOSED, bound
+from kasa_cli.checkpoint.matrix import Matrix, Orientation
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files.untrusted import enumerated, quote
 from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
@@ -42,6 +43,7 @@ class Placed:
     `is_transposed`: memory holds (in, out), so what the adapter makes goes in transposed. `is_turned`: the files hold
     each matrix the other way round from memory. `bias` is the module's on disk, where the patch changes that too.
     `tied_with` is another module that the same tensor serves, `tied` whether the adapter leaves that one alone.
+    `matrix` is the weight as (out, in), where the patch is for one matrix.
     """
 
     patch: Patch
@@ -52,6 +54,7 @@ class Placed:
     bias: str | None
     tied_with: str | None
     tied: bool
+    matrix: Matrix | None = None
 
     @property
     def name(self) -> str:
@@ -105,9 +108,19 @@ def place(
         bias_of(base, patch),
         weight.tied_with,
         weight.tied_with is not None and weight.tied_with not in touched,
+        one_matrix(base, landed, is_transposed),
     )
     check_shapes(adapter, found)
     return found
+
+
+def one_matrix(base: Base, landed: Landed, is_transposed: bool) -> Matrix | None:
+    """The weight as (out, in); None for several experts."""
+    if len(landed.matrices) > 1:
+        return None
+    pieces = tuple(part.piece for part in landed.matrices[0])
+    orientation = Orientation.of(landed.is_turned != is_transposed)
+    return Matrix.of(base.tensors, pieces[0].name, pieces, orientation)
 
 
 def weight_of(base: Base, patch: Patch) -> Weight:

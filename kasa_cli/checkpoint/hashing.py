@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from blake3 import blake3
 
-from kasa_cli.checkpoint.safetensors_file import Container, Reader
+from kasa_cli.checkpoint.tensor_source import TensorSource
 
 CHUNK = 1 << 20
 """Bytes hashed while they are in the cache of one core."""
@@ -28,7 +28,6 @@ def digest_of(pieces: Iterable[memoryview]) -> str:
     return digest.hexdigest()
 
 
-def hash_tensor(container: Container, name: str) -> str:
+def hash_tensor(source: TensorSource, name: str) -> str:
     """BLAKE3 of the bytes of one tensor."""
-    with Reader(container) as reader:
-        return digest_of(reader.chunks(name, CHUNK))
+    return digest_of(source.chunks(name, CHUNK))

@@ -6,13 +6,15 @@ never picks.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
+
+from torch import Tensor
 
 from kasa_cli.checkpoint.folder import (
     LeftOut,
@@ -22,7 +24,7 @@ from kasa_cli.checkpoint.folder import (
     reason_to_leave,
     require_inside,
 )
-from kasa_cli.checkpoint.safetensors_file import Container, TensorEntry, read_header
+from kasa_cli.checkpoint.safetensors_file import CHUNK, Container, TensorEntry, read_header
 from kasa_cli.errors import InvalidInput, UnsafeInput
 from kasa_cli.files.untrusted import (
     MAX_CONFIG,
@@ -61,6 +63,18 @@ class Checkpoint:
     def shard_of(self, tensor: str) -> str:
         """The file name of the shard that holds a tensor."""
         return self._owners[tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        return self.shards[self.shard_of(name)].tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries [start, stop) along the first side of a tensor; no other byte of it is read."""
+        return self.shards[self.shard_of(name)].rows(name, start, stop)
+
+    def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
+        """The raw bytes of one tensor, each chunk in the same memory: use it before the next."""
+        return self.shards[self.shard_of(name)].chunks(name, size)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kasa_cli.checkpoint.dtypes import BITS
+from kasa_cli.checkpoint.dtypes import BITS, TORCH_DTYPES
 from kasa_cli.errors import IntegrityError, InvalidInput, ResourceError, UnsafeInput
 from kasa_cli.files.untrusted import (
     open_regular,
@@ -32,6 +32,8 @@ from kasa_cli.files.untrusted import (
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_NAME = 4096  # bytes of UTF-8
 MAX_RANK = 64  # what numpy can hold
+CHUNK = 1 << 24
+"""Bytes of a tensor read in one go, where nothing else is said."""
 MAX_ELEMENTS = 1 << 60  # also for a shape that has a zero in it: every product of sides stays in 64 bits
 
 
@@ -74,6 +76,24 @@ class Container:
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorEntry]
     unknown_fields: tuple[str, ...] = ()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own."""
+        with Reader(self) as reader:
+            return reader.tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Entries [start, stop) along the first side of a tensor; no other byte of it is read."""
+        entry = self.tensors[name]
+        room = torch.empty((stop - start, *entry.shape[1:]), dtype=TORCH_DTYPES[entry.dtype])
+        with Reader(self) as reader:
+            reader.rows(name, start, stop, room)
+        return room
+
+    def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
+        """The raw bytes of one tensor, each chunk in the same memory: use it before the next."""
+        with Reader(self) as reader:
+            yield from reader.chunks(name, size)
 
 
 def identity_of(status: os.stat_result) -> Identity:
@@ -210,7 +230,7 @@ class Reader:
         self._check_unchanged()
         return tensor
 
-    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[memoryview]:
+    def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
         """The raw bytes of one tensor, any dtype, piece by piece, each in the same memory: use it before the next."""
         entry, path = self.container.tensors[name], self.container.path
         room = memoryview(bytearray(min(size, entry.num_bytes)))

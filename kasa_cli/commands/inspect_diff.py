@@ -1,19 +1,19 @@
 """`kasa inspect diff`: two checkpoints of the same shapes, weight by weight."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import measuring_bytes
 from kasa_cli.errors import NumericalError, UsageError
 from kasa_cli.methods.selection import rank_correlation
 from kasa_cli.pipeline.inspecting.diff import Contrasted, Pair, contrast
 from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
-from kasa_cli.pipeline.measuring.many import size
-from kasa_cli.pipeline.measuring.plan import matrices
-from kasa_cli.pipeline.measuring.weights import Matrix, working_set
+from kasa_cli.pipeline.measuring.many import room
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running, run
-from kasa_cli.report import Candidate, DiffReport, Skipped
-from kasa_cli.targets.candidates import candidates
+from kasa_cli.report import DiffReport, Skipped
+from kasa_cli.targets.candidates import Candidate, candidates
 from kasa_cli.targets.patterns import Patterns, patterns
 
 __all__ = ["Patterns", "Running", "Where", "diff", "patterns"]
@@ -98,17 +98,16 @@ def _forms_differ(one: Candidate, other: Candidate) -> bool:
 
 
 def _matched(one: Candidate, other: Candidate) -> list[Pair]:
-    both = zip(matrices(one), matrices(other), strict=True)
-    return [Pair(first.name, one.module, one.shape, first, _named(second, first)) for first, second in both]
-
-
-def _named(matrix: Matrix, like: Matrix) -> Matrix:
-    return Matrix(like.name, matrix.pieces, matrix.is_transposed)
+    both = zip(one.matrices, other.matrices, strict=True)
+    return [
+        Pair(first.name, one.module, one.shape, first, replace(second, name=first.name))
+        for first, second in both
+    ]
 
 
 def _size(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> int:
     """Both weights are held, and one Gram matrix at a time."""
-    return size(sources[0], pair.first) + size(sources[1], pair.second) - working_set(pair.shape, 0)
+    return room(pair.first) + room(pair.second) - measuring_bytes(pair.shape, 0)
 
 
 def _contrasted(

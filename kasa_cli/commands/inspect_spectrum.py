@@ -6,16 +6,16 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.files.durable import write_file
 from kasa_cli.pipeline.inspecting.spectrum import best_and_worst, curve, spectrum_row
 from kasa_cli.pipeline.measuring.facts import Bench, open_facts, store_notes
 from kasa_cli.pipeline.measuring.many import Asked, ask
-from kasa_cli.pipeline.measuring.plan import matrices, measure_plan, require_some
-from kasa_cli.pipeline.measuring.weights import Matrix
+from kasa_cli.pipeline.measuring.plan import measure_plan, require_some
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
-from kasa_cli.report import Candidate, Curve, MeasurePlan, SpectrumReport, SpectrumRow, module_type
-from kasa_cli.targets.candidates import candidates
+from kasa_cli.report import Curve, MeasurePlan, SpectrumReport, SpectrumRow, module_type
+from kasa_cli.targets.candidates import Candidate, candidates
 from kasa_cli.targets.patterns import Patterns, patterns
 
 __all__ = ["Patterns", "Running", "Where", "patterns", "plan", "spectrum"]
@@ -68,7 +68,7 @@ def spectrum(
     chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
     require_some(chosen)
     first_last = reversed(chosen)  # of tied weights the first gives the row its module
-    modules = {matrix.name: one.module for one in first_last for matrix in matrices(one)}
+    modules = {matrix.name: one.module for one in first_last for matrix in one.matrices}
 
     def look(bench: Bench) -> Looked:
         module = modules[bench.weight.name]
@@ -96,7 +96,7 @@ def spectrum(
 
 
 def _all(chosen: tuple[Candidate, ...]) -> list[Matrix]:
-    return [matrix for one in chosen for matrix in matrices(one)]
+    return [matrix for one in chosen for matrix in one.matrices]
 
 
 def _totals(asked: Asked[Looked]) -> dict[str, int]:

@@ -10,14 +10,14 @@ from kasa_cli.methods.selection import SIGNS, Amount, matched_rank
 from kasa_cli.model_names.names import NameMap
 from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
 from kasa_cli.pipeline.measuring.many import Asked, ask
-from kasa_cli.pipeline.measuring.plan import matrices, measure_plan, require_some
+from kasa_cli.pipeline.measuring.plan import measure_plan, require_some
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.selecting import ranking
 from kasa_cli.pipeline.selecting.export import EMISSIONS, hand_over
 from kasa_cli.pipeline.selecting.ranking import Judged, Ranking, Scored
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
-from kasa_cli.report import Candidate, MeasurePlan, SelectReport, Skipped
-from kasa_cli.targets.candidates import AsIn, candidates
+from kasa_cli.report import MeasurePlan, SelectReport, Skipped
+from kasa_cli.targets.candidates import AsIn, Candidate, candidates
 from kasa_cli.targets.patterns import Patterns, patterns
 
 __all__ = ["Amount", "Choice", "Patterns", "Running", "Where", "patterns", "plan", "select_targets"]
@@ -80,7 +80,7 @@ def select_targets(
     check_running(running)
     facts = open_facts(running)
     checkpoint, names, found, skipped = _survey(where, options, rank_by, patterns, facts)
-    weights = [matrix for one in found for matrix in matrices(one)]
+    weights = [matrix for one in found for matrix in one.matrices]
     asked = ask(checkpoint, weights, lambda bench: ranking.judge(bench, rank_by), facts, running, watcher)
     scored, mute = ranking.without_nan(_scored(found, asked), list(rank_by.scores))
     best = ranking.chosen(scored, rank_by)
@@ -176,7 +176,7 @@ def _scored(found: Sequence[Candidate], asked: Asked[Judged]) -> list[Scored]:
     """The candidates all of whose matrices were measured."""
     scored = []
     for one in found:
-        names = [matrix.name for matrix in matrices(one)]
+        names = [matrix.name for matrix in one.matrices]
         if all(name in asked.answers for name in names):
             scored.append(Scored(one, tuple(asked.answers[name] for name in names)))
     return scored
@@ -199,7 +199,7 @@ def _notes(checkpoint: Checkpoint, names: NameMap, best: Sequence[Scored]) -> li
     tied = [
         one.candidate.module
         for one in best
-        for piece in one.candidate.matrices[0]
+        for piece in one.candidate.matrices[0].pieces
         if names.slots[piece.name].module != one.candidate.module and names.slots[piece.name].tied_with
     ]
     if tied:

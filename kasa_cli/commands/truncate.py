@@ -27,8 +27,9 @@ from kasa_cli.pipeline.truncating.plan import Plan, make_plan, require_rank
 from kasa_cli.pipeline.truncating.records import write_papers
 from kasa_cli.pipeline.truncating.rewrite import Truncation
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
-from kasa_cli.report import PlanReport, TensorRow, TruncateReport
+from kasa_cli.report import PlanReport, TensorRow, ToTruncate, TruncateReport
 from kasa_cli.targets.patterns import Patterns
+from kasa_cli.targets.selection import Target
 
 __all__ = ["Options", "Patterns", "Where", "plan", "truncate"]
 
@@ -48,7 +49,7 @@ def plan(where: Where, options: Options) -> PlanReport:
         model=where.model,
         rank=options.rank,
         truncation_rank=options.dropped,
-        tensors=targets,
+        tensors=tuple(_planned(target) for target in targets),
         skipped=made.selection.skipped,
         totals={
             "tensors_operated": len(targets),
@@ -111,7 +112,7 @@ def _sheets(made: Plan, options: Options) -> list[Sheet]:
     if "base" not in options.emit:
         return []
     dtype = DTYPES[options.dtype]
-    changing = {t.name: dtype for t in made.selection.targets if dtype not in (None, t.dtype)}
+    changing = {t.name: dtype for t in made.selection.targets if dtype not in (None, t.matrix.dtype)}
     return base_sheets(made.checkpoint, {k: v for k, v in changing.items() if v}, options.max_shard_size)
 
 
@@ -168,11 +169,12 @@ def _write_parts(
 def _notes(made: Plan, options: Options) -> tuple[str, ...]:
     """What a user should know before trusting the output to another tool."""
     notes = [made.names.note] if made.names.note else []
-    targets, config = made.selection.targets, made.checkpoint.config
+    modules, config = [target.module for target in made.selection.targets], made.checkpoint.config
+    has_conv1d = any(target.matrix.is_transposed for target in made.selection.targets)
     if {"adapter", "tail"} & set(options.emit):
-        notes += peft.refusals(targets, config)
+        notes += peft.refusals(modules, config)
     if "adapter" in options.emit:
-        notes += peft.difficulties(targets, config)
+        notes += peft.difficulties(modules, config, has_conv1d=has_conv1d)
     if "adapter" in options.emit and (options.dropped != options.rank or options.compat != "peft"):
         notes.append(
             f"PEFT drops the {options.rank} smallest components of whatever base it loads this adapter on: "
@@ -222,6 +224,12 @@ def _report(
     )
 
 
+def _planned(target: Target) -> ToTruncate:
+    matrix = target.matrix
+    is_transposed = matrix.is_transposed
+    return ToTruncate(target.name, target.module, target.shape, matrix.dtype, is_transposed, target.dropped)
+
+
 def _row(one: Measured, written: Written[Outcome] | None) -> TensorRow:
     found = {name: value for name, value in asdict(one.facts).items() if name != "angle"}
     outcome = written.outcome if written else None
@@ -229,8 +237,8 @@ def _row(one: Measured, written: Written[Outcome] | None) -> TensorRow:
         name=one.target.name,
         module=one.target.module,
         shape=one.target.shape,
-        dtype=one.target.dtype,
-        stored_dtype=written.dtype if written else one.target.dtype,
+        dtype=one.target.matrix.dtype,
+        stored_dtype=written.dtype if written else one.target.matrix.dtype,
         truncation_rank=one.target.dropped,
         **found,
         **(asdict(outcome) if outcome else {name.name: None for name in fields(Outcome)}),

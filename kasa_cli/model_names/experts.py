@@ -7,7 +7,7 @@ transposition, and no more, so kasa follows the conversions that do no more to a
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from kasa_cli.report import Piece
+from kasa_cli.checkpoint.matrix import Piece
 
 Shapes = Mapping[str, tuple[int, ...]]
 Matrices = tuple[tuple[Piece, ...], ...]

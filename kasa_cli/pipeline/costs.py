@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from kasa_cli.checkpoint.matrix import decomposition_work
 from kasa_cli.linalg.solvers import DENSE_SIDE
 from kasa_cli.pipeline.workers import BUDGET
-from kasa_cli.report import Target
+from kasa_cli.targets.selection import Target
 
 RUNTIME_BYTES = 400 << 20
 """What torch and transformers occupy before the first tensor."""
@@ -22,9 +23,9 @@ GRAM_FLOPS_PER_SECOND = 4e10
 def decomposition_cost(
     shapes: Sequence[tuple[int, int]], rooms: Sequence[int], num_workers: int
 ) -> dict[str, float]:
-    """Peak bytes and wall seconds expected of decomposing weights that occupy so many bytes each."""
+    """Peak bytes and wall seconds expected of decomposing matrices that occupy `rooms` bytes each."""
     largest = sorted([0, *rooms])[-num_workers:]
-    work = sum(min(shape) ** 2 * sum(shape) for shape in shapes)
+    work = sum(decomposition_work(shape) for shape in shapes)
     return {
         "memory_bytes": RUNTIME_BYTES + max(largest[-1], min(sum(largest), BUDGET)),
         "seconds": round(2.5 * work / GRAM_FLOPS_PER_SECOND / num_workers, 1),
@@ -51,10 +52,10 @@ def memory_needed(targets: tuple[Target, ...], num_workers: int) -> int:
 
 def seconds_needed(targets: tuple[Target, ...], num_workers: int) -> float:
     """Wall seconds expected, from the multiplications alone; within a factor of a few."""
-    return 2.5 * sum(target.work for target in targets) / GRAM_FLOPS_PER_SECOND / num_workers
+    return 2.5 * sum(target.matrix.work for target in targets) / GRAM_FLOPS_PER_SECOND / num_workers
 
 
 def _working_set(target: Target) -> int:
-    short, long = sorted(target.shape)
-    element = 4 if target.dtype == "F32" else 2
+    short, long = sorted(target.matrix.shape)
+    element = 4 if target.matrix.dtype == "F32" else 2
     return 2 * element * short * long + 2 * 8 * max(short, DENSE_SIDE) ** 2 + (64 << 20)

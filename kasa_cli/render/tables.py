@@ -36,10 +36,10 @@ from kasa_cli.report import (
     Skipped,
     SpectrumReport,
     StoreReport,
-    Target,
     TensorRow,
     ToChange,
     ToMeasure,
+    ToTruncate,
     TruncateReport,
     VerifyReport,
     module_type,
@@ -110,7 +110,7 @@ def skipped(tensors: Iterable[Skipped]) -> Summary:
     return "left as they are", ("reason", "count", "for example"), rows
 
 
-def planned(targets: Sequence[Target]) -> Summary:
+def planned(targets: Sequence[ToTruncate]) -> Summary:
     """One row a module type and shape."""
     groups: dict[tuple[str, str, str, int], int] = Counter(
         (module_type(t.module), f"{t.shape[0]}×{t.shape[1]}", t.dtype, t.dropped) for t in targets

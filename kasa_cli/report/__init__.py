@@ -11,12 +11,11 @@ from kasa_cli.report.spectrum import Curve, SpectrumReport, SpectrumRow
 from kasa_cli.report.store import StoreReport
 from kasa_cli.report.truncate import PlanReport, SpectralFacts, TensorRow, TruncateReport
 from kasa_cli.report.verify import VerifyReport
-from kasa_cli.report.weights import Candidate, Piece, Selection, Skipped, Target, ToChange, module_type
+from kasa_cli.report.weights import Skipped, ToChange, ToTruncate, module_type
 
 __all__ = [
     "AdapterReport",
     "AdapterRow",
-    "Candidate",
     "CandidateRow",
     "ConvertPlan",
     "ConvertReport",
@@ -32,20 +31,18 @@ __all__ = [
     "MergeReport",
     "MergedRow",
     "ModuleRow",
-    "Piece",
     "PlanReport",
     "Report",
     "SelectReport",
-    "Selection",
     "Skipped",
     "SpectralFacts",
     "SpectrumReport",
     "SpectrumRow",
     "StoreReport",
-    "Target",
     "TensorRow",
     "ToChange",
     "ToMeasure",
+    "ToTruncate",
     "TruncateReport",
     "ValueRow",
     "VerifyReport",

@@ -6,7 +6,7 @@ Singular values are in the units of the weight. Figures that could not be measur
 from dataclasses import dataclass
 from typing import Any
 
-from kasa_cli.report.weights import Skipped, Target
+from kasa_cli.report.weights import Skipped, ToTruncate
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class PlanReport:
     model: str
     rank: int
     truncation_rank: int
-    tensors: tuple[Target, ...]
+    tensors: tuple[ToTruncate, ...]
     skipped: tuple[Skipped, ...]
     totals: dict[str, Any]
     output: dict[str, Any]

@@ -22,11 +22,11 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A tensor to operate on.
+class ToTruncate:
+    """A matrix to truncate.
 
-    `shape` is that on disk; `is_transposed` says that it is (in_features, out_features), as in a Conv1D;
-    `dropped` is the number of components to drop, t.
+    `shape` is that in memory; `is_transposed`: the module computes with the transpose, as a Conv1D does; `dropped` is
+    the number of components to drop, t.
     """
 
     name: str
@@ -35,58 +35,6 @@ class Target:
     dtype: str
     is_transposed: bool
     dropped: int
-
-    @property
-    def out_features(self) -> int:
-        """o."""
-        return self.shape[1] if self.is_transposed else self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """i."""
-        return self.shape[0] if self.is_transposed else self.shape[1]
-
-    @property
-    def work(self) -> float:
-        """Multiplications of the Gram matrix and its factorisation: what the time is proportional to."""
-        short, long = sorted(self.shape)
-        return short * short * (long + short)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The tensors to operate on and all others, each with its reason."""
-
-    targets: tuple[Target, ...]
-    skipped: tuple[Skipped, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor on disk, or one matrix of a three-dimensional one."""
-
-    name: str
-    index: int | None = None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What could be fine-tuned: a module, or a parameter that holds the matrices of several experts.
-
-    `shape` is that in memory, of a parameter without its number of experts. Each of `matrices` is one weight, its
-    pieces stacked by rows: a module has one; an expert may be split over several tensors on disk.
-    """
-
-    module: str
-    kind: str
-    shape: tuple[int, int]
-    matrices: tuple[tuple[Piece, ...], ...]
-    is_transposed: bool = False
-
-    @property
-    def num_matrices(self) -> int:
-        """One, or the number of experts."""
-        return len(self.matrices)
 
 
 @dataclass(frozen=True)

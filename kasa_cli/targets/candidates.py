@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kasa_cli.checkpoint.dtypes import FLOATS
+from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
 from kasa_cli.checkpoint.safetensors_file import TensorEntry
 from kasa_cli.errors import UsageError
 from kasa_cli.model_names.experts import NotAssembled, is_turned, matrices
 from kasa_cli.model_names.names import Kind, NameMap, Slot, Weight
-from kasa_cli.report import Candidate, Skipped
+from kasa_cli.report import Skipped
 from kasa_cli.targets.patterns import Patterns, matches, require_match
 
 Tensors = Mapping[str, TensorEntry]
@@ -19,6 +20,29 @@ FUSED = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 """How the name of a parameter of fused experts ends for PEFT's selector."""
 
 EXCLUDED = "excluded"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that could be fine-tuned, or a parameter that holds the matrices of several experts.
+
+    `shape` is that in memory, of a parameter without its number of experts.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, int]
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def num_matrices(self) -> int:
+        """One, or the number of experts."""
+        return len(self.matrices)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the files hold the transpose of what is read."""
+        return self.matrices[0].is_transposed
 
 
 @dataclass(frozen=True)
@@ -49,7 +73,7 @@ def candidates(
     for pattern in patterns.targets:
         _require_candidate(pattern, verdicts)
     chosen = tuple(verdict for _, verdict in verdicts if isinstance(verdict, Candidate))
-    pieces = {piece.name for one in chosen for matrix in one.matrices for piece in matrix}
+    pieces = {piece.name for one in chosen for matrix in one.matrices for piece in matrix.pieces}
     refused = [(weight, verdict) for weight, verdict in verdicts if isinstance(verdict, Refusal)]
     reasons = _reasons(refused, names.slots)
     left = [name for name in tensors if name not in pieces]
@@ -128,10 +152,7 @@ def _verdict(weight: Weight, tensors: Tensors, unasked: str | None, max_dim: int
 
 
 def _candidate(weight: Weight, tensors: Tensors, max_dim: int) -> Candidate:
-    """A weight with its pieces, `is_transposed` where files hold (in, out) for what computes as (out, in).
-
-    Raises `NotAssembled`.
-    """
+    """A weight with its matrices. Raises `NotAssembled`."""
     sides = weight.shape[-2:]
     if max(sides) > max_dim:
         raise NotAssembled(f"a side of {max(sides)} is over --max-dim {max_dim}")
@@ -145,7 +166,17 @@ def _candidate(weight: Weight, tensors: Tensors, max_dim: int) -> Candidate:
     found = matrices(weight.shape, weight.made_of, on_disk)
     kind = "module" if weight.is_module else "parameter"
     is_transposed = weight.kind is Kind.CONV1D or is_turned(found[0], sides, on_disk)
-    return Candidate(weight.label, kind, (sides[0], sides[1]), found, is_transposed)
+    orientation = Orientation.of(is_transposed)
+    pieces_by_name = {_matrix_name(weight, number, pieces): pieces for number, pieces in enumerate(found)}
+    each = (Matrix.of(tensors, name, pieces, orientation) for name, pieces in pieces_by_name.items())
+    return Candidate(weight.label, kind, (sides[0], sides[1]), tuple(each))
+
+
+def _matrix_name(weight: Weight, number: int, pieces: tuple[Piece, ...]) -> str:
+    """The tensor that is the matrix; of several pieces, or of an expert, the weight and the matrix's number."""
+    if len(pieces) == 1 and pieces[0].index is None:
+        return pieces[0].name
+    return f"{weight.label}[{number}]"
 
 
 # --- what is left ---

@@ -21,9 +21,9 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
+from kasa_cli.checkpoint.matrix import Piece
 from kasa_cli.model_names.conversion import Landing, described, origins
 from kasa_cli.model_names.experts import FOLLOWED, NotAssembled, Origin, matrices
-from kasa_cli.report import Piece
 from tests.builders import tiny_models
 from tests.targets.test_candidates import (
     WEIGHTS,
@@ -34,6 +34,7 @@ from tests.targets.test_candidates import (
     by_kind,
     on_disk,
     peft_order,
+    pieces_of,
     rewritten,
     saved,
     singular_values,
@@ -137,7 +138,7 @@ def test_experts_that_were_saved_fused_are_one_piece_each(family: str, tmp_path:
     fused = [one for one in chosen[0] if one.kind == "parameter"]
     assert fused
     for one in fused:
-        assert one.matrices == tuple((Piece(one.module, expert),) for expert in range(4))
+        assert pieces_of(one) == [(Piece(one.module, expert),) for expert in range(4)]
     assert_same_spectra(case, chosen[0])
     assert_accounted(case, chosen)
 
@@ -148,8 +149,8 @@ def test_an_expert_is_its_gate_above_its_up(tmp_path: Path) -> None:
     assert fused[GATE_UP].shape == (96, 32)
     for expert in range(4):
         gate, up, down = (Piece(MOE.format(1, expert, part)) for part in ("w1", "w3", "w2"))
-        assert fused[GATE_UP].matrices[expert] == (gate, up)
-        assert fused[DOWN].matrices[expert] == (down,)
+        assert fused[GATE_UP].matrices[expert].pieces == (gate, up)
+        assert fused[DOWN].matrices[expert].pieces == (down,)
 
 
 def test_experts_are_ordered_by_number_not_by_name(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_experts_are_ordered_by_number_not_by_name(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(**sizes, num_local_experts=12, num_experts_per_tok=2)
     case = saved_model(transformers.MixtralForCausalLM(config), tmp_path)
     found = case.chosen()[0]
-    assert found[-1].matrices[10] == (Piece(MOE.format(0, 10, "w2")),)
+    assert found[-1].matrices[10].pieces == (Piece(MOE.format(0, 10, "w2")),)
     assert_same_spectra(case, found)
 
 
@@ -258,7 +259,7 @@ def test_two_layouts_at_once_are_accounted_for(tmp_path: Path) -> None:
     case = rewritten("mixtral", tmp_path, both)
     chosen = case.chosen()
     assert_accounted(case, chosen)
-    assert chosen[0][-1].matrices[1] == (Piece(MOE.format(1, 1, "w2")),)
+    assert chosen[0][-1].matrices[1].pieces == (Piece(MOE.format(1, 1, "w2")),)
 
 
 def test_the_first_tensor_to_arrive_decides_for_all() -> None:

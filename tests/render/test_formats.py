@@ -25,9 +25,9 @@ from kasa_cli.report import (
     SelectReport,
     Skipped,
     StoreReport,
-    Target,
     TensorRow,
     ToMeasure,
+    ToTruncate,
     TruncateReport,
     VerifyReport,
 )
@@ -91,7 +91,7 @@ PLANNED = PlanReport(
     rank=4,
     truncation_rank=4,
     tensors=tuple(
-        Target(f"layers.{n}.fc.weight", f"layers.{n}.fc", (64, 48), "F32", False, 4) for n in range(12)
+        ToTruncate(f"layers.{n}.fc.weight", f"layers.{n}.fc", (64, 48), "F32", False, 4) for n in range(12)
     ),
     skipped=(),
     totals={"bytes_to_write": 90_868_376, "memory_bytes": 512e6, "seconds": 75.2},

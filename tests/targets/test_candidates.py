@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
 from kasa_cli.checkpoint.safetensors_file import TensorEntry, read_header
 from kasa_cli.errors import UsageError
 from kasa_cli.model_names.name_map import map_names
 from kasa_cli.model_names.names import NameMap
-from kasa_cli.report import Candidate, Piece, Skipped
-from kasa_cli.targets.candidates import FUSED, AsIn, candidates
-from kasa_cli.targets.patterns import Patterns, select
+from kasa_cli.report import Skipped
+from kasa_cli.targets.candidates import FUSED, AsIn, Candidate, candidates
+from kasa_cli.targets.patterns import Patterns
+from kasa_cli.targets.selection import select
 from tests.builders import tiny_models
 
 WEIGHTS = "model.safetensors"
@@ -97,6 +99,10 @@ def in_memory(model: nn.Module, candidate: Candidate) -> torch.Tensor:
     return weight[None]
 
 
+def pieces_of(candidate: Candidate) -> list[tuple[Piece, ...]]:
+    return [matrix.pieces for matrix in candidate.matrices]
+
+
 def on_disk(tensors: Tensors, pieces: tuple[Piece, ...]) -> np.ndarray:
     parts = [tensors[p.name] if p.index is None else tensors[p.name][p.index] for p in pieces]
     return torch.cat(parts).double().numpy()
@@ -112,7 +118,7 @@ def assert_same_spectra(case: Saved, found: tuple[Candidate, ...]) -> None:
         held = in_memory(model, candidate).detach().double().numpy()
         assert candidate.shape == held.shape[1:], candidate.module
         assert candidate.num_matrices == len(held), candidate.module
-        for pieces, W in zip(candidate.matrices, held, strict=True):
+        for pieces, W in zip(pieces_of(candidate), held, strict=True):
             found_values, true_values = singular_values(on_disk(tensors, pieces)), singular_values(W)
             assert np.abs(found_values - true_values).max() < 1e-12 * true_values[0], (
                 candidate.module,
@@ -123,7 +129,7 @@ def assert_same_spectra(case: Saved, found: tuple[Candidate, ...]) -> None:
 def assert_accounted(case: Saved, chosen: Chosen) -> None:
     """Every tensor on disk is a piece or skipped, never both, never twice."""
     found, skipped = chosen
-    pieces = {piece.name for one in found for piece in chain(*one.matrices)}
+    pieces = {piece.name for one in found for piece in chain(*pieces_of(one))}
     left = [one.name for one in skipped]
     assert len(left) == len(set(left))
     assert pieces.isdisjoint(left)
@@ -168,7 +174,7 @@ def test_a_small_limit_leaves_out_what_peft_leaves_out_and_names_it(case: Saved)
     assert by_kind(found) == peft_order(case.model(), 40)
     assert_accounted(case, (found, skipped))
     everything = case.chosen()[0]
-    too_wide = {piece.name for one in everything if max(one.shape) > 40 for piece in chain(*one.matrices)}
+    too_wide = {piece.name for one in everything if max(one.shape) > 40 for piece in chain(*pieces_of(one))}
     assert too_wide == {one.name for one in skipped if "is over --max-dim 40" in one.reason}
 
 
@@ -189,8 +195,9 @@ def test_kasa_takes_what_truncate_takes_and_the_fused_experts(family: str, case:
     assert modules.keys() == {target.module for target in targets}
     for target in targets:
         one = modules[target.module]
-        assert (one.matrices, one.shape) == (((Piece(target.name),),), target.shape)
-        assert one.is_transposed == target.is_transposed == (family == "gpt2")
+        assert (one.matrices, one.shape) == ((target.matrix,), target.shape)
+        assert target.matrix.pieces == (Piece(target.name),)
+        assert one.is_transposed == target.matrix.is_transposed == (family == "gpt2")
     assert by_kind(found)[1] == peft_order(case.model())[1]
 
 
@@ -203,12 +210,15 @@ def test_the_suffixes_are_those_of_peft() -> None:
 
 def test_a_tied_head_takes_its_matrix_from_the_embedding(tied: Saved) -> None:
     found, skipped = tied.chosen()
-    assert found[-1] == Candidate("lm_head", "module", (96, 32), ((Piece("model.embed_tokens.weight"),),))
+    name = "model.embed_tokens.weight"
+    assert found[-1] == Candidate(
+        "lm_head", "module", (96, 32), (Matrix(name, (Piece(name),), (96, 32), "F32"),)
+    )
     assert "model.embed_tokens.weight" not in {one.name for one in skipped}
 
 
 def test_an_untied_head_has_its_own(llama: Saved) -> None:
-    assert llama.chosen()[0][-1].matrices == ((Piece("lm_head.weight"),),)
+    assert llama.chosen()[0][-1].matrices[0].pieces == (Piece("lm_head.weight"),)
     assert llama.reasons()["model.embed_tokens.weight"] == "embedding"
 
 
@@ -217,7 +227,7 @@ def test_a_tied_head_that_is_on_disk_as_well_has_its_own(tmp_path: Path) -> None
         return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
 
     case = rewritten("llama-tied", tmp_path, doubled)
-    assert case.chosen()[0][-1].matrices == ((Piece("lm_head.weight"),),)
+    assert case.chosen()[0][-1].matrices[0].pieces == (Piece("lm_head.weight"),)
     assert case.reasons()["model.embed_tokens.weight"] == "embedding"
     assert by_kind(case.chosen()[0]) == peft_order(case.model())
 
@@ -307,14 +317,10 @@ def test_conv1d_is_kasas_and_not_pefts(tmp_path: Path) -> None:
     reasons = case.reasons()
     assert reasons["transformer.h.0.attn.c_attn.weight"] == "Conv1D: PEFT's selector has nn.Linear only"
     assert reasons["transformer.wpe.weight"] == "embedding"
+    name = "transformer.h.1.mlp.c_fc.weight"
+    matrix = Matrix(name, (Piece(name),), (128, 32), "F32", Orientation.TRANSPOSED)
     assert case.chosen("h.1.mlp.c_fc")[0] == (
-        Candidate(
-            "transformer.h.1.mlp.c_fc",
-            "module",
-            (32, 128),
-            ((Piece("transformer.h.1.mlp.c_fc.weight"),),),
-            is_transposed=True,
-        ),
+        Candidate("transformer.h.1.mlp.c_fc", "module", (32, 128), (matrix,)),
     )
 
 
@@ -390,7 +396,7 @@ def test_of_an_unknown_class_names_and_shapes_are_all_there_is(tmp_path: Path) -
     ]
     found, skipped = case.chosen()
     assert by_kind(found) == (matrices, ["model.layers.0.mlp.experts.gate_up_proj"])
-    assert found[-1].matrices[3] == (Piece("model.layers.0.mlp.experts.gate_up_proj", 3),)
+    assert found[-1].matrices[3].pieces == (Piece("model.layers.0.mlp.experts.gate_up_proj", 3),)
     assert_accounted(case, (found, skipped))
     fused = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.w2"]
     kasa = case.chosen(as_in="kasa")

@@ -9,9 +9,9 @@ from kasa_cli.adapters.adapter import Patch
 from kasa_cli.adapters.peft import PEFT_VERSION
 from kasa_cli.adapters.placement import Placed
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import read_piece
 from kasa_cli.methods.adapter_kinds import table as kinds
 from kasa_cli.methods.adapter_kinds.change import Change
-from kasa_cli.pipeline.measuring.weights import Matrix, read_pieces
 
 IN_FILE = "file"
 """The adapter's file holds its module's own base, cut already."""
@@ -36,15 +36,9 @@ def is_stack(place: Placed) -> bool:
     return is_part or place.patch.parameter != "weight" or len(place.matrices) > 1
 
 
-def matrix_of(place: Placed) -> Matrix:
-    """The weight under a patch of one matrix, in the base's files, to ask about."""
-    pieces = tuple(part.piece for part in place.matrices[0])
-    return Matrix(pieces[0].name, pieces, is_transposed=place.is_turned != place.is_transposed)
-
-
 def weight_under(checkpoint: Checkpoint, place: Placed) -> Tensor:
     """The weight under a patch of one matrix, as (out, in)."""
-    read = [read_pieces(checkpoint, [part.piece]) for part in place.matrices[0]]
+    read = [read_piece(checkpoint, part.piece) for part in place.matrices[0]]
     read = [piece.T for piece in read] if place.is_turned else read
     W = read[0] if len(read) == 1 else torch.cat(read)
     return W.T if place.is_transposed else W

@@ -15,14 +15,15 @@ import torch
 from kasa_cli.adapters import peft
 from kasa_cli.checkpoint.hashing import hash_tensor
 from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.safetensors_file import Container, Reader, read_header
+from kasa_cli.checkpoint.matrix import Matrix
+from kasa_cli.checkpoint.safetensors_file import Container, read_header
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files.durable import sha256_file
 from kasa_cli.methods.adapter_kinds import table as kinds
 from kasa_cli.methods.adapter_kinds.change import Term
 from kasa_cli.pipeline.adapter_on_base.provenance import Origin, adapter_manifest
 from kasa_cli.pipeline.measuring.facts import Facts
-from kasa_cli.pipeline.measuring.weights import Matrix, weigh
+from kasa_cli.pipeline.measuring.weights import weigh
 
 TAIL = f"tail/{peft.WEIGHTS}"
 
@@ -48,8 +49,7 @@ class Cuts:
         wanted = {names["A"], names["B"]}
         if self.tail is None or self.ranks.get(name) != rank or not wanted <= self.tail.tensors.keys():
             return None
-        with Reader(self.tail) as reader:
-            A, B = (reader.tensor(names[side]).to(torch.float64) for side in "AB")
+        A, B = (self.tail.tensor(names[side]).to(torch.float64) for side in "AB")
         return Term(B[:, :rank], A[:rank])  # what is beyond the rank pads it to that of other modules
 
     def term(
@@ -63,11 +63,10 @@ class Cuts:
         if not rank:
             return None
         piece = matrix.pieces[0]
-        if found := self.from_tail(piece.name, module, rank) if piece.index is None else None:
-            shard = checkpoint.shards[checkpoint.shard_of(piece.name)]
-            if self.originals.get(piece.name) == hash_tensor(shard, piece.name):
-                return found
-        weight = weigh(checkpoint, matrix, torch.device("cpu"))
+        found = self.from_tail(piece.name, module, rank) if piece.index is None else None
+        if found and self.originals.get(piece.name) == hash_tensor(checkpoint, piece.name):
+            return found
+        weight = weigh(checkpoint, matrix.within(checkpoint.tensors), torch.device("cpu"))
         (term,) = kinds.truncation(facts.bench(weight).bottom(rank)).terms
         return term
 

@@ -17,7 +17,7 @@ from kasa_cli.methods.adapter_kinds.change import Term
 from kasa_cli.model_names.names import NameMap
 from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.adapter_on_base.match import KASA, Fitted, fitted, read_adapter
-from kasa_cli.pipeline.adapter_on_base.patches import IN_FILE, matrix_of
+from kasa_cli.pipeline.adapter_on_base.patches import IN_FILE
 from kasa_cli.pipeline.adapter_on_base.provenance import BASES, ORIGINAL, TRUNCATED, Origin
 from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts, known_cuts
 from kasa_cli.pipeline.converting.representable import require_form, require_nothing_else, require_own
@@ -79,7 +79,9 @@ class Cutting:
             return ()
         if self.is_made:
             return self._in_tail(place)
-        matrix = matrix_of(place)
+        matrix = place.matrix
+        if matrix is None:
+            return ()
         rank = self.cuts.rank(matrix.name, int(settings["r"]))
         term = self.cuts.term(checkpoint, facts, matrix, place.patch.module, rank)
         return () if term is None else (term,)

@@ -22,6 +22,7 @@ from kasa_cli.adapters.writing import Entry
 from kasa_cli.checkpoint.dtypes import BITS
 from kasa_cli.checkpoint.hashing import hash_tensor
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import measuring_bytes
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.checkpoint.safetensors_writer import Filling, filling, form
@@ -34,7 +35,6 @@ from kasa_cli.pipeline.adapter_on_base.patches import changes_of, label, needs_w
 from kasa_cli.pipeline.converting.case import Cutting
 from kasa_cli.pipeline.converting.representable import no_form
 from kasa_cli.pipeline.measuring.facts import SOLVER_EDITION, Facts, header
-from kasa_cli.pipeline.measuring.weights import working_set
 from kasa_cli.pipeline.workers import Watcher, run
 from kasa_cli.report import ConvertedRow
 
@@ -133,8 +133,7 @@ def write_factors(
 
 def _convert(converter: Converter, place: Placed) -> Converted:
     names = dict.fromkeys(part.piece.name for parts in place.matrices for part in parts)
-    shards = converter.checkpoint.shards
-    hashes = {name: hash_tensor(shards[converter.checkpoint.shard_of(name)], name) for name in names}
+    hashes = {name: hash_tensor(converter.checkpoint, name) for name in names}
     key = _part_key(place, hashes)
     if converter.staging.part(key) is None:
         converter.staging.keep_part(key, _made(converter, place))
@@ -216,7 +215,7 @@ def working_room(checkpoint: Checkpoint, place: Placed) -> int:
     """Bytes that a conversion occupies at most: as for a decomposition, and the difference in float32 besides."""
     entry = checkpoint.tensors[place.matrices[0][0].piece.name]
     size = math.prod(place.shape)
-    return working_set(place.shape, size * BITS[entry.dtype] // 8) + 4 * size
+    return measuring_bytes(place.shape, size * BITS[entry.dtype] // 8) + 4 * size
 
 
 def is_decomposed(place: Placed, cutting: Cutting | None) -> bool:

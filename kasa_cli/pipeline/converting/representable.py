@@ -8,10 +8,10 @@ from kasa_cli.adapters.adapter import Adapter, TokenRows
 from kasa_cli.adapters.parameter_placement import PlacedValue
 from kasa_cli.adapters.placement import Placed
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import read_piece
 from kasa_cli.checkpoint.safetensors_file import Reader
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapter_kinds.as_lora import Limit, has_low_rank_form
-from kasa_cli.pipeline.measuring.weights import read_pieces
 
 MERGE = "kasa merge puts it into the base"
 TAKES_OFF = frozenset({"kasa", "pissa", "olora", "lite-pissa"})
@@ -72,7 +72,7 @@ def _is_in_base(adapter: Adapter, value: PlacedValue, checkpoint: Checkpoint) ->
     pieces = [part.piece for parts in value.matrices for part in parts]
     if value.vocabulary or len(pieces) != 1 or pieces[0].index is not None:
         return False
-    stored = read_pieces(checkpoint, pieces)
+    stored = read_piece(checkpoint, pieces[0])
     with Reader(adapter.container) as reader:
         held = reader.tensor(value.value.tensor)
     known = stored.T if value.is_turned else stored

@@ -17,6 +17,7 @@ from kasa_cli.adapters.adapter import UNKNOWN_PARAMETER, Adapter, Patch
 from kasa_cli.adapters.placement import Placed
 from kasa_cli.adapters.tensor_shapes import TRANSPOSED, bound
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.errors import InvalidInput, NumericalError
 from kasa_cli.linalg import quantities
@@ -31,12 +32,10 @@ from kasa_cli.pipeline.adapter_on_base.patches import (
     LOST,
     expert_changes,
     label,
-    matrix_of,
     needs_weight,
     weight_under,
 )
 from kasa_cli.pipeline.inspecting.share_in_cut import Cut, Dropped
-from kasa_cli.pipeline.measuring.weights import Matrix
 from kasa_cli.report import InCut, ModuleRow, module_type
 
 ENERGY = 0.9
@@ -77,7 +76,7 @@ class Item:
         place = self.place
         if place is None or self.is_stack or (place.is_turned and len(place.matrices[0]) > 1):
             return None
-        return matrix_of(place)
+        return place.matrix
 
 
 @dataclass(frozen=True)

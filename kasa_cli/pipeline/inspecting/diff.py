@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.linalg import quantities
 from kasa_cli.linalg.subspaces import best_cosines, principal_angles
 from kasa_cli.pipeline.measuring.facts import Bench, Extremes, Facts
-from kasa_cli.pipeline.measuring.weights import Matrix, row_blocks, weigh
+from kasa_cli.pipeline.measuring.weights import weigh
 from kasa_cli.report import DiffRow, module_type
 
 INTRUDER = 0.6
@@ -70,7 +71,7 @@ def contrast(pair: Pair, sources: tuple[Checkpoint, Checkpoint], facts: Facts, r
 def distance(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> float:
     """‖B - A‖_F / ‖A‖_F, summed in float64; 0 where both are zero, infinite where A alone is."""
     norm = change = 0.0
-    blocks = zip(row_blocks(sources[0], pair.first), row_blocks(sources[1], pair.second), strict=True)
+    blocks = zip(pair.first.row_blocks(sources[0]), pair.second.row_blocks(sources[1]), strict=True)
     for A, B in blocks:
         rows = A.to(torch.float64)
         norm += float(rows.square().sum())

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.errors import IntegrityError
 from kasa_cli.linalg.subspaces import Shares, random_shares, shares, spaces
 from kasa_cli.methods.adapter_kinds.change import Term
@@ -13,7 +14,6 @@ from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.adapter_on_base.provenance import Origin
 from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts
 from kasa_cli.pipeline.measuring.facts import Facts
-from kasa_cli.pipeline.measuring.weights import Matrix
 from kasa_cli.report import InCut
 
 IN_TAIL, IN_BASE = "tail", "base"

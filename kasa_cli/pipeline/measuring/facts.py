@@ -56,13 +56,14 @@ class Extremes:
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A weight to ask about: the hash of its content, its shape as (out, in), and how to get it."""
+class HashedMatrix:
+    """A matrix to measure: the key of its content in the store, the hash of its stored bytes, and how to read it."""
 
     name: str
     content: str
     shape: tuple[int, int]
     dtype: str
+    digest: str
     read: Callable[[], Tensor | Rows]
 
 
@@ -75,15 +76,15 @@ class Facts:
         text = canonical_json({**known, "edition": SOLVER_EDITION})
         self._key = hashlib.sha256(text).hexdigest()[:16]
 
-    def bench(self, weight: Weight) -> "Bench":
+    def bench(self, weight: HashedMatrix) -> "Bench":
         """The weight, to ask about."""
         return Bench(self, weight)
 
-    def get(self, weight: Weight, question: str) -> bytes | None:
+    def get(self, weight: HashedMatrix, question: str) -> bytes | None:
         """A fact from the store."""
         return self.store.get(weight.content, question, self._key) if self.store else None
 
-    def put(self, weight: Weight, question: str, payload: bytes) -> None:
+    def put(self, weight: HashedMatrix, question: str, payload: bytes) -> None:
         """Keep a fact."""
         if self.store:
             self.store.put(weight.content, question, self._key, payload)
@@ -96,7 +97,7 @@ class Bench:
     NumericalError, naming the weight, when it is not finite or no solver converges.
     """
 
-    def __init__(self, facts: Facts, weight: Weight) -> None:
+    def __init__(self, facts: Facts, weight: HashedMatrix) -> None:
         self.weight = weight
         self.is_new = False
         self._summed: Gram | None = None

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Generic, TypeVar
 
 import torch
 
-from kasa_cli.checkpoint.dtypes import BITS
-from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import Matrix
+from kasa_cli.checkpoint.tensor_source import TensorSource
 from kasa_cli.errors import NumericalError
 from kasa_cli.pipeline import workers
 from kasa_cli.pipeline.measuring.facts import Bench, Facts, pick_device
-from kasa_cli.pipeline.measuring.weights import Matrix, is_streamed, stored_shape, weigh, working_set
+from kasa_cli.pipeline.measuring.weights import weigh
 from kasa_cli.pipeline.workers import Running, Watcher, blas_threads, run
 from kasa_cli.report import Skipped
 
@@ -37,7 +36,7 @@ class Asked(Generic[Answer]):
 
 
 def ask(
-    checkpoint: Checkpoint,
+    source: TensorSource,
     matrices: Sequence[Matrix],
     question: Callable[[Bench], Answer],
     facts: Facts,
@@ -51,15 +50,14 @@ def ask(
     """
     matrices = list({matrix.name: matrix for matrix in matrices}.values())
     device = pick_device(running.device)
-    shapes = {matrix.name: stored_shape(checkpoint, matrix) for matrix in matrices}
-    watcher.stage("measure", len(matrices), sum(_work(shape) for shape in shapes.values()))
+    watcher.stage("measure", len(matrices), sum(matrix.work for matrix in matrices))
     with blas_threads(running.threads_per_worker):
         found = run(
-            lambda matrix: _ask_one(checkpoint, matrix, question, facts, (device, running.keep_going)),
-            sorted(matrices, key=lambda matrix: -_work(shapes[matrix.name])),
+            lambda matrix: _ask_one(source, matrix, question, facts, (device, running.keep_going)),
+            sorted(matrices, key=lambda matrix: -matrix.work),
             running.num_workers,
-            lambda matrix: watcher.finished(matrix.name, _work(shapes[matrix.name])),
-            lambda matrix: size(checkpoint, matrix),
+            lambda matrix: watcher.finished(matrix.name, matrix.work),
+            room,
         )
     by_name = {name: (answer, is_new) for name, answer, is_new in found}
     given = [(matrix.name, *by_name[matrix.name]) for matrix in matrices]
@@ -69,14 +67,14 @@ def ask(
 
 
 def _ask_one(
-    checkpoint: Checkpoint,
+    source: TensorSource,
     matrix: Matrix,
     question: Callable[[Bench], Answer],
     facts: Facts,
     how: tuple[torch.device, bool],
 ) -> tuple[str, Answer | Skipped, bool]:
     device, keep_going = how
-    bench = facts.bench(weigh(checkpoint, matrix, device))
+    bench = facts.bench(weigh(source, matrix, device))
     try:
         return matrix.name, question(bench), bench.is_new
     except NumericalError as error:
@@ -85,14 +83,7 @@ def _ask_one(
         return matrix.name, Skipped(matrix.name, error.what), False
 
 
-def _work(shape: tuple[int, int]) -> float:
-    short, long = sorted(shape)
-    return short * short * (long + short)
-
-
-def size(checkpoint: Checkpoint, matrix: Matrix) -> int:
-    """What a matrix takes of the budget: all of it if it is too large to be held, its Gram matrix being large too."""
-    entry = checkpoint.tensors[matrix.pieces[0].name]
-    shape = stored_shape(checkpoint, matrix)
-    own = working_set(shape, prod(shape) * BITS[entry.dtype] // 8)
-    return max(own, workers.BUDGET) if is_streamed(entry, matrix) else own
+def room(matrix: Matrix) -> int:
+    """The part of the memory budget that a measurement takes: all of it for a streamed matrix, whose Gram matrix is
+    large too."""
+    return max(matrix.memory, workers.BUDGET) if matrix.is_streamed else matrix.memory

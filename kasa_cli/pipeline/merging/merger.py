@@ -17,17 +17,16 @@ from kasa_cli.adapters.adapter import Adapter, Replacement
 from kasa_cli.adapters.parameter_placement import PlacedValue
 from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.safetensors_file import Reader, TensorEntry
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapter_kinds.change import Change, Term, transposed, weighted
 from kasa_cli.pipeline.adapter_on_base.patches import IN_FILE, change_of, expert_changes, is_stack, module_of
 from kasa_cli.pipeline.measuring.facts import Facts
-from kasa_cli.pipeline.measuring.weights import Matrix, read_target
 from kasa_cli.pipeline.merging.by_rows import Stored, Streamed, TrainedRows
 from kasa_cli.pipeline.merging.edits import Edit, Orders
 from kasa_cli.pipeline.merging.whole_tensor import Operation, View
-from kasa_cli.report import Piece
 
 NONE: Mapping[str, str] = MappingProxyType({})
 KEPT = 4
@@ -63,7 +62,7 @@ class Merger:
             changes = self._changes_of_rows(source, orders)
             if changes is not None:
                 return self._streamed(name, source, orders, changes)
-        before = read_target(self.checkpoint, source)
+        before = self.checkpoint.tensor(source)
         X = self._with_rows(self._replaced(before, orders, name), orders)
         biases = [self.change(edit, None) for edit in orders.biases]
         if X.ndim < 2 or biases:
@@ -81,7 +80,7 @@ class Merger:
 
     def _changes_of_rows(self, name: str, orders: Orders) -> dict[int, Sequence[Change]] | None:
         """What is done to the rows of each matrix of a tensor, as its file has them; None where that mixes rows."""
-        weight = read_target(self.checkpoint, name) if orders.needs_weight else None
+        weight = self.checkpoint.tensor(name) if orders.needs_weight else None
         found: dict[int, Sequence[Change]] = {}
         for index, own in orders.by_matrix().items():
             turned = own[0].is_turned
@@ -164,7 +163,7 @@ class Merger:
         if not cutting:
             return ()
         rank, edit = max(cutting, key=lambda pair: pair[0])
-        matrix = Matrix(name, (Piece(name, index),), is_transposed=turned)
+        matrix = Matrix.of(self.checkpoint.tensors, name, (Piece(name, index),), Orientation.of(turned))
         term = edit.merging.cuts.term(self.checkpoint, self.facts, matrix, edit.place.patch.module, rank)
         return () if term is None else (Change(terms=(term,)),)
 

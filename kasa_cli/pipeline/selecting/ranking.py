@@ -11,7 +11,8 @@ from kasa_cli.methods import selection
 from kasa_cli.methods.criteria import CRITERIA, RULES, Score, Spectrum, expected
 from kasa_cli.methods.selection import SIGNS, Amount
 from kasa_cli.pipeline.measuring.facts import Bench
-from kasa_cli.report import Candidate, CandidateRow, Skipped, module_type
+from kasa_cli.report import CandidateRow, Skipped, module_type
+from kasa_cli.targets.candidates import Candidate
 
 KINDS = ("module", "parameter")
 

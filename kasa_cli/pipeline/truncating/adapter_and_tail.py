@@ -17,7 +17,7 @@ from kasa_cli.pipeline.truncating.factors import Measured, read_factors
 from kasa_cli.pipeline.truncating.options import Options
 from kasa_cli.pipeline.truncating.plan import Plan
 from kasa_cli.pipeline.workers import Watcher
-from kasa_cli.report import Target
+from kasa_cli.targets.selection import Target
 
 Make = Callable[[Measured], dict[str, Tensor]]
 
@@ -56,20 +56,22 @@ def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: 
 
     targets = [one.target for one in cut]
     config = _lora_config(made, targets, rank, rank)
-    config = peft.by_parameter(config, peft.taken_for_experts(targets, made.checkpoint.config))
+    modules = [target.module for target in targets]
+    config = peft.by_parameter(config, peft.taken_for_experts(modules, made.checkpoint.config))
     _write_peft(staging.out / "tail", config, cut, make, rank, watcher)
 
 
 def _lora_config(made: Plan, targets: list[Target], rank: int, alpha: float) -> dict[str, Any]:
     modules = {slot.module for slot in made.names.slots.values()}
-    return peft.lora_config(
-        targets,
+    config = peft.lora_config(
+        [target.module for target in targets],
         rank=rank,
         alpha=alpha,
         modules=modules.union(made.names.linear_modules),
         base=(made.source.repo, made.source.commit),
         model_class=made.names.model_class,
     )
+    return {**config, "fan_in_fan_out": any(target.matrix.is_transposed for target in targets)}
 
 
 def _write_peft(
@@ -84,9 +86,9 @@ def _write_peft(
 def _peft_form(targets: list[Target], rank: int, *, with_diag: bool) -> Form:
     triples: list[tuple[str, str, tuple[int, ...]]] = []
     for target in targets:
-        names = peft.tensor_names(target.module)
-        triples.append((names["A"], "F32", (rank, target.in_features)))
-        triples.append((names["B"], "F32", (target.out_features, rank)))
+        names, (outs, ins) = peft.tensor_names(target.module), target.matrix.shape
+        triples.append((names["A"], "F32", (rank, ins)))
+        triples.append((names["B"], "F32", (outs, rank)))
         triples += [(names["diag"], "F32", (rank,))] if with_diag else []
     return form(triples)
 

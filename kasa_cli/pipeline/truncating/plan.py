@@ -9,9 +9,9 @@ from kasa_cli.errors import UsageError
 from kasa_cli.model_names.names import NameMap
 from kasa_cli.pipeline.measuring.facts import Facts
 from kasa_cli.pipeline.opening import Where, survey
-from kasa_cli.report import Selection, Target
-from kasa_cli.targets.patterns import Patterns, RankRule, select
+from kasa_cli.targets.patterns import Patterns
 from kasa_cli.targets.patterns import patterns as asked_for
+from kasa_cli.targets.selection import RankRule, Selection, Target, select
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,12 @@ def _tensor_records(made: Plan, measured: list[Measured], written: list[Written[
         for one in written
     }
     for one in measured:
-        record = records.setdefault(one.target.name, {"dtype": one.target.dtype, "role": "reference"})
+        record = records.setdefault(one.target.name, {"dtype": one.target.matrix.dtype, "role": "reference"})
         record |= {"input_blake3": one.blake3, "module": one.target.module, **asdict(one.facts)}
-        record |= {"truncation_rank": one.target.dropped, "is_transposed": one.target.is_transposed}
+        record |= {
+            "truncation_rank": one.target.dropped,
+            "is_transposed": one.target.matrix.is_transposed,
+        }
     for one_written in written:
         if one_written.outcome:
             records[one_written.name] |= {"role": "truncated", **asdict(one_written.outcome)}

@@ -13,9 +13,8 @@ from kasa_cli.linalg.bottom import Ends
 from kasa_cli.linalg.realised import Outcome, outcome
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.base_writer import Rows, require_finite
-from kasa_cli.pipeline.measuring.weights import read_target
-from kasa_cli.pipeline.truncating.factors import Measured, as_weight, read_factors
-from kasa_cli.report import Target
+from kasa_cli.pipeline.truncating.factors import Measured, read_factors
+from kasa_cli.targets.selection import Target
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Truncation:
         """Read a target and its factors."""
         measured = self.measured[name]
         factors = read_factors(self.staging, measured)
-        weight = as_weight(read_target(self.checkpoint, name), measured.target)
+        weight = measured.target.matrix.read(self.checkpoint)
         exact = rounding.Target(weight, *kasa.cut(factors))
         return Truncated(measured.target, exact, factors, self.round_off)
 
@@ -53,11 +52,11 @@ class Truncated:
         """The new value, W plus its terms, rounded once to `dtype`, in the layout of the file."""
         Q = self.round_off(self.exact, self.factors.V, TORCH_DTYPES[dtype])
         require_finite(Q, self.target.name, dtype)
-        yield as_weight(Q, self.target).contiguous()
+        yield self.target.matrix.orientation.turn(Q).contiguous()
 
     def examine(self, rows: Rows) -> Outcome:
         """Measure what was stored."""
-        if self.target.is_transposed:
-            whole = rows(0, self.target.shape[0]).T
+        if self.target.matrix.is_transposed:
+            whole = rows(0, self.target.matrix.shape[1]).T
             return outcome(lambda start, stop: whole[start:stop], self.exact, self.factors.V, self.factors.S)
         return outcome(rows, self.exact, self.factors.V, self.factors.S)

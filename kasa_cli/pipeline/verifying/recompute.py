@@ -12,6 +12,7 @@ from torch import Tensor
 from kasa_cli.adapters import peft
 from kasa_cli.checkpoint.hashing import digest_of, hash_tensor
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
+from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
 from kasa_cli.checkpoint.safetensors_file import Container, Reader, read_header
 from kasa_cli.checkpoint.safetensors_writer import raw_bytes
 from kasa_cli.checkpoint.shard_plan import CARD
@@ -21,10 +22,9 @@ from kasa_cli.linalg.bottom import Ends, ends
 from kasa_cli.linalg.rounding import Target as Sum
 from kasa_cli.linalg.rounding import blocks, other_neighbour
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.truncating.factors import as_weight
 from kasa_cli.pipeline.verifying.integrity import Manifest
 from kasa_cli.pipeline.workers import Watcher, run
-from kasa_cli.report import Target
+from kasa_cli.targets.selection import Target
 
 SLACK = 1e-9
 """Of the largest entry: two machines agree on the exact target to far better than this."""
@@ -56,13 +56,13 @@ def compare(
     _check_companions(opened, base)
     targets = [_target(name, one) for name, one in tensors.items() if one["role"] != "copied"]
     copied = [name for name, one in tensors.items() if one["role"] == "copied"]
-    watcher.stage("compare", len(tensors), sum(target.work for target in targets))
+    watcher.stage("compare", len(tensors), sum(target.matrix.work for target in targets))
     run(partial(_check_copied, opened, base), copied, num_workers, lambda name: watcher.finished(name, 0))
     return run(
         partial(_compare_one, opened, base),
-        sorted(targets, key=lambda target: -target.work),
+        sorted(targets, key=lambda target: -target.matrix.work),
         num_workers,
-        lambda target: watcher.finished(target.name, target.work),
+        lambda target: watcher.finished(target.name, target.matrix.work),
     )
 
 
@@ -118,10 +118,10 @@ def _check_companions(output: _Output, base: Checkpoint) -> None:
 
 
 def _compare_one(output: _Output, base: Checkpoint, target: Target) -> Comparison:
-    original = _read(base.shards[base.shard_of(target.name)], target.name)
+    turn, original = target.matrix.orientation.turn, base.tensor(target.name)
     if digest_of([raw_bytes(original)]) != output.tensors[target.name]["input_blake3"]:
         raise IntegrityError("not made from this tensor of the base", target.name, REMEDY)
-    found = ends(as_weight(original, target), target.dropped)
+    found = ends(turn(original), target.dropped)
     _check_start(output, found, target)
     return Comparison(target.name, _ulps(output, found, original, target), _tail_error(output, found, target))
 
@@ -132,8 +132,9 @@ def _ulps(output: _Output, found: Ends, original: Tensor, target: Target) -> flo
     if stored is None:
         return None
     L, R = kasa.cut(found)
-    exact = Sum(as_weight(original, target), L, R)
-    Q = as_weight(stored, target)
+    turn = target.matrix.orientation.turn
+    exact = Sum(turn(original), L, R)
+    Q = turn(stored)
     allowed = 0.5 if output.options["rounding"] == "nearest" else 1.0
     slack = SLACK * float(original.abs().max())
     worst = 0.0
@@ -187,9 +188,9 @@ def _check_copied(output: _Output, base: Checkpoint, name: str) -> None:
 
 def _target(name: str, one: Mapping[str, Any]) -> Target:
     rows, columns = one["shape"]
-    return Target(
-        name, one["module"], (rows, columns), one["dtype"], one["is_transposed"], one["truncation_rank"]
-    )
+    orientation = Orientation.of(one["is_transposed"])
+    matrix = Matrix(name, (Piece(name),), orientation.sides((rows, columns)), one["dtype"], orientation)
+    return Target(matrix, one["module"], (rows, columns), one["truncation_rank"])
 
 
 def _read(container: Container, name: str) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
+from kasa_cli.checkpoint import matrix
 from kasa_cli.commands.inspect_diff import Patterns, Running, Where, diff
 from kasa_cli.errors import ExitCode, IntegrityError, NumericalError, UsageError
 from kasa_cli.pipeline.inspecting import diff as diff_file
-from kasa_cli.pipeline.measuring import weights
 from kasa_cli.report import DiffReport, DiffRow
 from tests.builders import tiny_models
 from tests.builders.matrices import gaussian, orthonormal
@@ -356,7 +356,7 @@ def test_names_on_disk_may_differ_where_those_in_memory_do_not(tmp_path):
 @pytest.mark.parametrize("entries", [64, 1 << 22], ids=["in blocks", "at once"])
 def test_experts_apart_and_experts_fused_are_the_same_weights(tmp_path, entries, monkeypatch):
     """One holds every expert in tensors of its own, one all in a tensor, as transformers has them in memory."""
-    monkeypatch.setattr(weights, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(matrix, "BLOCK_ENTRIES", entries)
     apart = tiny_models.save("mixtral", tmp_path / "apart")
     in_memory = dict(tiny_models.build("mixtral").named_parameters())
     fused = {name: p.detach().clone() for name, p in in_memory.items()}
@@ -413,9 +413,9 @@ def test_large_weights_are_read_by_rows(tmp_path, monkeypatch):
     A, B = gaussian(3000, 24, torch.bfloat16), gaussian(3000, 24, torch.bfloat16, seed=1)
     models = save({name: A}, tmp_path / "a"), save({name: B}, tmp_path / "b")
     held = compared(*models, "embed_tokens", use_store=False)
-    monkeypatch.setattr(weights, "STREAMED_BYTES", 1000)
-    monkeypatch.setattr(weights, "BLOCK_ENTRIES", 24 * 100)
-    monkeypatch.setattr(weights, "read_pieces", None)
+    monkeypatch.setattr(matrix, "STREAMED_BYTES", 1000)
+    monkeypatch.setattr(matrix, "BLOCK_ENTRIES", 24 * 100)
+    monkeypatch.setattr(matrix, "read_pieces", None)
     read = compared(*models, "embed_tokens", use_store=False)
     assert read.tensors[0].relative_distance == pytest.approx(held.tensors[0].relative_distance, rel=1e-14)
     assert_right(read.tensors[0], A, B, rank=6)

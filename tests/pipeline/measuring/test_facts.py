@@ -18,7 +18,7 @@ from kasa_cli.pipeline.measuring.facts import (
     Bench,
     Extremes,
     Facts,
-    Weight,
+    HashedMatrix,
     content_hash,
     header,
     pack,
@@ -46,23 +46,23 @@ def facts(tmp_path: Path) -> Facts:
     return Facts(Store(tmp_path / "STORE"), ENVIRONMENT)
 
 
-def weight(W: Tensor, name: str = NAME) -> Weight:
+def weight(W: Tensor, name: str = NAME) -> HashedMatrix:
     shape = (W.shape[0], W.shape[1])
     digest = hashlib.sha256(W.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
     content = content_hash(str(W.dtype), shape, digest, is_transposed=False)
-    return Weight(name, content, shape, str(W.dtype), lambda: W)
+    return HashedMatrix(name, content, shape, str(W.dtype), digest, lambda: W)
 
 
-def unread(known: Weight) -> Weight:
+def unread(known: HashedMatrix) -> HashedMatrix:
     """The same weight, which must not be asked for."""
 
     def read() -> Tensor:
         raise AssertionError("a known weight was read")
 
-    return Weight(known.name, known.content, known.shape, known.dtype, read)
+    return HashedMatrix(known.name, known.content, known.shape, known.dtype, known.digest, read)
 
 
-def alone(known: Weight) -> Bench:
+def alone(known: HashedMatrix) -> Bench:
     """A bench that nothing was asked before, and no store."""
     return Facts(None, ENVIRONMENT).bench(known)
 
@@ -283,7 +283,9 @@ def test_without_a_store_every_bench_decomposes_and_once_for_all_its_questions(
     num_read = []
     W = gaussian(40, 97)
     known = weight(W)
-    counted = Weight(known.name, known.content, known.shape, known.dtype, lambda: num_read.append(1) or W)
+    counted = HashedMatrix(
+        known.name, known.content, known.shape, known.dtype, known.digest, lambda: num_read.append(1) or W
+    )
     for expected in (1, 2):
         bench = alone(counted)
         for question in QUESTIONS.values():

@@ -4,20 +4,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from kasa_cli.checkpoint import matrix as matrices
 from kasa_cli.checkpoint import safetensors_file
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
+from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
 from kasa_cli.checkpoint.safetensors_file import Reader
 from kasa_cli.checkpoint.safetensors_writer import filling, form
 from kasa_cli.errors import IntegrityError, InvalidInput
 from kasa_cli.linalg.frame import Rows
 from kasa_cli.pipeline.measuring import weights
-from kasa_cli.pipeline.measuring.weights import Matrix, read_pieces, read_target, row_blocks, weigh
-from kasa_cli.report import Piece
+from kasa_cli.pipeline.measuring.facts import HashedMatrix
 from tests.builders.matrices import FLOATS, gaussian, same_bytes
 from tests.builders.runs import environment, save
 
@@ -28,17 +31,37 @@ def opened(folder, **tensors: torch.Tensor) -> Checkpoint:
     return open_checkpoint(save(tensors, folder))
 
 
-def whole(name: str = "w", *, is_transposed: bool = False) -> Matrix:
-    return Matrix(name, (Piece(name),), is_transposed)
+@dataclass(frozen=True)
+class Asked:
+    """A matrix by its pieces, before a checkpoint says how large they are."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    orientation: Orientation = Orientation.AS_READ
+
+    def within(self, checkpoint: Checkpoint) -> Matrix:
+        return Matrix.of(checkpoint.tensors, self.name, self.pieces, self.orientation)
 
 
-def content(checkpoint: Checkpoint, matrix: Matrix) -> str:
+def whole(name: str = "w", *, is_transposed: bool = False) -> Asked:
+    return Asked(name, (Piece(name),), Orientation.of(is_transposed))
+
+
+def weigh(checkpoint: Checkpoint, matrix: Asked, device: torch.device) -> HashedMatrix:
+    return weights.weigh(checkpoint, matrix.within(checkpoint), device)
+
+
+def read_pieces(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> torch.Tensor:
+    return Asked("", tuple(pieces)).within(checkpoint).stored(checkpoint)
+
+
+def content(checkpoint: Checkpoint, matrix: Asked) -> str:
     return weigh(checkpoint, matrix, CPU).content
 
 
 @pytest.fixture
 def streaming(monkeypatch):
-    monkeypatch.setattr(weights, "STREAMED_BYTES", 100)
+    monkeypatch.setattr(matrices, "STREAMED_BYTES", 100)
     return monkeypatch
 
 
@@ -66,7 +89,7 @@ def test_a_large_tall_weight_is_read_by_rows_and_hashed_alike(tmp_path, dtype, m
     W = gaussian(60, 5, dtype)
     checkpoint = opened(tmp_path, w=W, other=gaussian(7, 7))
     held = weigh(checkpoint, whole(), CPU)
-    monkeypatch.setattr(weights, "STREAMED_BYTES", 100)
+    monkeypatch.setattr(matrices, "STREAMED_BYTES", 100)
     read = weigh(checkpoint, whole(), CPU)
     assert (read.content, read.shape, read.dtype) == (held.content, held.shape, held.dtype)
     rows = read.read()
@@ -80,8 +103,8 @@ HELD = {
     "wide": ((5, 60), whole()),
     "square": ((20, 20), whole()),
     "in, out": ((60, 5), whole(is_transposed=True)),
-    "an expert": ((3, 60, 5), Matrix("w[1]", (Piece("w", 1),))),
-    "stacked": ((60, 5), Matrix("w", (Piece("w"), Piece("w")))),
+    "an expert": ((3, 60, 5), Asked("w[1]", (Piece("w", 1),))),
+    "stacked": ((60, 5), Asked("w", (Piece("w"), Piece("w")))),
 }
 
 
@@ -94,7 +117,7 @@ def test_what_cannot_be_read_by_rows_is_held(shape, matrix, tmp_path, streaming)
 def test_only_above_the_limit_is_a_weight_read_by_rows(tmp_path, monkeypatch):
     checkpoint = opened(tmp_path, w=torch.randn(60, 5))
     for limit, kind in ((60 * 5 * 4, torch.Tensor), (60 * 5 * 4 - 1, Rows)):
-        monkeypatch.setattr(weights, "STREAMED_BYTES", limit)
+        monkeypatch.setattr(matrices, "STREAMED_BYTES", limit)
         assert isinstance(weigh(checkpoint, whole(), CPU).read(), kind)
 
 
@@ -103,7 +126,7 @@ def test_only_above_the_limit_is_a_weight_read_by_rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("limit", [1, 1 << 30], ids=["by rows", "held"])
 def test_the_content_changes_with_dtype_shape_bytes_and_orientation(tmp_path, limit, monkeypatch):
-    monkeypatch.setattr(weights, "STREAMED_BYTES", limit)
+    monkeypatch.setattr(matrices, "STREAMED_BYTES", limit)
     W = torch.arange(24, dtype=torch.float32).reshape(12, 2)
     flipped = W.clone()
     flipped[11, 1] = -flipped[11, 1]
@@ -127,10 +150,10 @@ def test_the_content_does_not_change_with_name_file_or_pieces(tmp_path):
     one = opened(tmp_path / "one", w=W)
     other = opened(tmp_path / "other", a=W[:5].clone(), b=W[5:].clone(), stack=torch.stack([-W, W]))
     known = content(one, whole())
-    assert content(other, Matrix("x", (Piece("a"), Piece("b")))) == known
-    assert content(other, Matrix("y", (Piece("stack", 1),))) == known
-    assert content(other, Matrix("y", (Piece("stack", 0),))) != known
-    assert content(other, Matrix("x", (Piece("b"), Piece("a")))) != known
+    assert content(other, Asked("x", (Piece("a"), Piece("b")))) == known
+    assert content(other, Asked("y", (Piece("stack", 1),))) == known
+    assert content(other, Asked("y", (Piece("stack", 0),))) != known
+    assert content(other, Asked("x", (Piece("b"), Piece("a")))) != known
 
 
 # --- pieces ---
@@ -140,7 +163,7 @@ def test_the_content_does_not_change_with_name_file_or_pieces(tmp_path):
 def test_pieces_are_slices_of_experts_stacked_by_rows(tmp_path, dtype):
     gate, up, fused = gaussian(3, 4, dtype), gaussian(5, 4, dtype, seed=1), torch.randn(6, 2, 4).to(dtype)
     checkpoint = opened(tmp_path, gate=gate, up=up, fused=fused)
-    assert same_bytes(read_target(checkpoint, "up"), up)
+    assert same_bytes(checkpoint.tensor("up"), up)
     assert same_bytes(read_pieces(checkpoint, [Piece("gate"), Piece("up")]), torch.cat([gate, up]))
     for expert in range(6):
         assert same_bytes(read_pieces(checkpoint, [Piece("fused", expert)]), fused[expert])
@@ -164,20 +187,20 @@ def test_of_a_stack_of_experts_only_one_is_read(tmp_path, monkeypatch):
 
 
 PLACES = {
-    "whole": Matrix("w", (Piece("w"),)),
-    "an expert": Matrix("w", (Piece("fused", 2),)),
-    "stacked": Matrix("w", (Piece("top"), Piece("rest"))),
+    "whole": Asked("w", (Piece("w"),)),
+    "an expert": Asked("w", (Piece("fused", 2),)),
+    "stacked": Asked("w", (Piece("top"), Piece("rest"))),
 }
 
 
 @pytest.mark.parametrize("entries", [1, 4, 31, 10_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_of_rows_are_the_same_wherever_the_pieces_lie(tmp_path, dtype, entries, monkeypatch):
-    monkeypatch.setattr(weights, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(matrices, "BLOCK_ENTRIES", entries)
     W = gaussian(23, 4, dtype)
     stack = torch.stack([-W, 2 * W, W])
     checkpoint = opened(tmp_path, w=W, fused=stack, top=W[:10].clone(), rest=W[10:].clone())
-    found = [list(row_blocks(checkpoint, matrix)) for matrix in PLACES.values()]
+    found = [list(matrix.within(checkpoint).row_blocks(checkpoint)) for matrix in PLACES.values()]
     step = max(1, entries // 4)
     for blocks in found:
         assert same_bytes(torch.cat(blocks), W)
@@ -187,17 +210,17 @@ def test_blocks_of_rows_are_the_same_wherever_the_pieces_lie(tmp_path, dtype, en
 # --- a file that does not stay what it was ---
 
 
-def answers(checkpoint: Checkpoint, matrix: Matrix):
+def answers(checkpoint: Checkpoint, matrix: Asked):
     """Every way to the bytes of a weight."""
     yield lambda: weigh(checkpoint, matrix, CPU)
     yield lambda: read_pieces(checkpoint, matrix.pieces)
-    yield lambda: list(row_blocks(checkpoint, matrix))
+    yield lambda: list(matrix.within(checkpoint).row_blocks(checkpoint))
 
 
 @pytest.mark.parametrize("matrix", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("limit", [1, 1 << 30], ids=["by rows", "held"])
 def test_a_file_that_changes_under_it_is_an_integrity_error(tmp_path, matrix, limit, monkeypatch):
-    monkeypatch.setattr(weights, "STREAMED_BYTES", limit)
+    monkeypatch.setattr(matrices, "STREAMED_BYTES", limit)
     W = gaussian(23, 4)
     tensors = {"w": W, "fused": torch.stack([W, W, W]), "top": W[:10].clone(), "rest": W[10:].clone()}
     checkpoint = opened(tmp_path, **tensors)
@@ -233,9 +256,9 @@ ONE_AFTER_THE_OTHER = """
 import json, sys
 from kasa_cli.cli import app as cli
 from kasa_cli.linalg import frame
-from kasa_cli.pipeline.measuring import weights
+from kasa_cli.checkpoint import matrix
 
-weights.STREAMED_BYTES = frame.BLOCK_ENTRIES = 1 << 20
+matrix.STREAMED_BYTES = frame.BLOCK_ENTRIES = 1 << 20
 options = ["--target", "embed_tokens", "--no-store", "--json", "--quiet", "--workers", "1"]
 for model in sys.argv[1:]:
     code = cli._guarded(["inspect", "spectrum", model, *options])

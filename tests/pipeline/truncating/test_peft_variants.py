@@ -16,7 +16,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kasa_cli.adapters import peft as peft_format
 from kasa_cli.commands.truncate import Options, Patterns, Where, truncate
-from kasa_cli.report import Target
 from tests.builders import tiny_models
 from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Case, close, load, logits, made, wrapped
 
@@ -77,14 +76,13 @@ def test_the_table_of_experts_is_that_of_peft() -> None:
         config: Any
 
     leaves = ["q_proj", "gate", *EXPERTS, "w1", "w2", "w3", "out_proj"]
-    targets = [Target(f"{leaf}.weight", leaf, (8, 8), "F32", False, 1) for leaf in leaves]
     for family in CONFIG_MAPPING:
         model, config = Stub(), LoraConfig(target_modules=leaves)
         model.config = transformers.PreTrainedConfig()
         model.config.model_type = family
         convert_peft_config_for_transformers(config, model, None)
         theirs = set(leaves) - set(config.target_modules)
-        assert set(peft_format.taken_for_experts(targets, {"model_type": family})) == theirs, family
+        assert set(peft_format.taken_for_experts(leaves, {"model_type": family})) == theirs, family
 
 
 def test_peft_refuses_what_mamba_reads_by_itself(tmp_path: Path) -> None:
