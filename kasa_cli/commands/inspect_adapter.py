@@ -20,7 +20,7 @@ from kasa_cli.pipeline.inspecting.adapter import Item, Looked, Opened, module_ro
 from kasa_cli.pipeline.inspecting.share_in_cut import CUT_ALREADY, NO_BASE, NOT_SAID, Dropped, what_base_is
 from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
 from kasa_cli.pipeline.opening import Where, survey
-from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running, run
+from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
 from kasa_cli.report import AdapterReport, ModuleRow, ValueRow
 
 __all__ = ["Running", "Where", "adapter"]
@@ -116,16 +116,14 @@ def _look(seen: Opened, base: Base | None, cuts: Dropped, running: Running, watc
     items = [Item(place.patch, place) for place in base.fitted.places] if base else []
     items = items or [Item(patch) for patch in seen.adapter.patches]
     items.sort(key=lambda item: _natural(item.name))
-    watcher.stage("look", len(items), len(items))
+    task: Task[Item, list[Looked]] = Task(
+        lambda item: module_rows(seen, item, cuts),
+        name=lambda item: item.name,
+        memory=lambda item: item.num_bytes,
+    )
     with blas_threads(running.threads_per_worker):
-        found = run(
-            lambda item: module_rows(seen, item, cuts),
-            items,
-            running.num_workers,
-            lambda item: watcher.finished(item.name, 1),
-            lambda item: item.num_bytes,
-        )
-    return [one for rows in found for one in rows]
+        looked = run_stage("look", task, items, running.num_workers, watcher)
+    return [one for rows in looked for one in rows]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.matrix import measuring_bytes
-from kasa_cli.errors import NumericalError, UsageError
+from kasa_cli.errors import UsageError
 from kasa_cli.methods.selection import rank_correlation
 from kasa_cli.pipeline.inspecting.diff import Contrasted, Pair, contrast
 from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
 from kasa_cli.pipeline.measuring.many import room
 from kasa_cli.pipeline.opening import Where, survey
-from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running, run
+from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
 from kasa_cli.report import DiffReport, Skipped
 from kasa_cli.targets.candidates import Candidate, candidates
 from kasa_cli.targets.patterns import Patterns, patterns
@@ -117,29 +117,19 @@ def _contrasted(
     how: tuple[Running, int],
     watcher: Watcher,
 ) -> dict[str, Contrasted | Skipped]:
-    """Every pair, the largest first; in the order given."""
+    """Compare every pair, in the order given; with `keep_going`, pairs that cannot be measured are skipped."""
     running, rank = how
 
-    def one(pair: Pair) -> Contrasted | Skipped:
-        try:
-            return contrast(pair, sources, facts, rank)
-        except NumericalError as error:
-            if not running.keep_going:
-                raise
-            return Skipped(pair.name, error.what)
+    def compared(pair: Pair) -> Contrasted | Skipped:
+        return contrast(pair, sources, facts, rank)
 
-    def work(pair: Pair) -> float:
-        return min(pair.shape) ** 2 * max(pair.shape)
-
-    watcher.stage("compare", len(pairs), sum(work(pair) for pair in pairs))
-    ordered = sorted(pairs, key=lambda pair: -work(pair))
+    task = Task(
+        compared,
+        name=lambda pair: pair.name,
+        work=lambda pair: min(pair.shape) ** 2 * max(pair.shape),
+        memory=lambda pair: _size(pair, sources),
+        on_failure=(lambda pair, error: Skipped(pair.name, error.what)) if running.keep_going else None,
+    )
     with blas_threads(running.threads_per_worker):
-        found = run(
-            one,
-            ordered,
-            running.num_workers,
-            lambda pair: watcher.finished(pair.name, work(pair)),
-            lambda pair: _size(pair, sources),
-        )
-    by_name = {pair.name: result for pair, result in zip(ordered, found, strict=True)}
-    return {pair.name: by_name[pair.name] for pair in pairs}
+        results = run_stage("compare", task, pairs, running.num_workers, watcher)
+    return {pair.name: result for pair, result in zip(pairs, results, strict=True)}

@@ -10,7 +10,7 @@ from kasa_cli.checkpoint.dtypes import DTYPES
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.shard_plan import Sheet, base_sheets, copy_companions, write_index
 from kasa_cli.files.staging import Staging, require_space
-from kasa_cli.pipeline.base_writer import Written, write_base
+from kasa_cli.pipeline.base_writer import WrittenTensor, write_base
 from kasa_cli.pipeline.costs import streaming_cost
 from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
 from kasa_cli.pipeline.merging.case import Case, Options, check, opened_case
@@ -120,9 +120,9 @@ def _sheets(case: Case) -> list[Sheet]:
     return base_sheets(checkpoint, dtypes, case.options.max_shard_size, made.shapes, made.sources)
 
 
-def _rows(orders: Mapping[str, Orders], written: Sequence[Written[Merged]]) -> tuple[MergedRow, ...]:
+def _rows(orders: Mapping[str, Orders], written: Sequence[WrittenTensor[Merged]]) -> tuple[MergedRow, ...]:
     """Changed tensors, in the order of the base's headers."""
-    outcomes = {one.name: one for one in written if one.outcome}
+    outcomes = {one.name: one for one in written if one.checks}
     return tuple(
         MergedRow(
             name,
@@ -133,12 +133,12 @@ def _rows(orders: Mapping[str, Orders], written: Sequence[Written[Merged]]) -> t
             found.rounding_error,
         )
         for name, order in orders.items()
-        if (found := outcomes[name].outcome)
+        if (found := outcomes[name].checks)
     )
 
 
-def _totals(written: Sequence[Written[Merged]], sheets: Sequence[Sheet]) -> dict[str, Any]:
-    merged = [one.outcome for one in written if one.outcome]
+def _totals(written: Sequence[WrittenTensor[Merged]], sheets: Sequence[Sheet]) -> dict[str, Any]:
+    merged = [one.checks for one in written if one.checks]
     return {
         "tensors_merged": len(merged),
         "tensors_copied": len(written) - len(merged),

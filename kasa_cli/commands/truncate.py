@@ -16,7 +16,7 @@ from kasa_cli.files.staging import Staging, check_apart, require_space
 from kasa_cli.linalg.realised import Outcome
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.base_writer import NewBase, Written, write_base
+from kasa_cli.pipeline.base_writer import WrittenBase, WrittenTensor, write_base
 from kasa_cli.pipeline.costs import memory_needed, seconds_needed
 from kasa_cli.pipeline.measuring.facts import Facts, open_facts, pick_device, store_notes
 from kasa_cli.pipeline.opening import Where
@@ -148,15 +148,15 @@ def _write_parts(
     staging: Staging,
     measured: list[Measured],
     watcher: Watcher,
-) -> NewBase[Outcome]:
+) -> WrittenBase[Outcome]:
     """Write what was asked for; what was written of the base."""
-    written: NewBase[Outcome] = NewBase([], {})
+    written: WrittenBase[Outcome] = WrittenBase([], {})
     if sheets:
         folder = staging.out / "base"
         make_folder(folder)
         by_name = {one.target.name: one for one in measured}
-        surgeon = Truncation(made.checkpoint, staging, by_name, ROUNDINGS[options.rounding])
-        written = write_base(made.checkpoint, surgeon, sheets, folder, options.num_workers, watcher)
+        rewriter = Truncation(made.checkpoint, staging, by_name, ROUNDINGS[options.rounding])
+        written = write_base(made.checkpoint, rewriter, sheets, folder, options.num_workers, watcher)
         copy_companions(made.checkpoint, folder, options.dtype)
         write_index(made.checkpoint, sheets, folder)
     if "adapter" in options.emit:
@@ -194,7 +194,7 @@ def _report(
     output: Path,
     options: Options,
     made: Plan,
-    done: tuple[list[Measured], NewBase[Outcome]],
+    done: tuple[list[Measured], WrittenBase[Outcome]],
     sealed: bytes,
 ) -> TruncateReport:
     measured, written = done[0], done[1].tensors
@@ -230,9 +230,9 @@ def _planned(target: Target) -> ToTruncate:
     return ToTruncate(target.name, target.module, target.shape, matrix.dtype, is_transposed, target.dropped)
 
 
-def _row(one: Measured, written: Written[Outcome] | None) -> TensorRow:
+def _row(one: Measured, written: WrittenTensor[Outcome] | None) -> TensorRow:
     found = {name: value for name, value in asdict(one.facts).items() if name != "angle"}
-    outcome = written.outcome if written else None
+    outcome = written.checks if written else None
     return TensorRow(
         name=one.target.name,
         module=one.target.module,
@@ -246,12 +246,15 @@ def _row(one: Measured, written: Written[Outcome] | None) -> TensorRow:
 
 
 def _totals(
-    rows: Sequence[TensorRow], measured: list[Measured], written: list[Written[Outcome]], options: Options
+    rows: Sequence[TensorRow],
+    measured: list[Measured],
+    written: list[WrittenTensor[Outcome]],
+    options: Options,
 ) -> dict[str, Any]:
     realised = [row.realised for row in rows if row.realised is not None]
     return {
         "tensors_operated": len(rows),
-        "tensors_copied": sum(one.outcome is None for one in written),
+        "tensors_copied": sum(one.checks is None for one in written),
         "decompositions": sum(one.is_new for one in measured),
         "decompositions_reused": sum(not one.is_new for one in measured),
         "realised_min": min(realised, default=None),

@@ -1,6 +1,6 @@
-"""OPERATE: a base with some tensors changed, and files of small new tensors; each tensor in memory once.
+"""Writes a new base: rewritten tensors and copies, each hashed and read back.
 
-What is reported of a tensor was measured on what the file holds.
+The checks on a rewritten tensor are computed from the bytes that its file holds.
 """
 
 import hashlib
@@ -28,53 +28,53 @@ from kasa_cli.files.durable import new_file, pread_all, pwrite_all
 from kasa_cli.pipeline.workers import Watcher, run
 
 CHUNK = 1 << 20
-"""Bytes put on their way and hashed while they are in the cache of one core."""
+"""Bytes written and hashed in one go, while they are in the cache of one core."""
 OPEN_FILES = 16
-"""Files filled at once: enough to keep all workers busy, far below what a process may have open."""
+"""Number of files filled at once: enough to keep all workers busy, far below a process's limit of open files."""
 
 
-Rows = Callable[[int, int], Tensor]
-"""Rows [start, stop) of a stored matrix, or entries of a stored vector."""
-Finding = TypeVar("Finding", covariant=True)
+RowReader = Callable[[int, int], Tensor]
+"""Reads rows [start, stop) of a stored matrix, or entries of a stored vector."""
+Checks = TypeVar("Checks", covariant=True)
 
 
-class Patient(Protocol[Finding]):
-    """One tensor on the table: what it becomes, and what is to be measured on it once it is stored."""
+class TensorRewrite(Protocol[Checks]):
+    """The new value of one tensor, and the checks on its stored bytes."""
 
     def pieces(self, dtype: str) -> Iterator[Tensor]:
         """The new value, rounded once to `dtype`, in the layout of the file, from its first byte to its last.
 
-        Each piece is used before the next is asked for: they may share memory.
+        Each piece is used before the next is requested: pieces may share memory.
         """
 
-    def examine(self, rows: Rows) -> Finding:
-        """Measure what was stored."""
+    def check(self, rows: RowReader) -> Checks:
+        """Compare the stored tensor with the exact value."""
 
 
-class Surgeon(Protocol[Finding]):
-    """Who knows which tensors change, and how."""
+class Rewriter(Protocol[Checks]):
+    """Decides which tensors are rewritten, and how."""
 
-    def takes(self, name: str) -> bool:
+    def rewrites(self, name: str) -> bool:
         """Whether a tensor changes."""
 
-    def prepare(self, name: str) -> Patient[Finding]:
-        """Read a tensor and all that its change needs."""
+    def prepare(self, name: str) -> TensorRewrite[Checks]:
+        """Read a tensor and everything its change needs."""
 
 
 @dataclass(frozen=True)
-class Written(Generic[Finding]):
-    """One tensor as it stands in the new base. `outcome` is None for a copied one."""
+class WrittenTensor(Generic[Checks]):
+    """One tensor of the new base. `checks` is None for a copied tensor."""
 
     name: str
     file: str
     dtype: str
     blake3: str
-    outcome: Finding | None
+    checks: Checks | None
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one tensor goes, and which one of the old base it is copied from if it does not change."""
+class Destination:
+    """The place of one tensor in the new base, and the tensor of the old base that it is copied from."""
 
     file: str
     opened: Opened
@@ -83,110 +83,113 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The name of the tensor."""
+        """Name of the tensor."""
         return self.entry.name
 
 
 @dataclass(frozen=True)
-class NewBase(Generic[Finding]):
-    """A base that was written: its tensors with their hashes, and by file the hash of all else in it, its header."""
+class WrittenBase(Generic[Checks]):
+    """A new base: its tensors with their hashes, and the hash of the header of each file."""
 
-    tensors: list[Written[Finding]]
+    tensors: list[WrittenTensor[Checks]]
     header_sha256: Mapping[str, str]
 
 
 def write_base(
     checkpoint: Checkpoint,
-    surgeon: Surgeon[Finding],
+    rewriter: Rewriter[Checks],
     sheets: list[Sheet],
     folder: Path,
     num_workers: int,
     watcher: Watcher,
-) -> NewBase[Finding]:
-    """Write every file of the base; what is reported was read back from it.
+) -> WrittenBase[Checks]:
+    """Write every file of the base and read it back.
 
-    The tensors of some files at a time go in parallel, the largest files first.
+    The largest files are written first, several at once, and their tensors in parallel.
     """
     total = sum(sheet.form.size for sheet in sheets)
     watcher.stage("write", sum(len(sheet.form.tensors) for sheet in sheets), total)
-    operation = _Operation(checkpoint, surgeon, folder)
-    written: list[Written[Finding]] = []
+    writer = _BaseWriter(checkpoint, rewriter, folder)
+    written: list[WrittenTensor[Checks]] = []
     ordered = sorted(sheets, key=lambda sheet: -sheet.form.size)
     for start in range(0, len(sheets), OPEN_FILES):
         with ExitStack() as files:
-            places = [
-                place
+            destinations = [
+                destination
                 for sheet in ordered[start : start + OPEN_FILES]
-                for place in _places(sheet, files.enter_context(operation.headed(sheet)))
+                for destination in _destinations(sheet, files.enter_context(writer.new_file(sheet)))
             ]
             written += run(
-                operation.write_one,
-                _in_turns(places),
+                writer.write_tensor,
+                _in_turns(destinations),
                 num_workers,
-                lambda place: watcher.finished(place.name, place.entry.num_bytes),
+                lambda destination: watcher.finished(destination.name, destination.entry.num_bytes),
             )
     headers = {sheet.name: hashlib.sha256(sheet.form.header).hexdigest() for sheet in sheets}
-    return NewBase(written, headers)
+    return WrittenBase(written, headers)
 
 
-def _places(sheet: Sheet, opened: Opened) -> list[Place]:
+def _destinations(sheet: Sheet, opened: Opened) -> list[Destination]:
     """The tensors of a file, in the order of their bytes."""
     entries = sorted(sheet.form.tensors.values(), key=lambda entry: entry.begin)
-    return [Place(sheet.name, opened, one, sheet.sources.get(one.name, one.name)) for one in entries]
+    return [
+        Destination(sheet.name, opened, entry, sheet.sources.get(entry.name, entry.name)) for entry in entries
+    ]
 
 
-def _in_turns(places: Iterable[Place]) -> list[Place]:
-    """The largest of each file, then the next of each: a file lets one thread write at a time, the others wait."""
-    of_file: defaultdict[str, list[Place]] = defaultdict(list)
-    for place in sorted(places, key=lambda place: -place.entry.num_bytes):
-        of_file[place.file].append(place)
-    return [place for turn in zip_longest(*of_file.values()) for place in turn if place is not None]
+def _in_turns(destinations: Iterable[Destination]) -> list[Destination]:
+    """The largest tensor of each file, then the next of each: only one thread at a time can write to a file."""
+    of_file: defaultdict[str, list[Destination]] = defaultdict(list)
+    for destination in sorted(destinations, key=lambda destination: -destination.entry.num_bytes):
+        of_file[destination.file].append(destination)
+    turns = zip_longest(*of_file.values())
+    return [destination for turn in turns for destination in turn if destination is not None]
 
 
 @dataclass(frozen=True)
-class _Operation(Generic[Finding]):
+class _BaseWriter(Generic[Checks]):
     checkpoint: Checkpoint
-    surgeon: Surgeon[Finding]
+    rewriter: Rewriter[Checks]
     folder: Path
     lanes: Lanes = field(default_factory=Lanes)
 
     @contextmanager
-    def headed(self, sheet: Sheet) -> Iterator[Opened]:
-        """A new file of the base with its header in place, to be filled."""
+    def new_file(self, sheet: Sheet) -> Iterator[Opened]:
+        """A new file of the base that holds its header and awaits its tensors."""
         with new_file(self.folder / sheet.name, sheet.form.size) as descriptor:
             pwrite_all(descriptor, memoryview(sheet.form.header), 0)
             with opened_directly(descriptor) as opened:
                 yield opened
 
-    def write_one(self, place: Place) -> Written[Finding]:
-        """A tensor, changed or copied."""
-        entry = place.entry
-        if not self.surgeon.takes(entry.name):
-            with Reader(self.checkpoint.shards[self.checkpoint.shard_of(place.source)]) as reader:
-                digest = self.put(place, reader.chunks(place.source, CHUNK))
-            return Written(entry.name, place.file, entry.dtype, digest, None)
-        patient = self.surgeon.prepare(entry.name)
-        digest = self.put(place, map(raw_bytes, patient.pieces(entry.dtype)))
-        found = patient.examine(lambda start, stop: _rows(place.opened, entry, start, stop))
-        return Written(entry.name, place.file, entry.dtype, digest, found)
+    def write_tensor(self, destination: Destination) -> WrittenTensor[Checks]:
+        """Write a tensor, rewritten or copied."""
+        entry, source = destination.entry, destination.source
+        if not self.rewriter.rewrites(entry.name):
+            with Reader(self.checkpoint.shards[self.checkpoint.shard_of(source)]) as reader:
+                digest = self.put(destination, reader.chunks(source, CHUNK))
+            return WrittenTensor(entry.name, destination.file, entry.dtype, digest, None)
+        rewrite = self.rewriter.prepare(entry.name)
+        digest = self.put(destination, map(raw_bytes, rewrite.pieces(entry.dtype)))
+        checks = rewrite.check(lambda start, stop: _rows(destination.opened, entry, start, stop))
+        return WrittenTensor(entry.name, destination.file, entry.dtype, digest, checks)
 
-    def put(self, place: Place, buffers: Iterable[memoryview]) -> str:
-        """Write a tensor, of which every byte is read back; its hash."""
-        digest, entry = blake3(), place.entry
-        where = f"{place.file}: {place.name}"
-        with self.lanes.stretch(place.opened, entry.begin, entry.end, where) as out:
+    def put(self, destination: Destination, buffers: Iterable[memoryview]) -> str:
+        """Write a tensor and read every byte of it back; returns its hash."""
+        digest, entry = blake3(), destination.entry
+        where = f"{destination.file}: {destination.name}"
+        with self.lanes.stretch(destination.opened, entry.begin, entry.end, where) as out:
             for buffer in buffers:
                 for start in range(0, len(buffer), CHUNK):
                     chunk = buffer[start : start + CHUNK]
                     out.put(chunk)
                     digest.update(chunk)
         if out.at != entry.end:
-            raise ValueError(f"{place.name}: {out.at - entry.begin} of {entry.num_bytes} bytes")
+            raise ValueError(f"{destination.name}: {out.at - entry.begin} of {entry.num_bytes} bytes")
         return digest.hexdigest()
 
 
 def require_finite(Q: Tensor, name: str, dtype: str) -> None:
-    """Refuse a result that its dtype cannot hold: the extremes tell, forty times as fast as a look at each entry.
+    """Refuse a result that its dtype cannot hold. Checking minimum and maximum is 40 times faster than every entry.
 
     Raises:
         NumericalError: an entry is NaN or infinite.
@@ -202,7 +205,7 @@ def too_large(name: str, dtype: str) -> NumericalError:
 
 
 def _rows(opened: Opened, entry: TensorEntry, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of a tensor in the file."""
+    """Rows [start, stop) of a tensor in a file."""
     width = entry.num_bytes // entry.shape[0]
     raw = bytearray((stop - start) * width)
     pread_all(opened.descriptor, memoryview(raw), entry.begin + start * width)

@@ -1,7 +1,7 @@
-"""Several tensors at once, one BLAS thread each: the bytes of a result do not depend on how many.
+"""Works on several tensors at once, each with its own BLAS threads; results do not depend on how many at once.
 
-Threads suffice, for LAPACK and file reads let go of the interpreter; the main thread only waits, so that Ctrl-C
-is answered at once.
+Threads suffice: LAPACK and file reads release the interpreter. The main thread only waits, so Ctrl-C takes effect at
+once.
 """
 
 import os
@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -23,27 +23,27 @@ Result = TypeVar("Result")
 
 LEAST_BUDGET = 1 << 30
 BUDGET = max(LEAST_BUDGET, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
-"""Bytes that the matrices in work may occupy together: a quarter of the machine."""
+"""Bytes that the items in work may occupy together: a quarter of the machine's memory."""
 
 
 class Watcher(Protocol):
-    """Who wants to know how far a run has come. Called from the main thread only."""
+    """Receives the progress of a run. Its methods are called from the main thread only."""
 
     def stage(self, title: str, num_items: int, work: float) -> None:
-        """A stage of so many items, and of so much work in all, begins."""
+        """A stage of `num_items` items and of `work` in total begins."""
 
     def finished(self, name: str, work: float) -> None:
         """An item is done."""
 
 
 class Silent:
-    """Nobody watches."""
+    """A watcher that shows nothing."""
 
     def stage(self, title: str, num_items: int, work: float) -> None:
-        """Not shown."""
+        """Does nothing."""
 
     def finished(self, name: str, work: float) -> None:
-        """Not shown."""
+        """Does nothing."""
 
 
 def num_cores() -> int:
@@ -53,7 +53,7 @@ def num_cores() -> int:
 
 @contextmanager
 def blas_threads(number: int) -> Iterator[None]:
-    """So many BLAS threads a matrix, in torch and in scipy, until the block ends."""
+    """Let torch and scipy use `number` BLAS threads for each matrix until the block ends."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -63,17 +63,71 @@ def blas_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@dataclass(frozen=True)
+class Task(Generic[Item, Result]):
+    """What a stage does to each item, and how an item is named and weighed.
+
+    `work` orders the items and measures progress; `memory` is in bytes. `on_failure` turns the NumericalError of an
+    item into its result; without it the first failure stops the stage.
+    """
+
+    run: Callable[[Item], Result]
+    name: Callable[[Item], str]
+    work: Callable[[Item], float] = lambda _: 1
+    memory: Callable[[Item], int] = lambda _: 0
+    on_failure: Callable[[Item, NumericalError], Result] | None = None
+
+    def result(self, item: Item) -> Result:
+        """The result for one item."""
+        try:
+            return self.run(item)
+        except NumericalError as error:
+            if self.on_failure is None:
+                raise
+            return self.on_failure(item, error)
+
+
+def run_stage(
+    title: str, task: Task[Item, Result], items: Sequence[Item], num_workers: int, watcher: Watcher
+) -> list[Result]:
+    """Run a task on all items, the largest first; the results are in the order of the items.
+
+    Raises:
+        ResourceError: there is not enough memory.
+    """
+    works = [task.work(item) for item in items]
+    watcher.stage(title, len(items), sum(works))
+    largest_first = sorted(range(len(items)), key=lambda index: -works[index])
+    results = run(
+        lambda index: task.result(items[index]),
+        largest_first,
+        num_workers,
+        lambda index: watcher.finished(task.name(items[index]), works[index]),
+        lambda index: task.memory(items[index]),
+        lambda index: task.name(items[index]),
+    )
+    by_index = dict(zip(largest_first, results, strict=True))
+    return [by_index[index] for index in range(len(items))]
+
+
+def _name(item: object) -> str:
+    """The name of an item in an error: its attribute `name`, or itself if it is text, else nothing."""
+    name = getattr(item, "name", item)
+    return name if isinstance(name, str) else ""
+
+
 def run(
     task: Callable[[Item], Result],
     items: Sequence[Item],
     num_workers: int,
     done: Callable[[Item], None],
-    size: Callable[[Item], int] = lambda item: 0,
+    memory: Callable[[Item], int] = lambda item: 0,
+    name: Callable[[Item], str] = _name,
 ) -> list[Result]:
-    """Results of the task for all items, in their order; the first failure stops the rest.
+    """Start a task on the items in their order; the results are in that order. The first failure stops the rest.
 
-    `done` is called in this thread as each item ends. Large items should come first: one that would take the bytes
-    in work, by `size`, over BUDGET waits until others have ended.
+    `done` is called in this thread as each item ends. An item that would raise the bytes in work, by `memory`, above
+    BUDGET waits until others have ended; so large items should come first.
 
     Raises:
         ResourceError: there is not enough memory.
@@ -84,26 +138,28 @@ def run(
     waiting = deque(range(len(items)))
     try:
         while waiting or running:
-            room = BUDGET - sum(size(items[index]) for index in running.values())
-            while waiting and len(running) < num_workers and (not running or size(items[waiting[0]]) <= room):
-                room -= size(items[waiting[0]])
+            room = BUDGET - sum(memory(items[index]) for index in running.values())
+            while (
+                waiting and len(running) < num_workers and (not running or memory(items[waiting[0]]) <= room)
+            ):
+                room -= memory(items[waiting[0]])
                 index = waiting.popleft()
-                running[pool.submit(_guarded, task, items[index])] = index
+                running[pool.submit(_guarded, task, items[index], name(items[index]))] = index
             for future in wait(running, return_when=FIRST_COMPLETED)[0]:
                 index = running.pop(future)
                 results[index] = future.result()
                 done(items[index])
         return [results[index] for index in range(len(items))]
     except Exception:
-        # What a worker still writes to must not be closed under it. Ctrl-C alone does not wait.
+        # The caller may close files that workers still write to, so wait for them. Only Ctrl-C does not wait.
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _guarded(task: Callable[[Item], Result], item: Item) -> Result:
-    """Run a task, with the errors of memory and of LAPACK in kasa's own words."""
+def _guarded(task: Callable[[Item], Result], item: Item, name: str) -> Result:
+    """Run a task; errors of memory and of LAPACK become kasa's errors and name the item."""
     try:
         with torch.inference_mode():
             return task(item)
@@ -112,25 +168,19 @@ def _guarded(task: Callable[[Item], Result], item: Item) -> Result:
     except torch.linalg.LinAlgError as error:
         is_overflow = "non-finite" in str(error)
         what = "numbers beyond float64 in a decomposition" if is_overflow else str(error).splitlines()[0]
-        raise NumericalError(what, _name(item)) from error
+        raise NumericalError(what, name) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        raise ResourceError("not enough memory", _name(item), "use fewer --workers") from error
-
-
-def _name(item: object) -> str:
-    """What to call an item in an error; nothing, where only its whole content would say it."""
-    name = getattr(item, "name", item)
-    return name if isinstance(name, str) else ""
+        raise ResourceError("not enough memory", name, "use fewer --workers") from error
 
 
 @dataclass(frozen=True)
 class Running:
-    """How a run is done: none of it but threads and device changes a figure. `workers` 0: the number of cores.
+    """How a run is carried out. Only threads and device can change a figure.
 
-    `store` None is the default store; `use_store` False knows nothing from earlier runs and leaves nothing to later
-    ones. `keep_going`: what cannot be measured is listed and left out.
+    `workers` 0 is the number of cores. `store` None is the default store; with `use_store` False a run neither reads
+    earlier results nor keeps its own. With `keep_going`, weights that cannot be measured are skipped and listed.
     """
 
     workers: int = 0
@@ -142,15 +192,15 @@ class Running:
 
     @property
     def num_workers(self) -> int:
-        """Matrices worked on at once."""
+        """Number of matrices in work at once."""
         return self.workers or num_cores()
 
 
 def check_running(running: Running) -> None:
-    """Refuse what no machine can do.
+    """Refuse negative numbers of workers and fewer than one thread.
 
     Raises:
-        UsageError: a number below zero.
+        UsageError: a number is out of range.
     """
     if running.workers < 0 or running.threads_per_worker < 1:
         raise UsageError("workers and threads must be positive")

@@ -17,6 +17,7 @@ TITLES = {
     "adapter": "writing adapter",
     "tail": "writing tail",
     "hash": "hashing",
+    "copies": "comparing copies",
     "compare": "recomputing",
     "convert": "converting",
     "look": "looking",

@@ -10,7 +10,7 @@ import torch
 
 from kasa_cli.errors import IntegrityError, KasaError, NumericalError, ResourceError
 from kasa_cli.pipeline import workers
-from kasa_cli.pipeline.workers import BUDGET, blas_threads, run
+from kasa_cli.pipeline.workers import BUDGET, Task, blas_threads, run, run_stage
 
 BUDGETS = {
     "equal": [40] * 12,
@@ -232,3 +232,51 @@ def test_the_number_of_blas_threads_is_put_back() -> None:
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+# --- a stage ---
+
+
+@dataclass
+class Notes:
+    """A watcher that writes down what it hears."""
+
+    heard: list[tuple[object, ...]] = field(default_factory=list)
+
+    def stage(self, title: str, num_items: int, work: float) -> None:
+        self.heard.append((title, num_items, work))
+
+    def finished(self, name: str, work: float) -> None:
+        self.heard.append((name, work))
+
+
+def fails_on(bad: int) -> Callable[[int], int]:
+    def task(item: int) -> int:
+        if item == bad:
+            raise NumericalError("not finite", "")
+        return item * 10
+
+    return task
+
+
+def test_a_stage_runs_the_largest_first_and_returns_results_in_the_order_of_the_items() -> None:
+    notes = Notes()
+    task = Task(fails_on(0), name=lambda item: f"item {item}", work=float)
+    assert run_stage("measure", task, [2, 3, 1, 3], 1, notes) == [20, 30, 10, 30]
+    finished = [("item 3", 3.0), ("item 3", 3.0), ("item 2", 2.0), ("item 1", 1.0)]
+    assert notes.heard == [("measure", 4, 9.0), *finished]
+
+
+def test_a_numerical_failure_stops_a_stage_unless_it_has_a_result_of_its_own() -> None:
+    with pytest.raises(NumericalError, match="not finite"):
+        run_stage("measure", Task(fails_on(2), name=str), [1, 2, 3], 2, Notes())
+    task = Task(fails_on(2), name=str, on_failure=lambda item, error: -item)
+    assert run_stage("measure", task, [1, 2, 3], 2, Notes()) == [10, -2, 30]
+
+
+def test_an_item_without_a_name_is_named_by_its_task() -> None:
+    def no_room(_: tuple[int]) -> None:
+        raise MemoryError
+
+    with pytest.raises(ResourceError, match="not enough memory: item 7: use fewer --workers"):
+        run_stage("write", Task(no_room, name=lambda item: f"item {item[0]}"), [(7,)], 1, Notes())

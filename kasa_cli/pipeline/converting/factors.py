@@ -35,7 +35,7 @@ from kasa_cli.pipeline.adapter_on_base.patches import changes_of, label, needs_w
 from kasa_cli.pipeline.converting.case import Cutting
 from kasa_cli.pipeline.converting.representable import no_form
 from kasa_cli.pipeline.measuring.facts import SOLVER_EDITION, Facts, header
-from kasa_cli.pipeline.workers import Watcher, run
+from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 from kasa_cli.report import ConvertedRow
 
 
@@ -94,17 +94,13 @@ def convert_all(
     Raises:
         InvalidInput: naming the module that no plain LoRA can hold.
     """
-    watcher.stage("convert", len(places), len(places))
-    ordered = sorted(places, key=lambda place: -math.prod(place.shape))
-    found = run(
+    task = Task(
         partial(_convert, converter),
-        ordered,
-        num_workers,
-        lambda place: watcher.finished(place.patch.module, 1),
-        partial(working_room, converter.checkpoint),
+        name=lambda place: place.patch.module,
+        work=lambda place: math.prod(place.shape),
+        memory=partial(working_room, converter.checkpoint),
     )
-    by_place = {id(place): one for place, one in zip(ordered, found, strict=True)}
-    return [by_place[id(place)] for place in places]
+    return run_stage("convert", task, places, num_workers, watcher)
 
 
 def write_factors(
@@ -120,10 +116,9 @@ def write_factors(
     layout = form(
         [shape for _, entries in items for entry in entries for shape in entry.shapes(rank)], metadata
     )
-    watcher.stage("write", len(items), len(items))
     with filling(path, layout) as file:
-        task = partial(_write, file, rank, staging)
-        run(task, items, num_workers, lambda item: watcher.finished(item[0].place.patch.module, 1))
+        task = Task(partial(_write, file, rank, staging), name=lambda item: item[0].place.patch.module)
+        run_stage("write", task, items, num_workers, watcher)
     container = read_header(path)
     return {
         name: {"dtype": entry.dtype, "shape": list(entry.shape), "blake3": hash_tensor(container, name)}

@@ -4,15 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
-
 from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.checkpoint.tensor_source import TensorSource
-from kasa_cli.errors import NumericalError
 from kasa_cli.pipeline import workers
 from kasa_cli.pipeline.measuring.facts import Bench, Facts, pick_device
 from kasa_cli.pipeline.measuring.weights import weigh
-from kasa_cli.pipeline.workers import Running, Watcher, blas_threads, run
+from kasa_cli.pipeline.workers import Running, Task, Watcher, blas_threads, run_stage
 from kasa_cli.report import Skipped
 
 Answer = TypeVar("Answer")
@@ -50,37 +47,26 @@ def ask(
     """
     matrices = list({matrix.name: matrix for matrix in matrices}.values())
     device = pick_device(running.device)
-    watcher.stage("measure", len(matrices), sum(matrix.work for matrix in matrices))
+
+    def answer(matrix: Matrix) -> tuple[Answer | Skipped, bool]:
+        bench = facts.bench(weigh(source, matrix, device))
+        return question(bench), bench.is_new
+
+    task = Task(
+        answer,
+        name=lambda matrix: matrix.name,
+        work=lambda matrix: matrix.work,
+        memory=room,
+        on_failure=(lambda matrix, error: (Skipped(matrix.name, error.what), False))
+        if running.keep_going
+        else None,
+    )
     with blas_threads(running.threads_per_worker):
-        found = run(
-            lambda matrix: _ask_one(source, matrix, question, facts, (device, running.keep_going)),
-            sorted(matrices, key=lambda matrix: -matrix.work),
-            running.num_workers,
-            lambda matrix: watcher.finished(matrix.name, matrix.work),
-            room,
-        )
-    by_name = {name: (answer, is_new) for name, answer, is_new in found}
-    given = [(matrix.name, *by_name[matrix.name]) for matrix in matrices]
-    answers = {name: answer for name, answer, _ in given if not isinstance(answer, Skipped)}
-    skipped = tuple(answer for _, answer, _ in given if isinstance(answer, Skipped))
-    return Asked(answers, skipped, sum(is_new for name, _, is_new in given if name in answers))
-
-
-def _ask_one(
-    source: TensorSource,
-    matrix: Matrix,
-    question: Callable[[Bench], Answer],
-    facts: Facts,
-    how: tuple[torch.device, bool],
-) -> tuple[str, Answer | Skipped, bool]:
-    device, keep_going = how
-    bench = facts.bench(weigh(source, matrix, device))
-    try:
-        return matrix.name, question(bench), bench.is_new
-    except NumericalError as error:
-        if not keep_going:
-            raise
-        return matrix.name, Skipped(matrix.name, error.what), False
+        results = run_stage("measure", task, matrices, running.num_workers, watcher)
+    given = zip(matrices, results, strict=True)
+    answers = {matrix.name: answer for matrix, (answer, _) in given if not isinstance(answer, Skipped)}
+    skipped = tuple(answer for answer, _ in results if isinstance(answer, Skipped))
+    return Asked(answers, skipped, sum(is_new for _, is_new in results))
 
 
 def room(matrix: Matrix) -> int:

@@ -16,7 +16,7 @@ from kasa_cli.checkpoint.safetensors_writer import raw_bytes
 from kasa_cli.errors import InvalidInput
 from kasa_cli.linalg.add_and_round import Sum
 from kasa_cli.methods.adapter_kinds.change import Change, carried_out, factors, grain_of
-from kasa_cli.pipeline.base_writer import Rows, too_large
+from kasa_cli.pipeline.base_writer import RowReader, too_large
 from kasa_cli.pipeline.merging.whole_tensor import Merged
 
 BLOCK_ENTRIES = 1 << 18
@@ -33,12 +33,12 @@ class Stored:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """RowReader and columns."""
         *sides, width = self.container.tensors[self.name].shape or (1,)
         return (prod(sides), width) if sides else (width, 1)
 
     @contextmanager
-    def opened(self, step: int) -> Iterator[Rows]:
+    def opened(self, step: int) -> Iterator[RowReader]:
         """Its rows, up to `step` at a time, always in the same memory."""
         flat = replace(self.container.tensors[self.name], shape=self.shape)
         room = torch.empty(min(step, self.shape[0]), self.shape[1], dtype=TORCH_DTYPES[flat.dtype])
@@ -56,7 +56,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """Rows, of shape (n, columns), that take the place of those at `indices`, of shape (n,)."""
+    """RowReader, of shape (n, columns), that take the place of those at `indices`, of shape (n,)."""
 
     indices: Tensor
     rows: Tensor
@@ -108,7 +108,7 @@ class Streamed:
             for start in range(num_rows, self.before.shape[0], step):  # a smaller vocabulary leaves rows out
                 self._hashed(before(start, start + step))
 
-    def examine(self, rows: Rows) -> Merged:
+    def check(self, rows: RowReader) -> Merged:
         """What was measured on the pieces."""
         whole = sum(total.whole for total in self._sums)
         off = sum(total.off for total in self._sums)
@@ -116,18 +116,18 @@ class Streamed:
         return Merged(change, (off / whole) ** 0.5 if whole else 0.0, self._digest.hexdigest())
 
     def _hashed(self, W: Tensor) -> Tensor:
-        """Rows of the base, each of which is read once and in turn."""
+        """RowReader of the base, each of which is read once and in turn."""
         if len(W):
             self._digest.update(raw_bytes(W))
         return W
 
     def _step(self, width: int) -> int:
-        """Rows of a block, which no grain straddles."""
+        """RowReader of a block, which no grain straddles."""
         grain = math.lcm(*map(grain_of, self.changes.values()))
         return max(1, LEAST_ROWS // grain, BLOCK_ENTRIES // (grain * max(width, 1))) * grain
 
-    def _with_values(self, W: Tensor, value: Rows | None, first: int, stop: int) -> Tensor:
-        """Rows that nothing was done to yet but to hold them anew."""
+    def _with_values(self, W: Tensor, value: RowReader | None, first: int, stop: int) -> Tensor:
+        """RowReader that nothing was done to yet but to hold them anew."""
         X = W if value is None else value(first, stop)
         if self.value is not None and not torch.isfinite(X).all():
             raise InvalidInput("a tensor with numbers that are not finite", self.value.name)

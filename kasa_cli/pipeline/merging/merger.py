@@ -51,7 +51,7 @@ class Merger:
         self._stacks: dict[int, list[Change]] = {}
         self._lock = threading.Lock()
 
-    def takes(self, name: str) -> bool:
+    def rewrites(self, name: str) -> bool:
         """Whether an adapter says anything about a tensor."""
         return name in self.orders
 

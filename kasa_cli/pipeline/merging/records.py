@@ -10,7 +10,7 @@ from kasa_cli.checkpoint.shard_plan import CARD, Sheet
 from kasa_cli.files.durable import write_file
 from kasa_cli.files.staging import MANIFEST
 from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.base_writer import NewBase, Written
+from kasa_cli.pipeline.base_writer import WrittenBase, WrittenTensor
 from kasa_cli.pipeline.file_records import file_records
 from kasa_cli.pipeline.merging.case import Case
 from kasa_cli.pipeline.merging.whole_tensor import Merged
@@ -40,7 +40,7 @@ def write_papers(
     folder: Path,
     record: Mapping[str, Any],
     sheets: Sequence[Sheet],
-    written: NewBase[Merged],
+    written: WrittenBase[Merged],
     num_workers: int,
 ) -> bytes:
     """The card, then the manifest, which is last: whoever finds it finds all else."""
@@ -61,7 +61,7 @@ def write_papers(
     return sealed
 
 
-def _tensor_records(sheets: Sequence[Sheet], written: Sequence[Written[Merged]]) -> dict[str, Any]:
+def _tensor_records(sheets: Sequence[Sheet], written: Sequence[WrittenTensor[Merged]]) -> dict[str, Any]:
     shapes = {name: entry.shape for sheet in sheets for name, entry in sheet.form.tensors.items()}
     sources = {name: source for sheet in sheets for name, source in sheet.sources.items()}
     return {
@@ -70,9 +70,9 @@ def _tensor_records(sheets: Sequence[Sheet], written: Sequence[Written[Merged]])
             "dtype": one.dtype,
             "blake3": one.blake3,
             "shape": list(shapes[one.name]),
-            "role": "merged" if one.outcome else "copied",
+            "role": "merged" if one.checks else "copied",
             **({"made_from": sources[one.name]} if one.name in sources else {}),
-            **(asdict(one.outcome) if one.outcome else {}),
+            **(asdict(one.checks) if one.checks else {}),
         }
         for one in written
     }

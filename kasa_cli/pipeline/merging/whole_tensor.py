@@ -11,7 +11,7 @@ from kasa_cli.checkpoint.hashing import digest_of
 from kasa_cli.checkpoint.safetensors_writer import raw_bytes
 from kasa_cli.linalg.rounding import ROUNDINGS, Target, rounded
 from kasa_cli.methods.adapter_kinds.change import Change, apply, apply_bias, factors, row_blocks, rows
-from kasa_cli.pipeline.base_writer import Rows, require_finite
+from kasa_cli.pipeline.base_writer import RowReader, require_finite
 
 PART = 1 << 20
 """Entries measured in one go."""
@@ -67,7 +67,7 @@ class Operation:
         require_finite(Q, self.name, dtype)
         yield Q
 
-    def examine(self, rows_of: Rows) -> Merged:
+    def check(self, rows_of: RowReader) -> Merged:
         """Compare what was stored with the exact result and with what was there."""
         stored = rows_of(0, len(self.X))
         both = min(len(stored), len(self.before))

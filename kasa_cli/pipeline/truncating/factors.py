@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,7 +13,7 @@ from kasa_cli.linalg.bottom import Ends
 from kasa_cli.pipeline.measuring.facts import SOLVER_EDITION, Facts, HashedMatrix, pack, unpack
 from kasa_cli.pipeline.measuring.many import room
 from kasa_cli.pipeline.measuring.weights import weigh
-from kasa_cli.pipeline.workers import Watcher, run
+from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 from kasa_cli.report import SpectralFacts
 from kasa_cli.targets.selection import Target
 
@@ -42,16 +43,13 @@ def measure(
     measurer: Measurer, targets: tuple[Target, ...], num_workers: int, watcher: Watcher
 ) -> list[Measured]:
     """Decompose every target that neither part nor store answers for, the largest first; in the order given."""
-    watcher.stage("measure", len(targets), sum(target.matrix.work for target in targets))
-    found = run(
-        lambda target: _measure_one(measurer, target),
-        sorted(targets, key=lambda target: -target.matrix.work),
-        num_workers,
-        lambda target: watcher.finished(target.name, target.matrix.work),
-        lambda target: room(target.matrix),
+    task = Task(
+        partial(_measure_one, measurer),
+        name=lambda target: target.name,
+        work=lambda target: target.matrix.work,
+        memory=lambda target: room(target.matrix),
     )
-    by_name = {measured.target.name: measured for measured in found}
-    return [by_name[target.name] for target in targets]
+    return run_stage("measure", task, targets, num_workers, watcher)
 
 
 def read_factors(staging: Staging, measured: Measured) -> Ends:

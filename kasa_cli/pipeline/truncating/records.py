@@ -10,7 +10,7 @@ from kasa_cli.checkpoint.shard_plan import CARD
 from kasa_cli.files.durable import write_file
 from kasa_cli.files.staging import MANIFEST, Staging
 from kasa_cli.linalg.realised import Outcome
-from kasa_cli.pipeline.base_writer import NewBase, Written
+from kasa_cli.pipeline.base_writer import WrittenBase, WrittenTensor
 from kasa_cli.pipeline.file_records import file_records
 from kasa_cli.pipeline.truncating.factors import Measured
 from kasa_cli.pipeline.truncating.options import Options, recorded
@@ -22,7 +22,7 @@ def write_papers(
     options: Options,
     staging: Staging,
     environment: Mapping[str, Any],
-    done: tuple[list[Measured], NewBase[Outcome]],
+    done: tuple[list[Measured], WrittenBase[Outcome]],
 ) -> bytes:
     """Cards, then the manifest, which is last: whoever finds it finds all else."""
     carried = model_card.source_facts(made.checkpoint.root, made.checkpoint.companions)
@@ -50,7 +50,9 @@ def write_papers(
     return sealed
 
 
-def _tensor_records(made: Plan, measured: list[Measured], written: list[Written[Outcome]]) -> dict[str, Any]:
+def _tensor_records(
+    made: Plan, measured: list[Measured], written: list[WrittenTensor[Outcome]]
+) -> dict[str, Any]:
     records: dict[str, dict[str, Any]] = {
         one.name: {"file": one.file, "dtype": one.dtype, "blake3": one.blake3, "role": "copied"}
         for one in written
@@ -63,8 +65,8 @@ def _tensor_records(made: Plan, measured: list[Measured], written: list[Written[
             "is_transposed": one.target.matrix.is_transposed,
         }
     for one_written in written:
-        if one_written.outcome:
-            records[one_written.name] |= {"role": "truncated", **asdict(one_written.outcome)}
+        if one_written.checks:
+            records[one_written.name] |= {"role": "truncated", **asdict(one_written.checks)}
     for name, record in records.items():
         record["shape"] = list(made.checkpoint.tensors[name].shape)
     return records

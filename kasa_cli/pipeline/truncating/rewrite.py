@@ -12,7 +12,7 @@ from kasa_cli.linalg import rounding
 from kasa_cli.linalg.bottom import Ends
 from kasa_cli.linalg.realised import Outcome, outcome
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.base_writer import Rows, require_finite
+from kasa_cli.pipeline.base_writer import RowReader, require_finite
 from kasa_cli.pipeline.truncating.factors import Measured, read_factors
 from kasa_cli.targets.selection import Target
 
@@ -26,7 +26,7 @@ class Truncation:
     measured: Mapping[str, Measured]
     round_off: rounding.Rounding
 
-    def takes(self, name: str) -> bool:
+    def rewrites(self, name: str) -> bool:
         """Whether it is a target."""
         return name in self.measured
 
@@ -54,7 +54,7 @@ class Truncated:
         require_finite(Q, self.target.name, dtype)
         yield self.target.matrix.orientation.turn(Q).contiguous()
 
-    def examine(self, rows: Rows) -> Outcome:
+    def check(self, rows: RowReader) -> Outcome:
         """Measure what was stored."""
         if self.target.matrix.is_transposed:
             whole = rows(0, self.target.matrix.shape[1]).T

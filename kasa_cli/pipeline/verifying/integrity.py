@@ -16,7 +16,7 @@ from kasa_cli.errors import IntegrityError, InvalidInput, UnsafeInput
 from kasa_cli.files.durable import sha256_file
 from kasa_cli.files.staging import MANIFEST
 from kasa_cli.files.untrusted import open_regular, read_exactly
-from kasa_cli.pipeline.workers import Watcher, run
+from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 
 Manifest = Mapping[str, Any]
 Form = tuple[str, list[int]]
@@ -55,15 +55,9 @@ def check_hashes(output: Path, manifest: Manifest, num_workers: int, watcher: Wa
         IntegrityError: naming the file, and in a shard of the base the tensor.
     """
     records = manifest["files"]
-    total: int = sum(record["size"] for record in records.values())
-    watcher.stage("hash", len(records), total)
-    run(
-        partial(_check_hash, output, manifest),
-        sorted(records, key=lambda name: -records[name]["size"]),
-        num_workers,
-        lambda name: watcher.finished(name, records[name]["size"]),
-    )
-    return total
+    task = Task(partial(_check_hash, output, manifest), name=str, work=lambda name: records[name]["size"])
+    run_stage("hash", task, list(records), num_workers, watcher)
+    return sum(record["size"] for record in records.values())
 
 
 def check_structure(output: Path, manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ from kasa_cli.linalg.rounding import Target as Sum
 from kasa_cli.linalg.rounding import blocks, other_neighbour
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.verifying.integrity import Manifest
-from kasa_cli.pipeline.workers import Watcher, run
+from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 from kasa_cli.targets.selection import Target
 
 SLACK = 1e-9
@@ -45,7 +45,7 @@ class Comparison:
 def compare(
     output: Path, manifest: Manifest, base: Checkpoint, num_workers: int, watcher: Watcher
 ) -> list[Comparison]:
-    """Recompute everything from the base.
+    """Recompute everything from the base; the largest target first.
 
     Raises:
         IntegrityError: naming the first tensor that differs from what the base gives.
@@ -55,15 +55,15 @@ def compare(
     _check_names(opened, tensors, base)
     _check_companions(opened, base)
     targets = [_target(name, one) for name, one in tensors.items() if one["role"] != "copied"]
+    targets.sort(key=lambda target: -target.matrix.work)
     copied = [name for name, one in tensors.items() if one["role"] == "copied"]
-    watcher.stage("compare", len(tensors), sum(target.matrix.work for target in targets))
-    run(partial(_check_copied, opened, base), copied, num_workers, lambda name: watcher.finished(name, 0))
-    return run(
+    run_stage("copies", Task(partial(_check_copied, opened, base), name=str), copied, num_workers, watcher)
+    task = Task(
         partial(_compare_one, opened, base),
-        sorted(targets, key=lambda target: -target.matrix.work),
-        num_workers,
-        lambda target: watcher.finished(target.name, target.matrix.work),
+        name=lambda target: target.name,
+        work=lambda target: target.matrix.work,
     )
+    return run_stage("compare", task, targets, num_workers, watcher)
 
 
 class _Output:
