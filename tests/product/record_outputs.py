@@ -9,6 +9,7 @@ import gc
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import pkgutil
@@ -17,7 +18,6 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -241,17 +241,17 @@ def tune() -> None:
     save_file(tuned, "tuned/adapter_model.safetensors", {"format": "pt"})
 
 
-def run(number: int, arguments: list[str]) -> tuple[int, str]:
-    """Run one command in a fork: its exit code and what it printed."""
+def start(number: int, arguments: list[str]) -> int:
+    """Start one command in a fork, the process of which is returned."""
     child = os.fork()
     if not child:
         os.environ["KASA_STORE"] = f"stores/{number}"
-        for stream, name in ((1, "stdout"), (2, "stderr")):
+        for stream, name in ((1, f"{number}.out"), (2, f"{number}.err")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         from kasa_cli import cli
 
         cli.main(arguments)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), Path("stdout").read_text()
+    return child
 
 
 def digest(data: object) -> str:
@@ -269,34 +269,53 @@ def bare(data: Any) -> Any:
     return data.replace(str(Path.cwd()), ".") if isinstance(data, str) else data
 
 
-def files(arguments: list[str]) -> Iterator[Path]:
-    """The files that a command has written where it was told to."""
-    for flag, path in zip(arguments, map(Path, arguments[1:]), strict=False):
-        if flag in ("-o", "--values"):
-            yield from sorted(path.rglob("*")) if path.is_dir() else [path]
+def outputs(arguments: list[str]) -> set[Path]:
+    """What a command writes, apart from a store."""
+    pairs = itertools.pairwise(arguments)
+    return {Path(path) for flag, path in pairs if flag in ("-o", "--values")}
 
 
-def record() -> Iterator[tuple[str, dict[str, str | int]]]:
-    """Run all commands in order; of each, the exit code and the hash of every part of what it made."""
+def parts(number: int, code: int, arguments: list[str]) -> dict[str, str | int]:
+    """Exit code and hashes of every part of what a command has made."""
+    hashes: dict[str, str | int] = {"exit code": code}
+    if out := Path(f"{number}.out").read_text():
+        shown = bare(json.loads(out))
+        if arguments[0] == "store":  # in the order of times
+            shown["tensors"].sort(key=json.dumps)
+        hashes |= {f"stdout: {key}": digest(value) for key, value in shown.items()}
+    for top in outputs(arguments):
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file() and path.name != CARD:
+                raw = path.read_bytes()
+                hashes[str(path)] = digest(bare(json.loads(raw)) if path.name == MANIFEST else raw)
+    return hashes
+
+
+def record() -> dict[str, dict[str, str | int]]:
+    """Run all commands, two at a time, none before the commands that write its inputs."""
+    running: dict[int, tuple[int, str, list[str]]] = {}
+    hashes = {}
+
+    def wait(until: int) -> None:
+        while len(running) > until:
+            child, status = os.wait()
+            number, name, arguments = running.pop(child)
+            hashes[name] = parts(number, os.waitstatus_to_exitcode(status), arguments)
+
     for number, (name, command) in enumerate(CASES.items()):
         arguments = command.split()
         if "minilm" in arguments and not Path("minilm").exists():
             continue
+        unfinished = {path.parts[0] for _, _, others in running.values() for path in outputs(others)}
+        needs = {Path(argument).parts[0] for argument in arguments}
+        wait(0 if unfinished & needs or arguments[0] == "store" else 1)
         if "tuned" in arguments and not Path("tuned").exists():
+            wait(0)
             tune()
         workers = [] if arguments[0] == "store" else ["--workers", "2"]
-        code, out = run(number, [*arguments, *workers, "--json"])
-        parts: dict[str, str | int] = {"exit code": code}
-        if out:
-            shown = bare(json.loads(out))
-            if arguments[0] == "store":  # in the order of times
-                shown["tensors"].sort(key=json.dumps)
-            parts |= {f"stdout: {key}": digest(value) for key, value in shown.items()}
-        for path in files(arguments):
-            if path.is_file() and path.name != CARD:
-                raw = path.read_bytes()
-                parts[str(path)] = digest(bare(json.loads(raw)) if path.name == MANIFEST else raw)
-        yield name, parts
+        running[start(number, [*arguments, *workers, "--json"])] = number, name, arguments
+    wait(0)
+    return hashes
 
 
 def load_modules() -> None:
@@ -315,14 +334,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         prepare()
-        gc.freeze()  # what nobody looks at is not copied for each fork
-        found = dict(record())
+        gc.freeze()  # so that forks share the memory of these objects
+        hashes = record()
         os.chdir(HERE)
     if "--print" in sys.argv:
-        print(json.dumps(found))
+        print(json.dumps(hashes))
         return
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
-    FILE.write_text(json.dumps({**known, kind(): found}, indent=0, sort_keys=True) + "\n")
+    FILE.write_text(json.dumps({**known, kind(): hashes}, indent=0, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
