@@ -35,7 +35,7 @@ class Truncation:
         measured = self.measured[name]
         factors = read_factors(self.staging, measured)
         weight = measured.target.matrix.read(self.checkpoint)
-        exact = rounding.Target(weight, *kasa.cut(factors))
+        exact = rounding.ExactSum(weight, *kasa.cut(factors))
         return Truncated(measured.target, exact, factors, self.round_off)
 
 
@@ -44,7 +44,7 @@ class Truncated:
     """A target on the table: its exact new value, not yet computed, and the factors it is made with."""
 
     target: Target
-    exact: rounding.Target
+    exact: rounding.ExactSum
     factors: Ends
     round_off: rounding.Rounding
 

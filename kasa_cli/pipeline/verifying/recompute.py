@@ -19,8 +19,7 @@ from kasa_cli.checkpoint.shard_plan import CARD
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files.durable import sha256_file
 from kasa_cli.linalg.bottom import Ends, ends
-from kasa_cli.linalg.rounding import Target as Sum
-from kasa_cli.linalg.rounding import blocks, other_neighbour
+from kasa_cli.linalg.rounding import ExactSum, blocks, other_neighbour
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.verifying.integrity import Manifest
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
@@ -133,7 +132,7 @@ def _ulps(output: _Output, found: Ends, original: Tensor, target: Target) -> flo
         return None
     L, R = kasa.cut(found)
     turn = target.matrix.orientation.turn
-    exact = Sum(turn(original), L, R)
+    exact = ExactSum(turn(original), L, R)
     Q = turn(stored)
     allowed = 0.5 if output.options["rounding"] == "nearest" else 1.0
     slack = SLACK * float(original.abs().max())
