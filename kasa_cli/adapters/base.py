@@ -89,24 +89,24 @@ class Base:
 
 def pieces_of(base: Base, weight: Weight) -> Landed:
     """The pieces of a weight, and which rows of it each holds."""
-    operations = weight.made_of.operations
-    reordered = [op for op in operations if op.startswith(REORDERED)]
-    if reordered:
-        raise InvalidInput(
-            f"transformers makes it by {reordered[0]}: nothing is merged through that", weight.label
-        )
     try:
+        require_known_rows(weight)
         found = matrices(weight.shape, weight.made_of, base.shapes)
     except NotAssembled as reason:
         raise InvalidInput(str(reason), weight.label) from reason
     check_dtypes(base, weight)
-    sides = weight.shape[-2:]
-    if sides[0] == sides[1] and any(op.startswith("Transpose") for op in operations):
-        raise InvalidInput(
-            "square, and transformers may turn it when it loads: which way is not known", weight.label
-        )
-    turned = is_turned(found[0], sides, base.shapes)
+    turned = is_turned(found[0], weight.shape[-2:], base.shapes)
     return Landed(tuple(parts_of(pieces, base, turned) for pieces in found), turned)
+
+
+def require_known_rows(weight: Weight) -> None:
+    """Refuse a weight of which it is not known where on disk each of its rows is. Raises `NotAssembled`."""
+    operations, sides = weight.made_of.operations, weight.shape[-2:]
+    reordered = [op for op in operations if op.startswith(REORDERED)]
+    if reordered:
+        raise NotAssembled(f"transformers makes it by {reordered[0]}, which reorders its rows: not followed")
+    if sides[0] == sides[1] and any(op.startswith("Transpose") for op in operations):
+        raise NotAssembled("square, and transformers may turn it when it loads: which way is not known")
 
 
 def check_dtypes(base: Base, weight: Weight) -> None:

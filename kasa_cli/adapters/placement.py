@@ -158,7 +158,12 @@ def is_expert_in_out(adapter: Adapter, base: Base, patch: Patch, shape: tuple[in
         raise InvalidInput(
             "square experts of an unknown class: which way they are stored is not known", patch.module
         )
-    return base.names.model_class.startswith(TURNED_CLASSES)
+    return holds_experts_in_out(base.names.model_class)
+
+
+def holds_experts_in_out(model_class: str) -> bool:
+    """Whether PEFT takes the experts of a class for stored (in, out) in memory."""
+    return model_class.startswith(TURNED_CLASSES)
 
 
 def check_shapes(adapter: Adapter, found: Placed) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kasa_cli.adapters import peft
 from kasa_cli.adapters.base import Base
-from kasa_cli.adapters.placement import TURNED_CLASSES, Placed, weight_of
+from kasa_cli.adapters.placement import Placed, holds_experts_in_out, weight_of
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.model_names.names import Kind, Weight
 
@@ -151,7 +151,7 @@ def is_turned(base: Base, place: Placed, weight: Weight) -> bool:
         return True
     if weight.is_module or base.names.model_class is None:
         return place.is_transposed
-    return base.names.model_class.startswith(TURNED_CLASSES)
+    return holds_experts_in_out(base.names.model_class)
 
 
 def padded_rank(rank: int) -> int:

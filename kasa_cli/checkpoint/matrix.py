@@ -135,6 +135,14 @@ class Matrix:
         tensors = [read_piece(source, piece) for piece in self.pieces]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
+    def spans(self, tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[Piece, int, int]]:
+        """The pieces, each with the rows [start, stop) that it is of the stacked whole."""
+        start = 0
+        for piece in self.pieces:
+            stop = start + tensors[piece.name].shape[-2]
+            yield piece, start, stop
+            start = stop
+
     def row_blocks(self, source: TensorSource) -> Iterator[Tensor]:
         """The rows as stored, a block at a time; the blocks are the same however the pieces lie."""
         num_rows, width = self.stored_shape

@@ -16,7 +16,7 @@ from kasa_cli.files.staging import Staging, check_apart, require_space
 from kasa_cli.linalg.realised import Outcome
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.base_writer import WrittenBase, WrittenTensor, write_base
+from kasa_cli.pipeline.base_writer import WrittenBase, write_base
 from kasa_cli.pipeline.costs import memory_needed, seconds_needed
 from kasa_cli.pipeline.measuring.facts import Facts, open_facts, pick_device, store_notes
 from kasa_cli.pipeline.opening import Where
@@ -25,7 +25,7 @@ from kasa_cli.pipeline.truncating.factors import Measured, Measurer, measure
 from kasa_cli.pipeline.truncating.options import PARTS, Options, check, recorded
 from kasa_cli.pipeline.truncating.plan import Plan, make_plan, require_rank
 from kasa_cli.pipeline.truncating.records import write_papers
-from kasa_cli.pipeline.truncating.rewrite import Truncation
+from kasa_cli.pipeline.truncating.rewrite import SumsByTarget, Truncated, Truncation, shares_of
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
 from kasa_cli.report import PlanReport, TensorRow, ToTruncate, TruncateReport
 from kasa_cli.targets.patterns import Patterns
@@ -85,10 +85,10 @@ def truncate(
     with staging, blas_threads(options.threads_per_worker):
         measurer = Measurer(made.checkpoint, staging, facts, device)
         measured = measure(measurer, made.selection.targets, options.num_workers, watcher)
-        written = _write_parts(made, options, sheets, staging, measured, watcher)
-        sealed = write_papers(made, options, staging, environment, (measured, written))
+        done = Truncated(measured, _write_parts(made, options, sheets, staging, measured, watcher))
+        sealed = write_papers(made, options, staging, environment, done)
         staging.publish()
-    report = _report(where, output, options, made, (measured, written), sealed)
+    report = _report(where, output, options, made, done, sealed)
     return replace(report, notes=(*report.notes, *store_notes(facts)))
 
 
@@ -103,7 +103,7 @@ def _plan(where: Where, options: Options, facts: Facts | None = None) -> Plan:
     )
     require_rank(made.selection.targets, options.dropped, "the truncation rank")
     if "adapter" in options.emit:
-        require_rank(made.selection.targets, options.rank, "the rank")
+        require_rank(made.selection.modules, options.rank, "the rank")
     return made
 
 
@@ -112,18 +112,21 @@ def _sheets(made: Plan, options: Options) -> list[Sheet]:
     if "base" not in options.emit:
         return []
     dtype = DTYPES[options.dtype]
-    changing = {t.name: dtype for t in made.selection.targets if dtype not in (None, t.matrix.dtype)}
-    return base_sheets(made.checkpoint, {k: v for k, v in changing.items() if v}, options.max_shard_size)
+    tensors = made.checkpoint.tensors
+    names = {piece.name for target in made.selection.targets for piece in target.matrix.pieces}
+    changing = {name: dtype for name in sorted(names) if dtype and tensors[name].dtype != dtype}
+    return base_sheets(made.checkpoint, changing, options.max_shard_size)
 
 
 def _bytes_to_write(made: Plan, options: Options, sheets: Sequence[Sheet]) -> int:
     """Bytes of the output, and of the parts that wait for it."""
     root, targets = made.checkpoint.root, made.selection.targets
     sides = sum(sum(target.shape) for target in targets)
+    module_sides = sum(sum(target.shape) for target in made.selection.modules)
     parts = sum(8 * target.dropped * sum(target.shape) for target in targets)
     base = sum(sheet.form.size for sheet in sheets)
     base += sum((root / name).stat().st_size for name in made.checkpoint.companions) if sheets else 0
-    adapter = 4 * options.rank * sides * ("adapter" in options.emit)
+    adapter = 4 * options.rank * module_sides * ("adapter" in options.emit)
     tail = 4 * options.dropped * sides * ("tail" in options.emit)
     return parts + base + adapter + tail
 
@@ -148,14 +151,14 @@ def _write_parts(
     staging: Staging,
     measured: list[Measured],
     watcher: Watcher,
-) -> WrittenBase[Outcome]:
+) -> WrittenBase[SumsByTarget]:
     """Write what was asked for; what was written of the base."""
-    written: WrittenBase[Outcome] = WrittenBase([], {})
+    written: WrittenBase[SumsByTarget] = WrittenBase([], {})
     if sheets:
         folder = staging.out / "base"
         make_folder(folder)
-        by_name = {one.target.name: one for one in measured}
-        rewriter = Truncation(made.checkpoint, staging, by_name, ROUNDINGS[options.rounding])
+        shares = shares_of(made.checkpoint, measured)
+        rewriter = Truncation(made.checkpoint, staging, shares, ROUNDINGS[options.rounding])
         written = write_base(made.checkpoint, rewriter, sheets, folder, options.num_workers, watcher)
         copy_companions(made.checkpoint, folder, options.dtype)
         write_index(made.checkpoint, sheets, folder)
@@ -169,13 +172,24 @@ def _write_parts(
 def _notes(made: Plan, options: Options) -> tuple[str, ...]:
     """What a user should know before trusting the output to another tool."""
     notes = [made.names.note] if made.names.note else []
-    modules, config = [target.module for target in made.selection.targets], made.checkpoint.config
-    has_conv1d = any(target.matrix.is_transposed for target in made.selection.targets)
+    modules, config = [target.module for target in made.selection.modules], made.checkpoint.config
+    has_conv1d = any(target.matrix.is_transposed for target in made.selection.modules)
     if {"adapter", "tail"} & set(options.emit):
         notes += peft.refusals(modules, config)
     if "adapter" in options.emit:
         notes += peft.difficulties(modules, config, has_conv1d=has_conv1d)
-    if "adapter" in options.emit and (options.dropped != options.rank or options.compat != "peft"):
+    if "adapter" in options.emit and made.selection.experts:
+        where = (
+            "in base/ and tail/, not in adapter/" if modules else "in base/ and tail/: there is no adapter/"
+        )
+        notes.append(
+            f"PEFT has no KaSA for fused experts: {len(made.selection.experts)} of their matrices are {where}"
+        )
+    if (
+        "adapter" in options.emit
+        and modules
+        and (options.dropped != options.rank or options.compat != "peft")
+    ):
         notes.append(
             f"PEFT drops the {options.rank} smallest components of whatever base it loads this adapter on: "
             "its base then differs from base/; load tail/ on the original instead where that matters"
@@ -194,12 +208,10 @@ def _report(
     output: Path,
     options: Options,
     made: Plan,
-    done: tuple[list[Measured], WrittenBase[Outcome]],
+    done: Truncated,
     sealed: bytes,
 ) -> TruncateReport:
-    measured, written = done[0], done[1].tensors
-    outcomes = {one.name: one for one in written}
-    rows = tuple(_row(one, outcomes.get(one.target.name)) for one in measured)
+    rows = tuple(_row(one, done) for one in done.measured)
     tied = [row.name for row in rows if row.is_tied]
     notes = [*_notes(made, options)]
     if tied:
@@ -218,7 +230,7 @@ def _report(
         compat=options.compat,
         tensors=rows,
         skipped=made.selection.skipped,
-        totals=_totals(rows, measured, written, options),
+        totals=_totals(rows, done, options),
         output=_output(output, sealed),
         notes=tuple(notes),
     )
@@ -230,33 +242,28 @@ def _planned(target: Target) -> ToTruncate:
     return ToTruncate(target.name, target.module, target.shape, matrix.dtype, is_transposed, target.dropped)
 
 
-def _row(one: Measured, written: WrittenTensor[Outcome] | None) -> TensorRow:
+def _row(one: Measured, done: Truncated) -> TensorRow:
     found = {name: value for name, value in asdict(one.facts).items() if name != "angle"}
-    outcome = written.checks if written else None
+    outcome, matrix = done.outcomes.get(one.target.name), one.target.matrix
     return TensorRow(
         name=one.target.name,
         module=one.target.module,
         shape=one.target.shape,
-        dtype=one.target.matrix.dtype,
-        stored_dtype=written.dtype if written else one.target.matrix.dtype,
+        dtype=matrix.dtype,
+        stored_dtype=done.dtypes.get(matrix.pieces[0].name, matrix.dtype),
         truncation_rank=one.target.dropped,
         **found,
         **(asdict(outcome) if outcome else {name.name: None for name in fields(Outcome)}),
     )
 
 
-def _totals(
-    rows: Sequence[TensorRow],
-    measured: list[Measured],
-    written: list[WrittenTensor[Outcome]],
-    options: Options,
-) -> dict[str, Any]:
+def _totals(rows: Sequence[TensorRow], done: Truncated, options: Options) -> dict[str, Any]:
     realised = [row.realised for row in rows if row.realised is not None]
     return {
         "tensors_operated": len(rows),
-        "tensors_copied": sum(one.checks is None for one in written),
-        "decompositions": sum(one.is_new for one in measured),
-        "decompositions_reused": sum(not one.is_new for one in measured),
+        "tensors_copied": sum(one.checks is None for one in done.base.tensors),
+        "decompositions": sum(one.is_new for one in done.measured),
+        "decompositions_reused": sum(not one.is_new for one in done.measured),
         "realised_min": min(realised, default=None),
         "realised_median": statistics.median(realised) if realised else None,
         "min_realised": options.min_realised,

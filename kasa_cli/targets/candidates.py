@@ -21,6 +21,9 @@ FUSED = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
 EXCLUDED = "excluded"
 
+ANY_SIDE = 1 << 62
+"""The largest side, where none is too large."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -146,12 +149,12 @@ def _verdict(weight: Weight, tensors: Tensors, unasked: str | None, max_dim: int
     if unasked:
         return Refusal(unasked, was_wanted=False)
     try:
-        return _candidate(weight, tensors, max_dim)
+        return candidate_of(weight, tensors, max_dim)
     except NotAssembled as reason:
         return Refusal(str(reason), was_wanted=True)
 
 
-def _candidate(weight: Weight, tensors: Tensors, max_dim: int) -> Candidate:
+def candidate_of(weight: Weight, tensors: Tensors, max_dim: int = ANY_SIDE) -> Candidate:
     """A weight with its matrices. Raises `NotAssembled`."""
     sides = weight.shape[-2:]
     if max(sides) > max_dim:

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from kasa_cli.adapters.base import require_known_rows
+from kasa_cli.adapters.placement import holds_experts_in_out
 from kasa_cli.checkpoint.dtypes import FLOATS
 from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
 from kasa_cli.checkpoint.safetensors_file import TensorEntry
 from kasa_cli.errors import UsageError
-from kasa_cli.model_names.names import Kind, Slot
+from kasa_cli.model_names.experts import NotAssembled
+from kasa_cli.model_names.names import Kind, NameMap, Slot, Weight
 from kasa_cli.report import Skipped
+from kasa_cli.targets.candidates import candidate_of
 from kasa_cli.targets.patterns import Patterns, matches, require_match
 
 BARRED = {
@@ -17,17 +21,22 @@ BARRED = {
     Kind.EXPERTS: "expert, fused in memory: PEFT has no KaSA for fused experts",
     Kind.OTHER: "not a linear layer",
 }
-"""Kinds that no pattern can make a target."""
+"""Kinds that are no module to truncate; parameters of fused experts are targets of their own, when named."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A matrix and its truncation rank: `dropped` components are dropped. `shape` is that in memory."""
+    """A matrix and its truncation rank: `dropped` components are dropped. `shape` is that in memory.
+
+    `module` is the module of the matrix, or of an expert the full name of the parameter, which holds the expert of
+    number `expert`.
+    """
 
     matrix: Matrix
     module: str
     shape: tuple[int, int]
     dropped: int
+    expert: int | None = None
 
     @property
     def name(self) -> str:
@@ -42,33 +51,89 @@ class Selection:
     targets: tuple[Target, ...]
     skipped: tuple[Skipped, ...]
 
+    @property
+    def modules(self) -> tuple[Target, ...]:
+        """The targets that are modules."""
+        return tuple(target for target in self.targets if target.expert is None)
+
+    @property
+    def experts(self) -> tuple[Target, ...]:
+        """The targets that are matrices of fused experts."""
+        return tuple(target for target in self.targets if target.expert is not None)
+
 
 RankRule = Callable[[int, int], int]
 """(out_features, in_features) → the number of components to drop."""
 
 
 def select(
-    tensors: Mapping[str, TensorEntry], slots: Mapping[str, Slot], patterns: Patterns, rank_rule: RankRule
+    tensors: Mapping[str, TensorEntry], names: NameMap, patterns: Patterns, rank_rule: RankRule
 ) -> Selection:
-    """Part the tensors of a checkpoint into targets and skipped ones, in the order given.
+    """Part the tensors of a checkpoint into targets and skipped ones: modules in the order given, then experts.
 
     Raises:
         UsageError: a pattern matches nothing, or nothing that can be operated on; or no target is left.
     """
+    slots = names.slots
     modules = {slot.module: name for name, slot in slots.items() if slot.parameter == "weight"}
+    stacks = {weight.label: weight for weight in names.weights if _is_stack_of_experts(weight)}
     for pattern in (*patterns.targets, *patterns.excludes):
-        require_match(pattern, modules)
+        require_match(pattern, (*modules, *stacks))
     reasons = {name: _reason(entry, slots[name], patterns) for name, entry in tensors.items()}
+    verdicts = {
+        label: _experts(weight, tensors, names, patterns, rank_rule)
+        for label, weight in stacks.items()
+        if weight.made_of.names and any(matches(label, pattern) for pattern in patterns.targets)
+    }
+    for label, verdict in verdicts.items():
+        reason = verdict if isinstance(verdict, str) else None
+        reasons |= dict.fromkeys(stacks[label].made_of.names, reason)
+    subjects = modules | {label: stacks[label].made_of.names[0] for label in verdicts}
     for pattern in patterns.targets:
-        _require_operable(pattern, modules, reasons)
-    targets = tuple(
-        _target(entry, slots[name], rank_rule) for name, entry in tensors.items() if reasons[name] is None
-    )
+        _require_operable(pattern, subjects, reasons)
+    experts = [target for verdict in verdicts.values() if not isinstance(verdict, str) for target in verdict]
+    held = {piece.name for target in experts for piece in target.matrix.pieces}
+    whole = [name for name in tensors if reasons[name] is None and name not in held]
+    targets = (*(_target(tensors[name], slots[name], rank_rule) for name in whole), *experts)
     if not targets:
         raise UsageError(
             "no target is left", "", "see the skipped tensors with --dry-run, or name some with --target"
         )
     return Selection(targets, tuple(Skipped(name, reason) for name, reason in reasons.items() if reason))
+
+
+# --- fused experts ---
+
+
+def _is_stack_of_experts(weight: Weight) -> bool:
+    return weight.kind is Kind.EXPERTS and not weight.is_module and len(weight.shape) == 3
+
+
+def _experts(
+    weight: Weight,
+    tensors: Mapping[str, TensorEntry],
+    names: NameMap,
+    patterns: Patterns,
+    rank_rule: RankRule,
+) -> tuple[Target, ...] | str:
+    """A target for each expert of a parameter that is named; or the reason why there is none."""
+    if any(matches(weight.label, pattern) for pattern in patterns.excludes):
+        return "excluded"
+    if names.model_class is None:
+        return "experts of an unknown class: their orientation in memory is not known"
+    try:
+        require_known_rows(weight)
+        candidate = candidate_of(weight, tensors)
+    except NotAssembled as reason:
+        return str(reason)
+    outs, ins = candidate.shape[::-1] if holds_experts_in_out(names.model_class) else candidate.shape
+    return tuple(
+        Target(matrix, weight.label, candidate.shape, rank_rule(outs, ins), number)
+        for number, matrix in enumerate(candidate.matrices)
+    )
+
+
+# --- modules ---
 
 
 def _target(entry: TensorEntry, slot: Slot, rank_rule: RankRule) -> Target:

@@ -190,7 +190,7 @@ def test_every_tensor_is_accounted_for_once(case: Saved, as_in: AsIn) -> None:
 
 def test_kasa_takes_what_truncate_takes_and_the_fused_experts(family: str, case: Saved) -> None:
     found = case.chosen(as_in="kasa")[0]
-    targets = select(case.entries, case.names.slots, Patterns(), lambda outs, ins: 1).targets
+    targets = select(case.entries, case.names, Patterns(), lambda outs, ins: 1).targets
     modules = {one.module: one for one in found if one.kind == "module"}
     assert modules.keys() == {target.module for target in targets}
     for target in targets:

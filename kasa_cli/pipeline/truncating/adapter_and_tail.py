@@ -1,7 +1,10 @@
 """The adapter and the tail: small tensors in PEFT's layout, written one target after another."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,9 @@ import torch
 from torch import Tensor
 
 from kasa_cli.adapters import peft
-from kasa_cli.checkpoint.safetensors_writer import Form, filling, form
+from kasa_cli.adapters.fused_experts import stack_entry, wrapper_names
+from kasa_cli.adapters.writing import Entry
+from kasa_cli.checkpoint.safetensors_writer import filling, form
 from kasa_cli.files.durable import make_folder, write_file
 from kasa_cli.files.staging import Staging
 from kasa_cli.methods import kasa
@@ -19,15 +24,29 @@ from kasa_cli.pipeline.truncating.plan import Plan
 from kasa_cli.pipeline.workers import Watcher
 from kasa_cli.targets.selection import Target
 
-Make = Callable[[Measured], dict[str, Tensor]]
+Forms = list[tuple[str, str, tuple[int, ...]]]
+"""Names, dtypes and shapes of tensors."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """The tensors of one module or parameter in a file: how they look, and how to make them."""
+
+    name: str
+    forms: Forms
+    make: Callable[[], dict[str, Tensor]]
 
 
 def write_adapter(
     made: Plan, options: Options, staging: Staging, measured: list[Measured], watcher: Watcher
 ) -> None:
-    """The fresh KaSA adapter, as PEFT stores one."""
+    """The fresh KaSA adapter, as PEFT stores one; no file where all targets are experts."""
+    modules = [one for one in measured if one.target.expert is None]
+    if not modules:
+        return
+    rank = options.rank
     recipe = kasa.Recipe(
-        options.rank, kasa.scaling(float(options.lora_alpha), options.rank, options.use_rslora), options.seed
+        rank, kasa.scaling(float(options.lora_alpha), rank, options.use_rslora), options.seed
     )
 
     def make(one: Measured) -> dict[str, Tensor]:
@@ -35,9 +54,13 @@ def write_adapter(
         begun = kasa.start(read_factors(staging, one), recipe, options.diag_init, one.target.module)
         return {names[field]: getattr(begun, field) for field in names}
 
-    lora = _lora_config(made, [one.target for one in measured], options.rank, options.lora_alpha)
+    lora = _lora_config(made, [one.target for one in modules], rank, options.lora_alpha)
     config = peft.kasa_config(lora, beta=options.beta, gamma=options.gamma, use_rslora=options.use_rslora)
-    _write_peft(staging.out / "adapter", config, measured, make, options.rank, watcher)
+    members = [
+        Member(one.target.name, _forms(one.target, rank, with_diag=True), partial(make, one))
+        for one in modules
+    ]
+    _write_peft(staging.out / "adapter", config, members, watcher)
 
 
 def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: Watcher) -> None:
@@ -45,20 +68,52 @@ def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: 
     cut = [one for one in measured if one.target.dropped]
     if not cut:
         return
-    rank = max(one.target.dropped for one in cut)
+    rank = max(one.target.dropped for one in cut)  # one rank for all modules: servers know no other
 
     def make(one: Measured) -> dict[str, Tensor]:
         names = peft.tensor_names(one.target.module)
         A, B = kasa.tail(read_factors(staging, one))
-        missing = rank - len(A)  # one rank for all modules: servers know no other
-        pad = torch.nn.functional.pad
+        pad, missing = torch.nn.functional.pad, rank - len(A)
         return {names["A"]: pad(A, (0, 0, 0, missing)), names["B"]: pad(B, (0, missing))}
 
-    targets = [one.target for one in cut]
-    config = _lora_config(made, targets, rank, rank)
-    modules = [target.module for target in targets]
-    config = peft.by_parameter(config, peft.taken_for_experts(modules, made.checkpoint.config))
-    _write_peft(staging.out / "tail", config, cut, make, rank, watcher)
+    modules = [one for one in cut if one.target.expert is None]
+    members = [
+        Member(one.target.name, _forms(one.target, rank, with_diag=False), partial(make, one))
+        for one in modules
+    ]
+    stacks = _stacks(made, cut)
+    members += [_stack_member(stack, rank, staging, cut) for stack in stacks]
+    config = _lora_config(made, [one.target for one in modules], rank, rank)
+    config = peft.by_parameter(
+        config, peft.taken_for_experts([one.target.module for one in modules], made.checkpoint.config)
+    )
+    if stacks:
+        named = config["target_parameters"] or []
+        config["target_parameters"] = [*named, *(stack.target for stack in stacks)]
+    _write_peft(staging.out / "tail", config, members, watcher)
+
+
+def _stacks(made: Plan, measured: list[Measured]) -> list[Entry]:
+    """The tensors of every parameter of fused experts."""
+    counts = Counter(one.target.module for one in measured if one.target.expert is not None)
+    shapes = {one.target.module: one.target.shape for one in measured}
+    wrappers = wrapper_names(list(counts))
+    model_class = made.names.model_class
+    return [
+        stack_entry(name, wrappers[name], count, shapes[name], model_class) for name, count in counts.items()
+    ]
+
+
+def _stack_member(stack: Entry, rank: int, staging: Staging, measured: list[Measured]) -> Member:
+    """The tail of a parameter of fused experts."""
+    experts = [one for one in measured if one.target.module == stack.target]
+
+    def make() -> dict[str, Tensor]:
+        terms = [kasa.cut(read_factors(staging, one)) for one in experts]
+        left, right = (torch.stack(side).to(torch.float32) for side in zip(*terms, strict=True))
+        return stack.tensors(left, right, rank)
+
+    return Member(stack.target, stack.shapes(rank), make)
 
 
 def _lora_config(made: Plan, targets: list[Target], rank: int, alpha: float) -> dict[str, Any]:
@@ -74,37 +129,19 @@ def _lora_config(made: Plan, targets: list[Target], rank: int, alpha: float) -> 
     return {**config, "fan_in_fan_out": any(target.matrix.is_transposed for target in targets)}
 
 
-def _write_peft(
-    folder: Path, config: dict[str, Any], measured: list[Measured], make: Make, rank: int, watcher: Watcher
-) -> None:
+def _forms(target: Target, rank: int, *, with_diag: bool) -> Forms:
+    names, (outs, ins) = peft.tensor_names(target.module), target.matrix.shape
+    factors: Forms = [(names["A"], "F32", (rank, ins)), (names["B"], "F32", (outs, rank))]
+    return [*factors, (names["diag"], "F32", (rank,))] if with_diag else factors
+
+
+def _write_peft(folder: Path, config: dict[str, Any], members: list[Member], watcher: Watcher) -> None:
     make_folder(folder)
-    layout = _peft_form([one.target for one in measured], rank, with_diag="kasa_config" in config)
-    write_tensors(folder / peft.WEIGHTS, layout, measured, make, watcher)
-    write_file(folder / peft.CONFIG, [(json.dumps(config, indent=2, sort_keys=True) + "\n").encode()])
-
-
-def _peft_form(targets: list[Target], rank: int, *, with_diag: bool) -> Form:
-    triples: list[tuple[str, str, tuple[int, ...]]] = []
-    for target in targets:
-        names, (outs, ins) = peft.tensor_names(target.module), target.matrix.shape
-        triples.append((names["A"], "F32", (rank, ins)))
-        triples.append((names["B"], "F32", (outs, rank)))
-        triples += [(names["diag"], "F32", (rank,))] if with_diag else []
-    return form(triples)
-
-
-def write_tensors(
-    path: Path,
-    layout: Form,
-    measured: Iterable[Measured],
-    make: Callable[[Measured], dict[str, Tensor]],
-    watcher: Watcher,
-) -> None:
-    """Fill a file of small tensors, those of one target after another."""
-    items = list(measured)
-    watcher.stage(path.parent.name, len(items), len(items))
-    with filling(path, layout) as file:
-        for one in items:
-            for name, tensor in make(one).items():
+    layout = form(triple for member in members for triple in member.forms)
+    watcher.stage(folder.name, len(members), len(members))
+    with filling(folder / peft.WEIGHTS, layout) as file:
+        for member in members:
+            for name, tensor in member.make().items():
                 file.put(name, tensor)
-            watcher.finished(one.target.name, 1)
+            watcher.finished(member.name, 1)
+    write_file(folder / peft.CONFIG, [(json.dumps(config, indent=2, sort_keys=True) + "\n").encode()])

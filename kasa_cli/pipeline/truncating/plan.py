@@ -34,7 +34,7 @@ def make_plan(
     """Find the model, check every header, map the names and choose the targets."""
     source, checkpoint, names = survey(where, facts.store if facts else None)
     patterns = asked_for(patterns.targets, patterns.excludes, from_file)
-    return Plan(source, checkpoint, names, select(checkpoint.tensors, names.slots, patterns, rank_rule))
+    return Plan(source, checkpoint, names, select(checkpoint.tensors, names, patterns, rank_rule))
 
 
 def require_rank(targets: tuple[Target, ...], rank: int, what: str) -> None:

@@ -3,12 +3,15 @@
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kasa_cli.adapters import peft
+from kasa_cli.adapters.fused_experts import stack_entry
+from kasa_cli.adapters.writing import Entry
 from kasa_cli.checkpoint.hashing import hash_tensor
 from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.checkpoint.safetensors_file import Container, read_header
@@ -78,8 +81,22 @@ def check_structure(output: Path, manifest: Manifest) -> None:
         _check_small(output / "adapter", targets, rank, with_diag=True)
     if (output / "tail").is_dir():
         cut = [one for one in targets if one["truncation_rank"]]
-        rank = max((one["truncation_rank"] for one in cut), default=0)
-        _check_small(output / "tail", cut, rank, with_diag=False)
+        stacks = expert_entries(manifest)
+        ranks = [one["truncation_rank"] for one in (*cut, *manifest.get("experts", {}).values())]
+        _check_small(
+            output / "tail", cut, max(ranks, default=0), with_diag=False, stacks=tuple(stacks.values())
+        )
+
+
+def expert_entries(manifest: Manifest) -> dict[str, Entry]:
+    """The tensors in the tail of each parameter of fused experts."""
+    experts = [one for one in manifest.get("experts", {}).values() if one["wrapper"] is not None]
+    counts = Counter(one["module"] for one in experts)
+    first = {one["module"]: one for one in experts}
+    return {
+        name: stack_entry(name, one["wrapper"], counts[name], tuple(one["shape"]), manifest["model_class"])
+        for name, one in first.items()
+    }
 
 
 def base_of(output: Path, manifest: Manifest) -> Path:
@@ -142,7 +159,9 @@ def _check_converted(path: Path, tensors: Mapping[str, Any]) -> None:
     _require_equal(_small_forms(path), recorded, str(path))
 
 
-def _check_small(folder: Path, targets: list[dict[str, Any]], rank: int, *, with_diag: bool) -> None:
+def _check_small(
+    folder: Path, targets: list[dict[str, Any]], rank: int, *, with_diag: bool, stacks: Sequence[Entry] = ()
+) -> None:
     """The small tensors are those of the targets, and fit the weights they belong to."""
     expected: dict[str, Form] = {}
     for one in targets:
@@ -150,6 +169,8 @@ def _check_small(folder: Path, targets: list[dict[str, Any]], rank: int, *, with
         names = peft.tensor_names(one["module"])
         expected |= {names["A"]: ("F32", [rank, ins]), names["B"]: ("F32", [outs, rank])}
         expected |= {names["diag"]: ("F32", [rank])} if with_diag else {}
+    for stack in stacks:
+        expected |= {name: (dtype, list(shape)) for name, dtype, shape in stack.shapes(rank)}
     path = folder / peft.WEIGHTS
     _require_equal(_small_forms(path), expected, str(path))
 

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from kasa_cli.adapters import peft
-from kasa_cli.checkpoint.hashing import digest_of, hash_tensor
+from kasa_cli.adapters.fused_experts import expert_factors
+from kasa_cli.checkpoint.hashing import hash_tensor
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
 from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
-from kasa_cli.checkpoint.safetensors_file import Container, Reader, read_header
-from kasa_cli.checkpoint.safetensors_writer import raw_bytes
+from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.checkpoint.shard_plan import CARD
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files.durable import sha256_file
 from kasa_cli.linalg.bottom import Ends, ends
-from kasa_cli.linalg.rounding import ExactSum, blocks, other_neighbour
+from kasa_cli.linalg.rounding import Target as Sum
+from kasa_cli.linalg.rounding import blocks, other_neighbour
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.verifying.integrity import Manifest
+from kasa_cli.pipeline.verifying.integrity import Manifest, expert_entries
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 from kasa_cli.targets.selection import Target
 
@@ -53,7 +54,8 @@ def compare(
     opened = _Output(output, manifest)
     _check_names(opened, tensors, base)
     _check_companions(opened, base)
-    targets = [_target(name, one) for name, one in tensors.items() if one["role"] != "copied"]
+    targets = [_target(name, one) for name, one in tensors.items() if "module" in one]
+    targets += [_expert(name, one) for name, one in opened.experts.items()]
     targets.sort(key=lambda target: -target.matrix.work)
     copied = [name for name, one in tensors.items() if one["role"] == "copied"]
     run_stage("copies", Task(partial(_check_copied, opened, base), name=str), copied, num_workers, watcher)
@@ -70,6 +72,8 @@ class _Output:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.options, self.tensors = manifest["options"], manifest["tensors"]
+        self.experts: Mapping[str, Any] = manifest.get("experts", {})
+        self.stacks = expert_entries(manifest)
         self.base = open_checkpoint(folder / "base") if (folder / "base").is_dir() else None
         self.small = {
             name: read_header(folder / name / peft.WEIGHTS)
@@ -77,9 +81,21 @@ class _Output:
             if (folder / name).is_dir()
         }
 
-    def stored(self, name: str) -> Tensor | None:
-        """A tensor of the base; None if there is no base."""
-        return _read(self.base.shards[self.base.shard_of(name)], name) if self.base else None
+    def input_blake3(self, name: str) -> str:
+        """The hash of the original of a target."""
+        record = self.experts[name] if name in self.experts else self.tensors[name]
+        return str(record["input_blake3"])
+
+    def tail_factors(self, target: Target) -> tuple[Tensor, Tensor] | None:
+        """The factors of a target in the tail, (left, right); None if there are none."""
+        if target.expert is None:
+            tensors = self.small_tensors("tail", target.module)
+            return (tensors["B"], tensors["A"]) if tensors else None
+        entry, container = self.stacks.get(target.module), self.small.get("tail")
+        if entry is None or container is None:
+            return None
+        held = {name: container.tensor(name) for name in (entry.A, entry.B)}
+        return expert_factors(entry, held, target.expert)
 
     def small_tensors(self, folder: str, module: str) -> dict[str, Tensor]:
         """The tensors of one module in `adapter` or `tail`; {} if there is none."""
@@ -87,7 +103,7 @@ class _Output:
         if container is None:
             return {}
         names = peft.tensor_names(module)
-        return {key: _read(container, name) for key, name in names.items() if name in container.tensors}
+        return {key: container.tensor(name) for key, name in names.items() if name in container.tensors}
 
 
 def _check_names(output: _Output, tensors: Mapping[str, Any], base: Checkpoint) -> None:
@@ -117,25 +133,24 @@ def _check_companions(output: _Output, base: Checkpoint) -> None:
 
 
 def _compare_one(output: _Output, base: Checkpoint, target: Target) -> Comparison:
-    turn, original = target.matrix.orientation.turn, base.tensor(target.name)
-    if digest_of([raw_bytes(original)]) != output.tensors[target.name]["input_blake3"]:
+    if target.matrix.digest(base) != output.input_blake3(target.name):
         raise IntegrityError("not made from this tensor of the base", target.name, REMEDY)
-    found = ends(turn(original), target.dropped)
-    _check_start(output, found, target)
-    return Comparison(target.name, _ulps(output, found, original, target), _tail_error(output, found, target))
+    W = target.matrix.read(base)
+    found = ends(W, target.dropped)
+    if target.expert is None:
+        _check_start(output, found, target)
+    return Comparison(target.name, _ulps(output, found, W, target), _tail_error(output, found, target))
 
 
-def _ulps(output: _Output, found: Ends, original: Tensor, target: Target) -> float | None:
+def _ulps(output: _Output, found: Ends, W: Tensor, target: Target) -> float | None:
     """How far the stored base is from the exact result, in units in the last place."""
-    stored = output.stored(target.name)
-    if stored is None:
+    if output.base is None:
         return None
     L, R = kasa.cut(found)
-    turn = target.matrix.orientation.turn
-    exact = ExactSum(turn(original), L, R)
-    Q = turn(stored)
+    exact = Sum(W, L, R)
+    Q = target.matrix.read(output.base)
     allowed = 0.5 if output.options["rounding"] == "nearest" else 1.0
-    slack = SLACK * float(original.abs().max())
+    slack = SLACK * float(W.abs().max())
     worst = 0.0
     for start, stop in blocks(*Q.shape):
         T, rows = exact.rows(start, stop), Q[start:stop].contiguous()
@@ -149,12 +164,12 @@ def _ulps(output: _Output, found: Ends, original: Tensor, target: Target) -> flo
 
 def _tail_error(output: _Output, found: Ends, target: Target) -> float | None:
     """Distance of the tail's product from the exact one, in the dropped directions, over σ_max."""
-    tensors = output.small_tensors("tail", target.module)
-    if not tensors:
+    factors = output.tail_factors(target)
+    if factors is None:
         return None
     L, R = kasa.cut(found)
-    A, B = tensors["A"].to(torch.float64), tensors["B"].to(torch.float64)
-    error = float(torch.linalg.matrix_norm(B @ (A @ R.T) - L)) / (found.sigma_max or 1.0)
+    left, right = (factor.to(torch.float64) for factor in factors)
+    error = float(torch.linalg.matrix_norm(left @ (right @ R.T) - L)) / (found.sigma_max or 1.0)
     if error > TAIL_TOLERANCE:
         raise IntegrityError("the tail is not what its base gives", target.name)
     return error
@@ -180,7 +195,7 @@ def _check_start(output: _Output, found: Ends, target: Target) -> None:
 
 def _check_copied(output: _Output, base: Checkpoint, name: str) -> None:
     copies = [checkpoint for checkpoint in (base, output.base) if checkpoint]
-    hashes = {hash_tensor(one.shards[one.shard_of(name)], name) for one in copies}
+    hashes = {hash_tensor(one, name) for one in copies}
     if hashes != {output.tensors[name]["blake3"]}:
         raise IntegrityError("not the bytes of the base", name, REMEDY)
 
@@ -192,6 +207,8 @@ def _target(name: str, one: Mapping[str, Any]) -> Target:
     return Target(matrix, one["module"], (rows, columns), one["truncation_rank"])
 
 
-def _read(container: Container, name: str) -> Tensor:
-    with Reader(container) as reader:
-        return reader.tensor(name)
+def _expert(name: str, one: Mapping[str, Any]) -> Target:
+    pieces = tuple(Piece(tensor, index) for tensor, index in one["pieces"])
+    rows, columns = one["shape"]
+    matrix = Matrix(name, pieces, (rows, columns), one["dtype"], Orientation.of(one["is_transposed"]))
+    return Target(matrix, one["module"], (rows, columns), one["truncation_rank"], one["expert"])
