@@ -1,4 +1,4 @@
-"""What an adapter says, as plain data: the words that its readers and those who use it share."""
+"""The content of an adapter as plain data."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +9,8 @@ from kasa_cli.checkpoint.dtypes import FLOATS
 from kasa_cli.checkpoint.safetensors_file import Container
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files.untrusted import enumerated, quote
+from kasa_cli.methods.adapter_kinds.kind import BaseChange, Kind
+from kasa_cli.methods.adapter_kinds.table import KINDS
 
 UNKNOWN_PARAMETER = ""
 """The parameter of a patch that only the base can tell: fused experts are not named in an adapter's tensors."""
@@ -16,12 +18,13 @@ UNKNOWN_PARAMETER = ""
 
 @dataclass(frozen=True)
 class Patch:
-    """What an adapter says about one weight in memory.
+    """The part of an adapter for one weight in memory.
 
-    `tensors` leads from short names (`lora_A`) to those in the file. `settings` is plain data: rank, alpha, scaling
-    and whatever else the kind's formula needs. `parameter` is "weight", the name of a fused parameter, or, before the
-    base was asked, `UNKNOWN_PARAMETER`; then `depth` counts the wrappers around it, 0 the outermost. `copies` are
+    `tensors` maps short names (`lora_A`) to names in the file. `settings` is plain data: rank, alpha, scaling and
+    the other inputs of the kind's formula. `parameter` is "weight", the name of a fused parameter, or, before the
+    base is read, `UNKNOWN_PARAMETER`; then `depth` counts the wrappers around it, 0 the outermost. `copies` are
     tensors of the file that only repeat those of the same short name (RandLoRA stores its shared bases per module).
+    `base_change`: what the initialisation did to the weight.
     """
 
     module: str
@@ -31,6 +34,12 @@ class Patch:
     settings: Mapping[str, Any]
     depth: int = 0
     copies: Mapping[str, str] = field(default_factory=dict)
+    base_change: BaseChange = BaseChange.NONE
+
+    @property
+    def row(self) -> Kind:
+        """The kind's row in the table."""
+        return KINDS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,11 @@ class Adapter:
     patches: tuple[Patch, ...]
     replacements: tuple[Replacement, ...]
     token_rows: tuple[TokenRows, ...]
+
+    @property
+    def row(self) -> Kind:
+        """The kind's row in the table."""
+        return KINDS[self.kind]
 
     @property
     def touched(self) -> frozenset[str]:

@@ -1,14 +1,23 @@
-"""An `adapter_config.json`: read within bounds, every field known and of its type. Nothing in it is followed."""
+"""An `adapter_config.json`: read within bounds, every field known and of its type. No name in it is followed."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kasa_cli.adapters.config_fields import check_fields, check_object
 from kasa_cli.adapters.peft import CONFIG
-from kasa_cli.adapters.peft_types import METHODS, PROMPTS, Method
 from kasa_cli.errors import InvalidInput, UnsafeInput
-from kasa_cli.files.untrusted import MAX_CONFIG, enumerated, parse_json, quote, read_small
+from kasa_cli.files.untrusted import (
+    MAX_CONFIG,
+    MAX_CONFIG_DEPTH,
+    depth_exceeds,
+    enumerated,
+    parse_json,
+    quote,
+    read_small,
+)
+from kasa_cli.methods.adapter_kinds.config_fields import Field, is_absent
+from kasa_cli.methods.adapter_kinds.kind import ConfigType, Initialisation, Kind
+from kasa_cli.methods.adapter_kinds.table import PEFT_TYPES, REFUSED, initialisation_of
 
 Config = Mapping[str, Any]
 
@@ -18,9 +27,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     config = parse_json(read_small(path, MAX_CONFIG), path)
     check_object(config, path)
-    method_of(config, path)
+    kinds_of(config, path)
     check_label(config, path)
     return dict(config)
+
+
+def check_object(config: Any, path: Path) -> None:
+    """Refuse anything but a JSON object, and one nested too deep."""
+    if not isinstance(config, dict):
+        raise InvalidInput("not a JSON object", str(path))
+    if depth_exceeds(config, MAX_CONFIG_DEPTH):
+        raise InvalidInput("JSON nested too deep", str(path))
 
 
 def check_label(config: Config, path: Path) -> None:
@@ -30,23 +47,70 @@ def check_label(config: Config, path: Path) -> None:
         raise UnsafeInput(f"base_model_name_or_path {quote(name)} is not printable", str(path))
 
 
-def method_of(config: Config, path: Path) -> Method:
-    """The row of an adapter's type.
+def kinds_of(config: Config, path: Path) -> tuple[Kind, ...]:
+    """The kinds of adapters that have configs of this type, the config checked.
 
     Raises:
-        InvalidInput: a type that cannot be merged, or a field that is not understood.
+        InvalidInput: the type cannot be merged, or a field is unknown, missing or unsound.
     """
     name = str(config.get("peft_type"))
-    method = METHODS.get(name)
-    if method is None:
-        why = (
-            "it adds to the input, not to the weights"
-            if name in PROMPTS
-            else "kasa does not know how to merge it"
-        )
+    if name not in PEFT_TYPES:
+        why = REFUSED.get(name, "kasa does not know how to merge it")
         raise InvalidInput(f"peft_type {quote(name)}: {why}", str(path))
-    check_fields(config, method.fields, path)
-    missing = [field for field in method.needs if config.get(field) is None]
+    check_fields(config, PEFT_TYPES[name][0].config, path)
+    return PEFT_TYPES[name]
+
+
+def check_fields(config: Config, type_: ConfigType, path: Path) -> None:
+    """Refuse an unknown field, a value that does not fit its field, and a config without a field that it must have.
+
+    Raises:
+        InvalidInput: naming the field.
+    """
+    check_values(config, type_.fields, path)
+    missing = [field for field in type_.needed if config.get(field) is None]
     if missing:
         raise InvalidInput(f"{enumerated(missing)} is missing", str(path))
-    return method
+
+
+def check_values(config: Config, fields: Mapping[str, Field], path: Path) -> None:
+    """Refuse an unknown field, and a value that does not fit its field."""
+    unknown = [quote(name) for name, value in config.items() if name not in fields and not is_absent(value)]
+    if unknown:
+        what = f"unknown fields that may change the result: {enumerated(unknown, 3)}"
+        raise InvalidInput(what, str(path), "use a newer kasa, or remove them if they mean nothing")
+    for name, value in config.items():
+        if name in fields and not fields[name].holds(value):
+            raise InvalidInput(f"{name} is {quote(str(value))}: {fields[name].expects}", str(path))
+
+
+def kind_of(config: Config, path: Path) -> Kind:
+    """The kind of adapter that a config describes.
+
+    Raises:
+        InvalidInput: the config is not sound, or describes several kinds at once.
+    """
+    kinds = kinds_of(config, path)
+    named = [kind for kind in kinds if kind.is_named(config)]
+    if len(named) > 1:
+        names = " and ".join(kind.name for kind in named)
+        raise InvalidInput(f"{names} at once: PEFT has no such adapter", str(path))
+    if named:
+        return named[0]
+    name = initialisation(config, kinds[0], path).kind
+    return next((kind for kind in kinds if kind.name == name), kinds[0])
+
+
+def initialisation(config: Config, kind: Kind, path: Path) -> Initialisation:
+    """How PEFT initialised an adapter of this kind.
+
+    Raises:
+        InvalidInput: `init_lora_weights` has an unknown value.
+    """
+    if not kind.config.initialisations:
+        return Initialisation("")
+    known = initialisation_of(config)
+    if known is None:
+        init = quote(str(config.get("init_lora_weights", True)).lower())
+        raise InvalidInput(f"init_lora_weights {init} is not known", str(path))
+    return known

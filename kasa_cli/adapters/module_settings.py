@@ -1,13 +1,12 @@
 """The numbers of each module: its rank, alpha and scaling after the patterns, as PEFT resolves them.
 
-Patterns are regular expressions of a stranger: only simple ones are taken, and those are matched by an engine that
-can be stopped.
+Patterns are untrusted regular expressions: only simple ones are accepted, and the engine that matches them can be
+stopped.
 """
 
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,10 +14,10 @@ from typing import Any
 
 import regex  # transformers needs it; unlike re, it can be stopped
 
-from kasa_cli.adapters.config import Config, method_of
-from kasa_cli.adapters.peft_types import Method
+from kasa_cli.adapters.config import Config, initialisation, kind_of
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files.untrusted import quote
+from kasa_cli.methods.adapter_kinds.kind import Initialisation, Kind
 
 MAX_PATTERN = 1000
 MAX_PATTERNS = 100_000
@@ -30,36 +29,6 @@ PLAIN = re.compile(
 """Patterns in which nothing but one character, or a class, is repeated. Others can fill the memory or never end."""
 COMPILE_SECONDS = 20.0  # for all patterns of one adapter
 MATCH_SECONDS = 20.0  # for all matches of one adapter
-FIRST_WITH_VERSION = (0, 18)
-"""The first PEFT that wrote its version into the config."""
-
-Settings = Mapping[str, Any]
-Extra = tuple[str, Callable[[Config], bool], str]
-
-EXTRAS: tuple[Extra, ...] = (
-    ("dora", lambda config: config.get("use_dora") is True, "lora_magnitude_vector"),
-    ("kasa", lambda config: config.get("kasa_config") is not None, "lora_diag"),
-    ("", lambda config: config.get("lora_bias") is True, "lora_B.bias"),
-)
-"""Variants of LoRA: the kind they make of it, how the config says so, and the tensor that each module has more."""
-
-STARTS = {
-    **dict.fromkeys(("true", "false", "gaussian", "eva", "orthogonal", "mica"), ("", "kept")),
-    "pissa": ("pissa", "pissa"),
-    "olora": ("olora", "olora"),
-    **dict.fromkeys(("corda", "lora_ga", "loftq"), ("", "lost")),
-}
-"""By `init_lora_weights`: the kind, and `base_start`, what became of the base: kept, minus a start that can be
-computed from it again (by that name), or minus one that cannot (lost). Where the file holds the base itself: file."""
-
-SCALINGS: Mapping[str, Callable[[float, int, Config], float]] = {
-    "LORA": lambda alpha, r, config: alpha / (r**0.5 if config.get("use_rslora") else r),
-    "ADALORA": lambda alpha, r, config: (alpha if alpha > 0 else float(r)) / (r + 1e-5),
-    "LOHA": lambda alpha, r, config: alpha / r,
-    "LOKR": lambda alpha, r, config: alpha / r,
-    "RANDLORA": lambda alpha, r, config: alpha / r,
-}
-"""The factor before the product, from alpha, the rank of the module and the config."""
 
 
 class Patterns:
@@ -74,11 +43,11 @@ class Patterns:
         self._deadline = time.monotonic() + MATCH_SECONDS
 
     def value(self, name: str, otherwise: Any) -> Any:
-        """What is said about a name, or what holds otherwise."""
-        found = (
+        """The value of the first pattern that matches a name, or `otherwise`."""
+        matching = (
             v for tail, pattern, v in self._values if name.endswith(tail) and self._matches(pattern, name)
         )
-        return next(found, otherwise)
+        return next(matching, otherwise)
 
     def _compiled(self, key: str) -> Any:
         if len(key) > MAX_PATTERN:
@@ -105,7 +74,7 @@ class Patterns:
 
 
 def tail_of(key: str) -> str:
-    """What a name must end with to match a pattern, if that is plain to see: saves most of the matching.
+    """The end of every name that a pattern matches, if the pattern is a plain name: it saves most of the matching.
 
     >>> tail_of("layers.0.q_proj"), tail_of("(q|v)_proj")
     ('q_proj', '')
@@ -117,98 +86,35 @@ def tail_of(key: str) -> str:
 class Resolver:
     """The settings of any module of one adapter, by the name that PEFT's patterns are matched with."""
 
-    kind: str
-    method: Method
+    kind: Kind
     config: Config
     ranks: Patterns
     alphas: Patterns
+    initialisation: Initialisation
     path: Path
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Plain data: what is kept of the config, rank, alpha and scaling."""
-        keys = (*self.method.keeps, "peft_version")
-        kept = {key: self.config[key] for key in keys if self.config.get(key) is not None}
-        rank = rank_of(self, name)
-        if rank is not None:
-            kept["r"] = rank
-        if self.method.alpha:
-            alpha = self.alphas.value(name, self.config[self.method.alpha])
-            kept["alpha"] = alpha
-            kept["scaling"] = SCALINGS[self.config["peft_type"]](alpha, rank or 1, self.config)
-        return {**kept, **start_of(self.config, self.path)}
+        """Plain data: the kept fields of the config, rank, alpha and scaling."""
+        type_ = self.kind.config
+        kept = {key: self.config.get(key) for key in (*type_.kept, "peft_version")}
+        settings = {key: value for key, value in kept.items() if value is not None}
+        if type_.rank:
+            settings["r"] = int(self.ranks.value(name, self.config[type_.rank]))
+        if type_.alpha:
+            settings["alpha"] = self.alphas.value(name, self.config[type_.alpha])
+        if self.kind.scaling:
+            settings["scaling"] = self.kind.scaling(settings)
+        if type_.initialisations:
+            settings["init_lora_weights"] = self.config.get("init_lora_weights", True)
+        return settings
 
 
 def resolver_of(config: Config, path: Path) -> Resolver:
-    """Check a config and make ready to ask it about modules."""
-    method = method_of(config, path)
-    is_adalora = (
-        method.kind == "adalora"
-    )  # its rank_pattern says which components were kept, tensor by tensor
-    ranks = Patterns(
-        "rank_pattern", None if is_adalora or method.kind == "osf" else config.get("rank_pattern"), path
+    """Check a config and prepare the settings of its modules."""
+    kind = kind_of(config, path)
+    ranks, alphas = (
+        Patterns(field, config.get(field) if kind.config.has_patterns else None, path)
+        for field in ("rank_pattern", "alpha_pattern")
     )
-    alphas = Patterns("alpha_pattern", None if is_adalora else config.get("alpha_pattern"), path)
-    return Resolver(
-        kind_of(config, method, path), method, MappingProxyType(dict(config)), ranks, alphas, path
-    )
-
-
-def rank_of(resolver: Resolver, name: str) -> int | None:
-    """The rank of a module, of AdaLoRA that before pruning; None where the type has none."""
-    config, needs = resolver.config, resolver.method.needs
-    if "init_r" in needs:
-        return int(config["init_r"])
-    return int(resolver.ranks.value(name, config["r"])) if "r" in needs else None
-
-
-def kept_rank(resolver: Resolver, name: str) -> int:
-    """How many components AdaLoRA kept of a module: PEFT saves no others."""
-    kept = (resolver.config.get("rank_pattern") or {}).get(f"{name}.lora_E")
-    return sum(flag is True for flag in kept) if isinstance(kept, list) else int(resolver.config["init_r"])
-
-
-def kind_of(config: Config, method: Method, path: Path) -> str:
-    """What kind of adapter a config describes."""
-    if method.kind != "lora":
-        return method.kind
-    variants = [kind for kind, holds, _ in EXTRAS if kind and holds(config)]
-    if len(variants) > 1:
-        raise InvalidInput(f"{' and '.join(variants)} at once: PEFT has no such adapter", str(path))
-    return next(iter(variants), start_kind(config, path))
-
-
-def start_kind(config: Config, path: Path) -> str:
-    """The kind that the start of a LoRA makes of it, if it is one that the base must know."""
-    return started(config, path)[0] or "lora"
-
-
-def started(config: Config, path: Path) -> tuple[str, str]:
-    """The row of `STARTS`. An approximate PiSSA drew random numbers that nobody can draw again."""
-    init = str(config.get("init_lora_weights", True)).lower()
-    if re.fullmatch(r"pissa_niter_\d+", init):
-        return "pissa", "lost"
-    if init not in STARTS:
-        raise InvalidInput(f"init_lora_weights {quote(init)} is not known", str(path))
-    return STARTS[init]
-
-
-def start_of(config: Config, path: Path) -> dict[str, Any]:
-    """What the start of a LoRA did, for who merges it into the original base."""
-    if config.get("peft_type") != "LORA":
-        return {}
-    return {
-        "init_lora_weights": config.get("init_lora_weights", True),
-        "base_start": started(config, path)[1],
-    }
-
-
-def extra_tensors(config: Config) -> tuple[str, ...]:
-    """The tensors that each module has beside its factors."""
-    return tuple(tensor for _, holds, tensor in EXTRAS if holds(config))
-
-
-def version_of(config: Config) -> tuple[int, int]:
-    """The PEFT that wrote an adapter; one that says nothing is older than those that do."""
-    text = config.get("peft_version")
-    found = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
-    return (int(found[1]), int(found[2])) if found else (0, FIRST_WITH_VERSION[1] - 1)
+    init = initialisation(config, kind, path)
+    return Resolver(kind, MappingProxyType(dict(config)), ranks, alphas, init, path)

@@ -11,15 +11,17 @@ from types import MappingProxyType
 
 from kasa_cli.adapters.adapter import UNKNOWN_PARAMETER, Adapter, Patch
 from kasa_cli.adapters.base import Base, Landed, Part, Tensors, pieces_of
-from kasa_cli.adapters.config_fields import is_absent
-from kasa_cli.adapters.module_settings import Resolver, resolver_of, version_of
+from kasa_cli.adapters.module_settings import Resolver, resolver_of
 from kasa_cli.adapters.peft import CONFIG
 from kasa_cli.adapters.saved_parameters import declared, ends_with_name
 from kasa_cli.adapters.tensor_names import ends_with
-from kasa_cli.adapters.tensor_shapes import TRANSPOSED, bound
 from kasa_cli.checkpoint.matrix import Matrix, Orientation
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files.untrusted import enumerated, quote
+from kasa_cli.methods.adapter_kinds.config_fields import is_absent, version_of
+from kasa_cli.methods.adapter_kinds.kind import is_of_embedding
+from kasa_cli.methods.adapter_kinds.lora import BIAS
+from kasa_cli.methods.adapter_kinds.shapes import sizes_of
 from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
 
 REMEDY = "the file is incomplete, or of another base"
@@ -30,10 +32,6 @@ FIRST_BY_LAYOUT = (0, 19)
 """The first PEFT that asks a module of fused experts which way it stores them. Before, all were (in, out) to it."""
 TURNED_CLASSES = ("GptOss", "OpenAIPrivacyFilter", "Aria")
 """How the names of those classes begin whose experts say that they are stored (in, out)."""
-OUTPUT_SIDE = "oft_embedding_R.weight"
-"""A rotation of an embedding turns what comes out of it."""
-BIASED = frozenset({"ia3", "road", "lite-ia3", "lite-road"})
-"""Kinds that change the bias of their module, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def is_in_out(adapter: Adapter, base: Base, patch: Patch, weight: Weight, shape:
     """Whether memory holds the transpose of what the adapter makes."""
     if not weight.is_module:
         return is_expert_in_out(adapter, base, patch, shape)
-    if not TRANSPOSED.isdisjoint(patch.tensors):
+    if is_of_embedding(patch.tensors):
         return True
     if base.names.model_class is None:  # without the class, a Conv1D cannot be told but by the config
         return bool(patch.settings.get("fan_in_fan_out"))
@@ -170,23 +168,21 @@ def check_shapes(adapter: Adapter, found: Placed) -> None:
     """Every tensor of a patch fits the sides of the weight."""
     patch, entries = found.patch, adapter.container.tensors
     out_features, in_features = found.sides
-    turns_output = OUTPUT_SIDE in patch.tensors
-    known = {"o": out_features, "i": out_features if turns_output else in_features}
-    if patch.kind != "adalora" and "r" in patch.settings:
+    known = {"o": out_features, "i": in_features}
+    if "r" in patch.settings:
         known["r"] = patch.settings["r"] * len(found.matrices)
     shapes = {short: entries[name].shape for short, name in patch.tensors.items()}
-    bound(patch.kind, patch.settings, shapes, known, patch.tensors)
+    sizes_of(patch.row, patch.settings, shapes, known, patch.tensors)
 
 
 def bias_of(base: Base, patch: Patch) -> str | None:
     """The bias on disk that a patch changes with its weight."""
     name = base.holder(patch.module, "bias") or base.tied(patch.module, "bias")
-    if "lora_B.bias" in patch.tensors and name is None:
+    if BIAS in patch.tensors and name is None:
         raise InvalidInput(
-            f"a bias for {quote(patch.module)}, which has none in the base", patch.tensors["lora_B.bias"]
+            f"a bias for {quote(patch.module)}, which has none in the base", patch.tensors[BIAS]
         )
-    is_changed = "lora_B.bias" in patch.tensors or patch.kind in BIASED
-    return name if is_changed and not patch.settings.get("feedforward") else None
+    return name if BIAS in patch.tensors or patch.row.changes_bias(patch.settings) else None
 
 
 # --- parameters that are not modules ---

@@ -23,25 +23,24 @@ from kasa_cli.adapters.adapter import (
     unconsumed,
 )
 from kasa_cli.adapters.config import read_config
-from kasa_cli.adapters.config_fields import is_absent
 from kasa_cli.adapters.lora_lite import open_lite
-from kasa_cli.adapters.module_settings import Resolver, extra_tensors, kept_rank, resolver_of, version_of
+from kasa_cli.adapters.module_settings import Resolver, resolver_of
 from kasa_cli.adapters.peft import CONFIG, WEIGHTS
 from kasa_cli.adapters.saved_parameters import EMBEDDINGS, NORM, TOKENS, replacements, token_rows
 from kasa_cli.adapters.tensor_names import Place, ends_with, parse
-from kasa_cli.adapters.tensor_shapes import block_size, bound
 from kasa_cli.checkpoint.folder import require_inside
 from kasa_cli.checkpoint.safetensors_file import Container, read_header
 from kasa_cli.errors import InvalidInput, UnsafeInput
 from kasa_cli.files.untrusted import enumerated, quote
+from kasa_cli.methods.adapter_kinds.config_fields import is_absent
+from kasa_cli.methods.adapter_kinds.kind import BaseChange
+from kasa_cli.methods.adapter_kinds.shapes import sizes_of
 
 __all__ = ["Adapter", "Patch", "Replacement", "TokenRows", "open_adapter"]
 
 PICKLE = "adapter_model.bin"
 FIRST_NUMBER = re.compile(r"[^.]+(?:\.[^.]+)*?\.[^.]+\.([0-9]{1,9})\.")
 """PEFT's number of a layer: the first with two names before it."""
-STARTED = frozenset({"pissa", "olora"})
-"""Kinds that are a plain LoRA but for what their start took off the base."""
 
 
 def open_adapter(path: Path, *, hub_cache: Path | None = None) -> Adapter:
@@ -60,7 +59,6 @@ def open_adapter(path: Path, *, hub_cache: Path | None = None) -> Adapter:
         require_inside(path, name, hub_cache)
     config = read_config(path)
     resolver = resolver_of(config, path / CONFIG)
-    check_versions(resolver)
     return assembled(path, read_header(path / WEIGHTS), resolver)
 
 
@@ -78,20 +76,10 @@ def require_files(path: Path) -> None:
     raise InvalidInput(f"no adapter: {WEIGHTS} is missing", str(path))
 
 
-def check_versions(resolver: Resolver) -> None:
-    """Refuse what older releases of PEFT meant otherwise."""
-    config = resolver.config
-    if resolver.kind == "oft" and config.get("use_cayley_neumann") and version_of(config) < (0, 18):
-        what = "OFT with the Cayley-Neumann series of a PEFT before 0.18, which has another formula"
-        raise InvalidInput(what, str(resolver.path), "merge it with that PEFT")
-
-
 def assembled(path: Path, container: Container, resolver: Resolver) -> Adapter:
     """Sort the tensors of a file into what they are for."""
-    places = parsed(container, shorts_of(resolver))
-    shared = {
-        p.short: name for name, p in places.items() if p.is_shared and p.short in resolver.method.shared
-    }
+    places = parsed(container, resolver.kind.names | {TOKENS, NORM})
+    shared = {p.short: name for name, p in places.items() if p.is_shared and p.short in resolver.kind.shared}
     parts = {
         name: p
         for name, p in places.items()
@@ -108,29 +96,17 @@ def assembled(path: Path, container: Container, resolver: Resolver) -> Adapter:
     if not patches and not replaced and not rows:
         raise InvalidInput("an adapter without tensors", str(container.path))
     patches = tuple(on_own_base(patch, replaced) for patch in patches)
-    return Adapter(path, resolver.kind, container, resolver.config, patches, replaced, rows)
+    return Adapter(path, resolver.kind.name, container, resolver.config, patches, replaced, rows)
 
 
 def on_own_base(patch: Patch, replaced: Iterable[Replacement]) -> Patch:
-    """A LoRA on a weight that the file holds too: what the start took off is off that already."""
+    """The patch as it is on a weight that the file holds too, as the initialisation left it."""
     has_base = any(one.parameter == f"{patch.module}.weight" and one.why == "base layer" for one in replaced)
-    if not has_base or "base_start" not in patch.settings:
+    if not has_base or "init_lora_weights" not in patch.settings:
         return patch
-    settings = {**patch.settings, "init_lora_weights": True, "base_start": "file"}
-    kind = "lora" if patch.kind in STARTED else patch.kind
-    return replace(patch, kind=kind, settings=MappingProxyType(settings))
-
-
-def shorts_of(resolver: Resolver) -> frozenset[str]:
-    """The short names of tensors that this type of adapter has."""
-    method = resolver.method
-    grouped = {short for group in method.groups for short in group}
-    return frozenset(grouped | {*method.shared, *extras_of(resolver), TOKENS, NORM})
-
-
-def extras_of(resolver: Resolver) -> tuple[str, ...]:
-    """The tensors that a variant of LoRA has more."""
-    return extra_tensors(resolver.config) if resolver.method.kind == "lora" else ()
+    settings = MappingProxyType({**patch.settings, "init_lora_weights": True})
+    kind = patch.row.on_changed_base or patch.kind
+    return replace(patch, kind=kind, settings=settings, base_change=BaseChange.IN_FILE)
 
 
 def parsed(container: Container, shorts: frozenset[str]) -> dict[str, Place]:
@@ -165,10 +141,9 @@ def patches_of(
         if place.is_shared:
             raise unconsumed([name], container)
         of_module[place.module, place.depth][place.short] = name
-    extras = extras_of(resolver)
     for (module, _), tensors in of_module.items():
-        require_group(container, module, tensors, tuple((*g, *extras) for g in resolver.method.groups))
-    absent = [short for short in resolver.method.shared if of_module and short not in shared]
+        require_group(container, module, tensors, resolver.kind.groups_for(resolver.config))
+    absent = [short for short in resolver.kind.shared if of_module and short not in shared]
     if absent:
         raise InvalidInput(f"{enumerated(absent)} is missing", str(container.path))
     if shared and not of_module:
@@ -191,27 +166,29 @@ def patch(
     tensors = {**own, **shared}
     require_floats(container, tensors)
     shapes = {short: container.tensors[name].shape for short, name in tensors.items()}
-    settings = {**resolver.settings(module), **told_by_shapes(resolver.kind, shapes)}
-    check_feedforward(resolver.config, module, settings, container)
-    known = {} if is_open else known_letters(resolver, module, settings)
-    bound(resolver.kind, settings, shapes, known, tensors)
+    settings = {**resolver.settings(module), **resolver.kind.read_settings(shapes)}
+    if problem := resolver.kind.contradiction(resolver.config, module, settings):
+        raise InvalidInput(f"{quote(module)}: {problem}", str(container.path))
+    sizes_of(
+        resolver.kind, settings, shapes, {} if is_open else known_sizes(resolver, module, settings), tensors
+    )
     copies = {short: name for short, name in own.items() if short in shared}
     return Patch(
         module,
         UNKNOWN_PARAMETER if is_open else "weight",
-        resolver.kind,
+        resolver.kind.name,
         MappingProxyType(tensors),
         MappingProxyType(settings),
         depth,
         MappingProxyType(copies),
+        resolver.initialisation.base,
     )
 
 
-def known_letters(resolver: Resolver, module: str, settings: Mapping[str, Any]) -> dict[str, int]:
-    """What the config says about the sides of a module's tensors."""
-    if resolver.method.kind == "adalora":
-        return {"n": kept_rank(resolver, module)}
-    return {"r": settings["r"]} if "r" in settings else {}
+def known_sizes(resolver: Resolver, module: str, settings: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of a module's tensors that the config gives."""
+    rank = {"r": settings["r"]} if "r" in settings else {}
+    return {**rank, **resolver.kind.read_sizes(resolver.config, module)}
 
 
 def may_be_parameter(config: Mapping[str, Any], module: str, depth: int) -> bool:
@@ -221,28 +198,6 @@ def may_be_parameter(config: Mapping[str, Any], module: str, depth: int) -> bool
     listed = config.get("target_modules")
     is_module = isinstance(listed, list) and any(ends_with(module, target) for target in listed)
     return depth > 0 or not is_module
-
-
-def told_by_shapes(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Settings that the tensors say more surely than the config does."""
-    if kind == "ia3" and "ia3_l" in shapes:
-        return {"feedforward": shapes["ia3_l"][:1] == (1,) and shapes["ia3_l"] != (1, 1)}
-    if kind == "oft":
-        rotation = next(iter(shapes.values()))
-        return {"oft_block_size": block_size(rotation[-1]) if rotation else 0}
-    return {}
-
-
-def check_feedforward(
-    config: Mapping[str, Any], module: str, settings: Mapping[str, Any], container: Container
-) -> None:
-    """IA3 says twice on which side it scales. A pattern is not matched: the shape has said it."""
-    listed = config.get("feedforward_modules")
-    if "feedforward" not in settings or isinstance(listed, str):
-        return
-    if settings["feedforward"] != any(module.endswith(end) for end in listed or ()):
-        what = f"ia3_l of {quote(module)} is of the other side than feedforward_modules says"
-        raise InvalidInput(what, str(container.path))
 
 
 def require_targets(resolver: Resolver, patches: Iterable[Patch], replaced: Iterable[Replacement]) -> None:

@@ -7,6 +7,7 @@ says of it; only PEFT's merge, in place, gives all ends what was meant for one.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,12 +121,16 @@ def _order(item: Item) -> str:
 
 def _same(adapter: Adapter, one: Item, other: Item) -> bool:
     if isinstance(one, Placed) and isinstance(other, Placed):
-        is_alike = (one.patch.kind, one.patch.settings) == (other.patch.kind, other.patch.settings)
+        is_alike = _formula(one) == _formula(other)
         return is_alike and _equal(_factors(adapter, one), _factors(adapter, other))
     if isinstance(one, PlacedValue) and isinstance(other, PlacedValue):
         is_alike = _indices(one) == _indices(other)
         return is_alike and _equal(_value(adapter, one), _value(adapter, other))
     return False
+
+
+def _formula(item: Placed) -> tuple[Any, ...]:
+    return item.patch.kind, item.patch.settings, item.patch.base_change
 
 
 def _indices(item: PlacedValue) -> tuple[int, ...] | None:

@@ -15,9 +15,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.adapters import module_settings, peft_types
+from kasa_cli.adapters import module_settings
 from kasa_cli.adapters.reading import Adapter, Patch, open_adapter
 from kasa_cli.errors import ExitCode, KasaError
+from kasa_cli.methods.adapter_kinds.config_fields import version_of
+from kasa_cli.methods.adapter_kinds.kind import BaseChange
+from kasa_cli.methods.adapter_kinds.table import PEFT_TYPES
 from tests.builders.adapters import CASES, CONFIG, LORA, QV, WEIGHTS, live, saved, tampered
 
 PREFIX = "base_model.model."
@@ -141,9 +144,9 @@ def test_a_head_that_lies_in_the_file_has_its_start_off_already(init, tmp_path):
     model.lm_head.lora_B["default"].weight.data.add_(0.1)
     model.save_pretrained(tmp_path)
     [patch], tensors = open_adapter(tmp_path).patches, load_file(tmp_path / WEIGHTS)
-    assert (patch.kind, patch.settings["base_start"], patch.settings["init_lora_weights"]) == (
+    assert (patch.kind, patch.base_change, patch.settings["init_lora_weights"]) == (
         "lora",
-        "file",
+        BaseChange.IN_FILE,
         True,
     )
     A, B = (tensors[patch.tensors[short]] for short in ("lora_A", "lora_B"))
@@ -153,15 +156,15 @@ def test_a_head_that_lies_in_the_file_has_its_start_off_already(init, tmp_path):
 
 def test_a_start_that_cannot_be_found_again_is_said_to_be_lost(folder):
     starts = {
-        name: {patch.settings["base_start"] for patch in open_adapter(saved(name, folder)).patches}
+        name: {patch.base_change for patch in open_adapter(saved(name, folder)).patches}
         for name in ("lora", "mica", "pissa", "olora", "pissa-niter")
     }
     assert starts == {
-        "lora": {"kept"},
-        "mica": {"kept"},
-        "pissa": {"pissa"},
-        "olora": {"olora"},
-        "pissa-niter": {"lost"},
+        "lora": {BaseChange.NONE},
+        "mica": {BaseChange.NONE},
+        "pissa": {BaseChange.RECOMPUTED},
+        "olora": {BaseChange.RECOMPUTED},
+        "pissa-niter": {BaseChange.LOST},
     }
 
 
@@ -207,7 +210,7 @@ def test_old_files_say_less(folder, tmp_path):
         "merge_weights": False,
     }
     adapter = open_adapter(tampered(saved("lora", folder), tmp_path / "x", **old))
-    assert len(adapter.patches) == 4 and module_settings.version_of(adapter.config) < (0, 18)
+    assert len(adapter.patches) == 4 and version_of(adapter.config) < (0, 18)
 
 
 # --- tampered files ---
@@ -311,7 +314,7 @@ TAMPERED: dict[str, tuple[str, Change | None, dict[str, Any], str]] = {
     "no type": ("lora", None, {"peft_type": ...}, "peft_type 'None'"),
     "type list": ("lora", None, {"peft_type": ["LORA"]}, "peft_type .*does not know"),
     "prompts": ("lora", None, {"peft_type": "PROMPT_TUNING"}, "adds to the input, not to the weights"),
-    "xlora": ("lora", None, {"peft_type": "XLORA"}, "does not know how to merge it"),
+    "xlora": ("lora", None, {"peft_type": "XLORA"}, "chooses between adapters by the input"),
     "alora": ("lora", None, {"alora_invocation_tokens": [1]}, "aLoRA depends on the input"),
     "arrow": ("lora", None, {"arrow_config": {"top_k": 3}}, "Arrow depends on the input"),
     "qalora": ("lora", None, {"use_qalora": True}, "QALoRA belongs to a quantized base"),
@@ -464,9 +467,9 @@ def test_every_field_of_peft_has_a_row():
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        method = peft_types.METHODS.get(kind.value)
-        if method:
-            assert {field.name for field in fields(config)} - method.fields.keys() == set(), kind
+        if kind.value in PEFT_TYPES:
+            known = PEFT_TYPES[kind.value][0].config.fields.keys()
+            assert {field.name for field in fields(config)} - known == set(), kind
 
 
 # --- lora-lite ---
@@ -562,9 +565,8 @@ def test_a_file_without_a_config_is_no_adapter(folder):
 
 
 def test_what_kasa_writes_is_read(tmp_path):
-    import tiny_models
-
     from kasa_cli.commands.truncate import Options, Where, truncate
+    from tests.builders import tiny_models
 
     model = tiny_models.save("llama", tmp_path / "model")
     truncate(Where(str(model)), tmp_path / "out", Options(rank=3, workers=1))

@@ -6,9 +6,8 @@ Shapes: o = out_features, i = in_features, n = rank of the terms, p = min(n, o, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -21,19 +20,6 @@ from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.lowrank import svd_of_product
 from kasa_cli.linalg.top import tops_of
 from kasa_cli.methods.adapter_kinds.change import Change, Term, row_blocks, rows
-
-DENSE = frozenset({"dora", "hira", "ia3", "loha", "lokr", "oft", "road"})
-"""Kinds that are no low-rank terms, even once the weight is known."""
-
-
-def has_low_rank_form(kind: str, settings: Mapping[str, Any]) -> bool:
-    """Whether what a kind adds to a weight is low-rank terms.
-
-    >>> [has_low_rank_form(kind, {}) for kind in ("lora", "lite-dora", "miss")], has_low_rank_form("lite-ia3_ff", {})
-    ([True, False, True], False)
-    """
-    name = kind.removeprefix("lite-").removesuffix("_ff")
-    return name not in DENSE and not (name == "miss" and settings.get("init_weights") == "bat")
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,8 @@ from torch import Tensor
 
 from kasa_cli.linalg.lowrank import svd_of_product
 from kasa_cli.methods.adapter_kinds.change import Change, factors, row_blocks, rows
-from kasa_cli.methods.adapter_kinds.table import KINDS
+from kasa_cli.methods.adapter_kinds.kind import Kind
 
-PAIRS = (("A", "B"), ("V", "U"), ("Vh", "U"))
-"""The letters of a kind's two factors: (r x i), (o x r)."""
-DIAGONALS = {
-    "kasa": "diag",
-    "adalora": "E",
-    "vera": "d",
-    "osf": "S",
-    "lite-antipasto": "delta_s",
-}
-"""The letter of the diagonal that a kind learns; AntiPaSTO's is a change of singular values."""
 NEAR_ZERO = 0.01
 """An entry of a diagonal below this share of the largest counts as near zero."""
 DENSE = "not a sum of low-rank terms: only its norm is known"
@@ -63,27 +53,27 @@ def update(change: Change, W: Float[Tensor, "o i"] | None, shape: tuple[int, int
     return Update(math.sqrt(squares), why=DENSE)
 
 
-def scaling(kind: str, tensors: Tensors, settings: Mapping[str, Any]) -> float | None:
-    """The factor before the product as it is applied; DeLoRA has learned its own. None where a kind has none."""
-    length = _named(kind, "lambda", tensors)
-    if kind.endswith("delora") and length is not None:
+def scaling(kind: Kind, tensors: Tensors, settings: Mapping[str, Any]) -> float | None:
+    """The factor before the product as it is applied, or as learned. None if the kind has none."""
+    length = kind.tensor(kind.learned_scaling, tensors)
+    if length is not None:
         return float(length.reshape(())) / int(settings["r"])
-    found = settings.get("scaling")
-    return None if found is None else float(found)
+    value = settings.get("scaling")
+    return None if value is None else float(value)
 
 
-def pair(kind: str, tensors: Tensors, shape: tuple[int, int] | None) -> Factors | None:
-    """The two factors of a kind that has two; of VeRA the part that the weight uses, whose shape says which."""
-    for letters in PAIRS:
-        A, B = (_named(kind, letter, tensors) for letter in letters)
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2:
-            continue
-        if kind == "vera":
-            if shape is None:
-                return None
-            A, B = A[:, : shape[1]], B[: shape[0]]
-        return A.to(torch.float64), B.to(torch.float64)
-    return None
+def pair(kind: Kind, tensors: Tensors, shape: tuple[int, int] | None) -> Factors | None:
+    """The two factors of a kind that has two; of shared ones the part that a weight of this shape uses."""
+    if kind.factors is None:
+        return None
+    A, B = (kind.tensor(letter, tensors) for letter in kind.factors)
+    if A is None or B is None or A.ndim != 2 or B.ndim != 2:
+        return None
+    if kind.shared and shape is None:
+        return None
+    if kind.shared and shape is not None:
+        A, B = A[:, : shape[1]], B[: shape[0]]
+    return A.to(torch.float64), B.to(torch.float64)
 
 
 def expert_pairs(A: Float[Tensor, "n i"], B: Float[Tensor, "o n"], num_experts: int) -> Iterator[Factors]:
@@ -94,13 +84,13 @@ def expert_pairs(A: Float[Tensor, "n i"], B: Float[Tensor, "o n"], num_experts: 
         yield left[k].to(torch.float64), right[:, :, k].to(torch.float64)
 
 
-def diagonal(kind: str, tensors: Tensors) -> Tensor | None:
+def diagonal(kind: Kind, tensors: Tensors) -> Tensor | None:
     """The diagonal that a kind learns, as a vector; the dense r x r core of the first KaSA files as it is."""
-    found = _named(kind, DIAGONALS[kind], tensors) if kind in DIAGONALS else None
-    if found is None:
+    d = kind.tensor(kind.diagonal, tensors)
+    if d is None:
         return None
-    found = found.to(torch.float64)
-    return found[:, 0] if kind == "adalora" else found
+    is_column = kind.tensors[kind.diagonal].shape == "n 1"
+    return d.to(torch.float64)[:, 0] if is_column else d.to(torch.float64)
 
 
 def signs(d: Sequence[float]) -> dict[str, int]:
@@ -112,10 +102,3 @@ def signs(d: Sequence[float]) -> dict[str, int]:
     least = NEAR_ZERO * max(map(abs, d), default=0.0)
     positive, negative = (sum(sign * x > least for x in d) for sign in (1, -1))
     return {"positive": positive, "negative": negative, "near_zero": len(d) - positive - negative}
-
-
-def _named(kind: str, letter: str, tensors: Tensors) -> Tensor | None:
-    """The tensor of a letter, under any of its names."""
-    row = KINDS[kind]
-    wanted = {**row.needs, **row.may}.get(letter)
-    return next((tensors[name] for name in wanted.names if name in tensors), None) if wanted else None

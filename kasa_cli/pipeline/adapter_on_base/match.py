@@ -10,17 +10,14 @@ from kasa_cli.adapters.parameter_placement import PlacedValue, placed_values
 from kasa_cli.adapters.placement import Placed, placed
 from kasa_cli.adapters.reading import open_adapter
 from kasa_cli.errors import InvalidInput
-from kasa_cli.methods.adapter_kinds.table import REFUSED
+from kasa_cli.methods.adapter_kinds.kind import BaseChange
+from kasa_cli.methods.adapter_kinds.table import initialisation_of
 from kasa_cli.model_names.names import NameMap
 from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.patches import LOST
 from kasa_cli.pipeline.adapter_on_base.provenance import Origin
 
-KASA = "kasa"
-RECOMPUTED = frozenset({"pissa", "olora"})
-"""Starts that are no part of an adapter's file, and are found again by the same decomposition of the base."""
 RESIDUAL = "residual"
-"""What a manifest calls a tensor off which a start was taken."""
+"""The role, in manifests, of a tensor that an initialisation was subtracted from."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class Fitted:
 
     @property
     def cut_targets(self) -> list[str]:
-        """Those off which KaSA cuts, or has cut, the smallest components; none for other kinds."""
-        return self.targets if self.adapter.kind == KASA else []
+        """The targets whose smallest components KaSA drops; none for other kinds."""
+        return self.targets if self.adapter.row.truncates_base else []
 
     def require_base(self, base: Origin) -> None:
         """Refuse a base that the adapter was not made for, if its manifest knows that.
@@ -51,20 +48,23 @@ class Fitted:
         provenance.require_fit(base, self.made_by, self.targets, self.adapter.path)
 
     def require_start(self, base: Origin) -> None:
-        """Refuse an adapter that no base fits any more, and a base that has lost already what its start takes off.
+        """Refuse an adapter whose base is lost, and a base that its initialisation was subtracted from already.
 
         Raises:
             InvalidInput: naming the adapter, or the tensor.
         """
-        if LOST in starts_of(self.places):
-            what = "an adapter that took a random or data-driven start off its base"
-            raise InvalidInput(what, str(self.adapter.path), REFUSED["pissa_niter"])
+        changes = base_changes(self.places)
+        init = initialisation_of(self.adapter.config)
+        if BaseChange.LOST in changes and init:
+            raise InvalidInput(init.refusal, str(self.adapter.path), init.remedy)
+        if BaseChange.RECOMPUTED in changes and self.adapter.row.truncates_base:
+            what = "PEFT truncates a base without its initialisation, and adds that without the diagonal"
+            raise InvalidInput(what, str(self.adapter.path), "merge it with PEFT")
         records = base.manifest["tensors"] if base.manifest else {}
-        for name in targets_of(
-            one for one in self.places if one.patch.settings.get("base_start") in RECOMPUTED
-        ):
+        recomputed = (place for place in self.places if place.patch.base_change is BaseChange.RECOMPUTED)
+        for name in targets_of(recomputed):
             if records.get(name, {}).get("role") == RESIDUAL:
-                what = "a residual base, off which an adapter's start is taken already"
+                what = "a residual base: the initialisation of an adapter was subtracted from it already"
                 raise InvalidInput(what, name, f"take the original for {self.adapter.path.name}")
 
 
@@ -97,6 +97,6 @@ def targets_of(places: Iterable[Placed]) -> list[str]:
     return list(dict.fromkeys(pieces))
 
 
-def starts_of(places: Iterable[Placed]) -> set[str | None]:
-    """What became of that which patches took off their base when they were begun; None of those that took nothing."""
-    return {place.patch.settings.get("base_start") for place in places}
+def base_changes(places: Iterable[Placed]) -> set[BaseChange]:
+    """How the initialisation of each patch changed the base."""
+    return {place.patch.base_change for place in places}

@@ -10,13 +10,10 @@ from kasa_cli.adapters.peft import PEFT_VERSION
 from kasa_cli.adapters.placement import Placed
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.matrix import read_piece
-from kasa_cli.methods.adapter_kinds import table as kinds
 from kasa_cli.methods.adapter_kinds.change import Change
-
-IN_FILE = "file"
-"""The adapter's file holds its module's own base, cut already."""
-LOST = "lost"
-"""What the adapter's start took off its base cannot be found again."""
+from kasa_cli.methods.adapter_kinds.kind import Module
+from kasa_cli.methods.adapter_kinds.lora_experts import experts
+from kasa_cli.methods.adapter_kinds.table import change
 
 
 def label(patch: Patch) -> str:
@@ -24,10 +21,10 @@ def label(patch: Patch) -> str:
     return patch.module if patch.parameter == "weight" else f"{patch.module}.{patch.parameter}"
 
 
-def module_of(place: Placed) -> kinds.Module:
+def module_of(place: Placed) -> Module:
     """The module of a patch, as its kind's formula sees it."""
     outs, ins = place.sides
-    return kinds.Module(outs, ins, place.patch.settings, place.is_transposed)
+    return Module(outs, ins, place.patch.settings, place.is_transposed)
 
 
 def is_stack(place: Placed) -> bool:
@@ -46,7 +43,7 @@ def weight_under(checkpoint: Checkpoint, place: Placed) -> Tensor:
 
 def needs_weight(patch: Patch) -> bool:
     """Whether what the patch does is known only with the weight."""
-    return patch.kind in kinds.KINDS and kinds.KINDS[patch.kind].needs_weight
+    return patch.row.needs_weight
 
 
 def changes_of(tensors: Mapping[str, Tensor], place: Placed, weight: Callable[[], Tensor]) -> list[Change]:
@@ -58,10 +55,10 @@ def changes_of(tensors: Mapping[str, Tensor], place: Placed, weight: Callable[[]
 
 def change_of(tensors: Mapping[str, Tensor], place: Placed, W: Tensor | None) -> Change:
     """The change of the one matrix of a place; W is for kinds whose formula needs it."""
-    return kinds.change(place.patch.kind, tensors, module_of(place), W)
+    return change(place.patch.kind, tensors, module_of(place), W)
 
 
-def expert_changes(tensors: Mapping[str, Tensor], module: kinds.Module, num_experts: int) -> list[Change]:
+def expert_changes(tensors: Mapping[str, Tensor], module: Module, num_experts: int) -> list[Change]:
     """The change of every expert of a stack."""
     # `placed` has settled which side is which, by the version that wrote the file
-    return kinds.experts(tensors, module, num_experts, PEFT_VERSION)
+    return experts(tensors, module, num_experts, PEFT_VERSION)

@@ -19,8 +19,8 @@ from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.checkpoint.safetensors_file import Container, read_header
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files.durable import sha256_file
-from kasa_cli.methods.adapter_kinds import table as kinds
 from kasa_cli.methods.adapter_kinds.change import Term
+from kasa_cli.methods.adapter_kinds.lora import truncation
 from kasa_cli.pipeline.adapter_on_base.provenance import Origin, adapter_manifest
 from kasa_cli.pipeline.measuring.facts import Facts
 from kasa_cli.pipeline.measuring.weights import weigh
@@ -67,7 +67,7 @@ class Cuts:
         if found and self.originals.get(piece.name) == hash_tensor(checkpoint, piece.name):
             return found
         weight = weigh(checkpoint, matrix.within(checkpoint.tensors), torch.device("cpu"))
-        (term,) = kinds.truncation(facts.bench(weight).bottom(rank)).terms
+        (term,) = truncation(facts.bench(weight).bottom(rank)).terms
         return term
 
 

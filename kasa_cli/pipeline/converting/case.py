@@ -14,10 +14,10 @@ from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.files.staging import check_apart
 from kasa_cli.methods.adapter_kinds.as_lora import Limit
 from kasa_cli.methods.adapter_kinds.change import Term
+from kasa_cli.methods.adapter_kinds.kind import BaseChange
 from kasa_cli.model_names.names import NameMap
 from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.match import KASA, Fitted, fitted, read_adapter
-from kasa_cli.pipeline.adapter_on_base.patches import IN_FILE
+from kasa_cli.pipeline.adapter_on_base.match import Fitted, fitted, read_adapter
 from kasa_cli.pipeline.adapter_on_base.provenance import BASES, ORIGINAL, TRUNCATED, Origin
 from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts, known_cuts
 from kasa_cli.pipeline.converting.representable import require_form, require_nothing_else, require_own
@@ -74,15 +74,14 @@ class Cutting:
 
     def terms(self, checkpoint: Checkpoint, facts: Facts, place: Placed) -> tuple[Term, ...]:
         """What was cut, or is to be, off the weight under a patch."""
-        settings = place.patch.settings
-        if settings.get("base_start") == IN_FILE:
+        if place.patch.base_change is BaseChange.IN_FILE:
             return ()
         if self.is_made:
             return self._in_tail(place)
         matrix = place.matrix
         if matrix is None:
             return ()
-        rank = self.cuts.rank(matrix.name, int(settings["r"]))
+        rank = self.cuts.rank(matrix.name, int(place.patch.settings["r"]))
         term = self.cuts.term(checkpoint, facts, matrix, place.patch.module, rank)
         return () if term is None else (term,)
 
@@ -203,7 +202,7 @@ def opened_case(path: Path, where: Where, output: Path, options: Options, facts:
     _require_convertible(one, base, options)
     require_nothing_else(adapter, one.values, checkpoint)
     told, cuts = None, Cuts()
-    if adapter.kind == KASA:
+    if adapter.row.truncates_base:
         told = provenance.base_is(options.base_is, base, one.made_by, one.targets)
         cuts = known_cuts(path, base)
     if not options.force_base:
@@ -216,7 +215,7 @@ def opened_case(path: Path, where: Where, output: Path, options: Options, facts:
 
 def _require_convertible(one: Fitted, base: Origin, options: Options) -> None:
     adapter = one.adapter
-    if options.on == TRUNCATED and adapter.kind != KASA:
+    if options.on == TRUNCATED and not adapter.row.truncates_base:
         raise UsageError(f"an adapter of kind {adapter.kind} has no truncated base", "--on", "leave it out")
     if not one.places:
         raise InvalidInput("an adapter that adds to no weight", str(adapter.path), "use kasa merge")

@@ -29,7 +29,7 @@ from kasa_cli.checkpoint.safetensors_writer import Filling, filling, form
 from kasa_cli.errors import IntegrityError, InvalidInput, NumericalError
 from kasa_cli.files.durable import canonical_json
 from kasa_cli.files.staging import Staging
-from kasa_cli.methods.adapter_kinds.as_lora import Compact, Limit, has_low_rank_form, of_terms, of_weight
+from kasa_cli.methods.adapter_kinds.as_lora import Compact, Limit, of_terms, of_weight
 from kasa_cli.methods.adapter_kinds.change import Change, Term
 from kasa_cli.pipeline.adapter_on_base.patches import changes_of, label, needs_weight, weight_under
 from kasa_cli.pipeline.converting.case import Cutting
@@ -216,5 +216,5 @@ def working_room(checkpoint: Checkpoint, place: Placed) -> int:
 def is_decomposed(place: Placed, cutting: Cutting | None) -> bool:
     """Whether a conversion may come to a decomposition of the weight: of the original base, or of a dense update."""
     patch = place.patch
-    has_form = has_low_rank_form(patch.kind, patch.settings)
-    return needs_weight(patch) or not has_form or (cutting is not None and not cutting.is_made)
+    is_low_rank = patch.row.is_low_rank(patch.settings)
+    return needs_weight(patch) or not is_low_rank or (cutting is not None and not cutting.is_made)

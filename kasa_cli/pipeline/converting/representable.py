@@ -11,11 +11,10 @@ from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.matrix import read_piece
 from kasa_cli.checkpoint.safetensors_file import Reader
 from kasa_cli.errors import InvalidInput
-from kasa_cli.methods.adapter_kinds.as_lora import Limit, has_low_rank_form
+from kasa_cli.methods.adapter_kinds.as_lora import Limit
+from kasa_cli.methods.adapter_kinds.kind import BaseChange
 
 MERGE = "kasa merge puts it into the base"
-TAKES_OFF = frozenset({"kasa", "pissa", "olora", "lite-pissa"})
-"""Kinds that change the weight itself, and with it whatever else is the same tensor."""
 
 
 def require_nothing_else(adapter: Adapter, values: Sequence[PlacedValue], checkpoint: Checkpoint) -> None:
@@ -44,7 +43,7 @@ def require_form(places: Sequence[Placed], limit: Limit) -> None:
         patch = place.patch
         if place.bias is not None:
             raise InvalidInput("a change of a bias, which a plain LoRA does not hold", place.bias, MERGE)
-        if not limit.is_set and not has_low_rank_form(patch.kind, patch.settings):
+        if not limit.is_set and not patch.row.is_low_rank(patch.settings):
             raise no_form(place)
 
 
@@ -61,7 +60,8 @@ def require_own(places: Sequence[Placed]) -> None:
         InvalidInput: naming both.
     """
     for place in places:
-        if place.tied and place.patch.kind in TAKES_OFF:
+        row = place.patch.row
+        if place.tied and (row.truncates_base or row.base is BaseChange.RECOMPUTED):
             what = f"the same tensor as {place.tied_with}, which a LoRA leaves as it is"
             raise InvalidInput(
                 what, place.patch.module, "untie the base first: save it with tie_word_embeddings false"

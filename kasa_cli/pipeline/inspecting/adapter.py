@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kasa_cli.adapters.adapter import UNKNOWN_PARAMETER, Adapter, Patch
 from kasa_cli.adapters.placement import Placed
-from kasa_cli.adapters.tensor_shapes import TRANSPOSED, bound
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.checkpoint.open_files import OpenFiles
@@ -24,12 +23,11 @@ from kasa_cli.linalg import quantities
 from kasa_cli.linalg.subspaces import defect
 from kasa_cli.methods.adapter_kinds import learned
 from kasa_cli.methods.adapter_kinds import table as kinds
+from kasa_cli.methods.adapter_kinds.kind import BaseChange, Module, is_of_embedding
 from kasa_cli.methods.adapter_kinds.learned import Factors, Update
+from kasa_cli.methods.adapter_kinds.shapes import sizes_of
 from kasa_cli.methods.penalties import CONVENTIONS, Layer
-from kasa_cli.pipeline.adapter_on_base.match import KASA
 from kasa_cli.pipeline.adapter_on_base.patches import (
-    IN_FILE,
-    LOST,
     expert_changes,
     label,
     needs_weight,
@@ -62,7 +60,7 @@ class Item:
     @property
     def is_stack(self) -> bool:
         """Whether it is about a parameter, which may hold several experts; only LoRA is there."""
-        is_parameter = self.patch.parameter != "weight" and self.patch.kind == "lora"
+        is_parameter = self.patch.parameter != "weight" and self.patch.row.holds_experts
         return is_parameter or (self.place is not None and len(self.place.matrices) > 1)
 
     @property
@@ -102,7 +100,7 @@ class Opened:
         for one in self.adapter.replacements:
             if one.parameter == own and one.is_base:
                 found = self.files.tensor(self.adapter.container, one.tensor)
-                turned = place.is_transposed if place else not TRANSPOSED.isdisjoint(patch.tensors)
+                turned = place.is_transposed if place else is_of_embedding(patch.tensors)
                 return found.T if turned else found
         if place is None or self.base is None or item.is_stack:
             return None
@@ -133,10 +131,8 @@ class Look:
         if self.item.place:
             return self.item.place.sides
         shapes = {short: tuple(tensor.shape) for short, tensor in self.tensors.items()}
-        letters = bound(self.patch.kind, self.patch.settings, shapes, {}, self.patch.tensors)
-        if self.patch.kind == "lokr":
-            return letters["a"] * letters["b"], letters["c"] * letters["d"]
-        return (letters["o"], letters["i"]) if {"o", "i"} <= letters.keys() else None
+        row = self.patch.row
+        return row.sides(sizes_of(row, self.patch.settings, shapes, {}, self.patch.tensors))
 
     @cached_property
     def num_matrices(self) -> int | None:
@@ -155,23 +151,23 @@ class Look:
         if self.item.is_stack:
             A, B = (self.tensors[f"lora_{letter}"] for letter in "AB")
             return learned.expert_pairs(A, B, self.num_matrices)
-        return [learned.pair(self.patch.kind, self.tensors, self.shape)]
+        return [learned.pair(self.patch.row, self.tensors, self.shape)]
 
     def updates(self) -> Iterable[Update | str]:
         """What the adapter does to each matrix, or why that is not known; of experts one at a time."""
         if self.num_matrices is None or self.shape is None:
             return [NEEDS_BASE]
-        if self.patch.settings.get("base_start") == LOST:
+        if self.patch.base_change is BaseChange.LOST:
             return [START_IS_LOST] * self.num_matrices
         is_transposed = self.item.place is not None and self.item.place.is_transposed
         shape = self.shape
-        module = kinds.Module(*shape, self.patch.settings, is_transposed)
+        module = Module(*shape, self.patch.settings, is_transposed)
         if self.item.is_stack:
             made = expert_changes(self.tensors, module, self.num_matrices)
             return (learned.update(change, None, shape) for change in made)
         return [self._update(module)]
 
-    def _update(self, module: kinds.Module) -> Update | str:
+    def _update(self, module: Module) -> Update | str:
         """The weight is read only where the change depends on it."""
         needs = needs_weight(self.patch)
         W = self.opened.weight(self.item) if needs else None
@@ -218,7 +214,7 @@ def _row(look: Look, number: int | None, pair: Factors | None, update: Update | 
     patch, name = look.patch, look.item.name
     settings: Mapping[str, Any] = patch.settings if look.num_matrices is not None else {}
     found, why = (None, update) if isinstance(update, str) else (update, update.why)
-    d = learned.diagonal(patch.kind, look.tensors)
+    d = learned.diagonal(patch.row, look.tensors)
     rank = len(pair[0]) if pair else settings.get("r")
     defects = [defect(pair[0].T.contiguous()), defect(pair[1])] if pair else [None, None]
     layer = _layer(look, pair, d, defects)
@@ -232,7 +228,7 @@ def _row(look: Look, number: int | None, pair: Factors | None, update: Update | 
         shape=look.shape,
         rank=rank,
         alpha=settings.get("alpha"),
-        scaling=learned.scaling(patch.kind, look.tensors, settings),
+        scaling=learned.scaling(patch.row, look.tensors, settings),
         norm=found.norm if found else None,
         why=why,
         **_spectral(found),
@@ -275,7 +271,7 @@ def _diagonal(d: Tensor | None) -> dict[str, Any]:
 
 
 def _layer(look: Look, pair: Factors | None, d: Tensor | None, defects: list[Any]) -> Layer | None:
-    if look.patch.kind != KASA or pair is None or d is None or look.shape is None:
+    if not look.patch.row.truncates_base or pair is None or d is None or look.shape is None:
         return None
     return Layer(float(d.square().sum()), defects[0], defects[1], look.shape, len(pair[0]))
 
@@ -290,5 +286,5 @@ def _in_cut(
     if update is None or update.svd is None or rank is None or look.shape is None or look.item.is_stack:
         return None, None
     patch = look.patch
-    is_kasa = patch.kind == KASA and patch.settings.get("base_start") != IN_FILE
+    is_kasa = patch.row.truncates_base and patch.base_change is not BaseChange.IN_FILE
     return cuts.share(Cut(patch.module, is_kasa, rank, look.shape, look.item.matrix), update.svd)

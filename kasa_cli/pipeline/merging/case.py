@@ -12,9 +12,10 @@ from kasa_cli.checkpoint.source import Source
 from kasa_cli.errors import AlreadyMerged, UsageError
 from kasa_cli.files.staging import check_apart
 from kasa_cli.linalg.rounding import ROUNDINGS
+from kasa_cli.methods.adapter_kinds.kind import BaseChange
 from kasa_cli.model_names.names import NameMap
 from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.match import RECOMPUTED, Fitted, fitted, read_adapter, starts_of
+from kasa_cli.pipeline.adapter_on_base.match import Fitted, base_changes, fitted, read_adapter
 from kasa_cli.pipeline.adapter_on_base.provenance import BASES, Origin
 from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts, known_cuts
 from kasa_cli.pipeline.measuring.facts import Facts
@@ -22,8 +23,6 @@ from kasa_cli.pipeline.merging.edits import Merging, Orders, orders_of
 from kasa_cli.pipeline.merging.layout import Outline, outline
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.report import AdapterRow
-
-OWN_FACTORS = "its own factors"
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def opened_case(
         rows.append(_row(path, one.adapter, weight, digest))
         told = own or told
     made, mergings = outline(base, names, mergings, options.untie)
-    notes = (*([names.note] if names.note else []), *made.notes, *_start_notes(mergings))
+    notes = (*([names.note] if names.note else []), *made.notes, *_initialisation_notes(mergings))
     return Case(options, source, base, names, tuple(rows), told, made, orders_of(mergings), notes)
 
 
@@ -132,15 +131,16 @@ def _row(path: Path, adapter: Adapter, weight: float, digest: str) -> AdapterRow
     )
 
 
-def _start_notes(mergings: Sequence[Merging]) -> list[str]:
-    """What an adapter took off its base, and where that is known from."""
+def _initialisation_notes(mergings: Sequence[Merging]) -> list[str]:
+    """How an adapter's initialisation is known, where it changed the base."""
     notes = []
     for merging in mergings:
-        starts, name = starts_of(merging.placed), merging.adapter.path.name
-        if not starts.isdisjoint(RECOMPUTED):
-            notes.append(f"{name}: its start is computed anew from this base: was it trained on it?")
-        if OWN_FACTORS in starts:
+        changes, name = base_changes(merging.placed), merging.adapter.path.name
+        if BaseChange.RECOMPUTED in changes:
             notes.append(
-                f"{name}: what it took off its base is rebuilt from its own tensors, as rounded there"
+                f"{name}: its initialisation is recomputed from this base; the result is right only if it was "
+                "trained on this base"
             )
+        if BaseChange.IN_FACTORS in changes:
+            notes.append(f"{name}: its initialisation is recomputed from its own tensors, as rounded there")
     return notes

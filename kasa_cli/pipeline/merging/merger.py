@@ -22,7 +22,8 @@ from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.safetensors_file import Reader, TensorEntry
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapter_kinds.change import Change, Term, transposed, weighted
-from kasa_cli.pipeline.adapter_on_base.patches import IN_FILE, change_of, expert_changes, is_stack, module_of
+from kasa_cli.methods.adapter_kinds.kind import BaseChange
+from kasa_cli.pipeline.adapter_on_base.patches import change_of, expert_changes, is_stack, module_of
 from kasa_cli.pipeline.measuring.facts import Facts
 from kasa_cli.pipeline.merging.by_rows import Stored, Streamed, TrainedRows
 from kasa_cli.pipeline.merging.edits import Edit, Orders
@@ -193,8 +194,9 @@ def _are_equal(adapter: Adapter, one: TensorEntry, other: TensorEntry) -> bool:
 
 def _rank_to_cut(edit: Edit) -> int:
     """The rank of an adapter whose base is still to be cut; 0 for others."""
-    settings = edit.place.patch.settings
-    return int(settings["r"]) if edit.merging.cuts_base and settings.get("base_start") != IN_FILE else 0
+    patch = edit.place.patch
+    is_original = edit.merging.cuts_base and patch.base_change is not BaseChange.IN_FILE
+    return int(patch.settings["r"]) if is_original else 0
 
 
 def _cut_out(change: Change, edit: Edit) -> Change:

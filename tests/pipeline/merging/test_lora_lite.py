@@ -341,7 +341,7 @@ def test_a_file_is_merged_once(name, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("pissa", "computed anew from this base"), ("antipasto-V", "from its own tensors"), ("lora", None)],
+    [("pissa", "recomputed from this base"), ("antipasto-V", "from its own tensors"), ("lora", None)],
 )
 def test_what_was_taken_off_the_base_is_said(name, said, folder, tmp_path, capsys):
     base = base_of("llama", folder)

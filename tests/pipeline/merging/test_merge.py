@@ -80,9 +80,26 @@ def test_a_merged_model_is_that_of_peft(name, folder, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(LOST | (TIED & CASES.keys())))
 def test_what_has_no_exact_merge_is_refused_by_name(name, folder, tmp_path):
-    with pytest.raises(InvalidInput, match=r"start|--untie"):
+    with pytest.raises(InvalidInput, match=r"initialisation|--untie"):
         merged(saved(name, folder), base_of(name, folder), tmp_path / "OUT")
     assert not (tmp_path / "OUT").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "what", "remedy"),
+    [
+        ("lora", "loftq", "quantized base", "dequantized"),
+        ("lora", "corda", "data-driven", "path_initial_model"),
+        ("kasa", "pissa", "without the diagonal", "with PEFT"),
+    ],
+)
+def test_an_initialisation_that_cannot_be_undone_is_refused_with_its_own_remedy(
+    name, init, what, remedy, folder, tmp_path
+):
+    adapter = tampered(saved(name, folder), tmp_path / "adapter", init_lora_weights=init)
+    with pytest.raises(InvalidInput, match=what) as caught:
+        merged(adapter, base_of(name, folder), tmp_path / "OUT")
+    assert remedy in caught.value.remedy and not (tmp_path / "OUT").exists()
 
 
 @pytest.mark.parametrize(
