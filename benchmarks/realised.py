@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.commands.truncate import Options, Where, truncate
 from kasa_cli.linalg import rounding
 from kasa_cli.linalg.bottom import ends
 from kasa_cli.linalg.realised import outcome
 from kasa_cli.methods import kasa
+from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from kasa_cli.report import TruncateReport
 
 CAUTIONS = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)

@@ -10,10 +10,28 @@ KasaError
 ├── Locked               7   another run holds the output
 ├── ResourceError        8   disk, memory or permission
 ├── NumericalError       9   a decomposition that cannot be trusted
-└── NetworkError        10   the Hub cannot be reached, or refuses
+├── NetworkError        10   the Hub cannot be reached, or refuses
+└── BelowStandard       11   the output is complete, but below what `strict` asks
 """
 
 from enum import IntEnum
+from typing import Any
+
+__all__ = [
+    "AlreadyMerged",
+    "BelowStandard",
+    "ExitCode",
+    "IntegrityError",
+    "InvalidInput",
+    "KasaError",
+    "Locked",
+    "NetworkError",
+    "NumericalError",
+    "OutputExists",
+    "ResourceError",
+    "UnsafeInput",
+    "UsageError",
+]
 
 
 class ExitCode(IntEnum):
@@ -116,3 +134,13 @@ class NetworkError(KasaError):
     """The Hub cannot be reached, or refuses."""
 
     exit_code = ExitCode.NETWORK
+
+
+class BelowStandard(KasaError):
+    """The output is complete, but below what `strict` asks; `report` is the result."""
+
+    exit_code = ExitCode.BELOW_STANDARD
+
+    def __init__(self, what: str, where: str, remedy: str, report: Any) -> None:
+        super().__init__(what, where, remedy)
+        self.report = report

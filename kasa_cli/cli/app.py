@@ -11,13 +11,13 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
-from kasa_cli import __version__
-from kasa_cli.cli import convert, demo, inspect, merge, select_targets, store, truncate, verify
+from kasa_cli import VERBS, __version__, function_name
 from kasa_cli.errors import ExitCode, KasaError, printable
 
 app = typer.Typer(
@@ -54,14 +54,25 @@ def _root(
     """Hold the options that need no verb."""
 
 
-app.command(epilog=truncate.EXAMPLE)(truncate.truncate)
-app.add_typer(inspect.app, name="inspect")
-app.command(epilog=select_targets.EXAMPLE)(select_targets.select_targets)
-app.command(epilog=merge.EXAMPLE)(merge.merge)
-app.command(epilog=convert.EXAMPLE)(convert.convert)
-app.command(epilog=verify.EXAMPLE)(verify.verify)
-app.add_typer(store.app, name="store")
-app.command(epilog=demo.EXAMPLE)(demo.demo)
+GROUPS = {
+    "inspect": "Inspect the spectra of a checkpoint, an adapter, or the change between two checkpoints.",
+    "store": "List or bound the store of measured spectra.",
+}
+
+
+def _register() -> None:
+    """Add every verb of the table, in its order; `inspect` and `store` are groups of verbs."""
+    groups: dict[str, typer.Typer] = {"": app}
+    for verb in VERBS:
+        group, _, name = verb.rpartition(" ")
+        if group not in groups:
+            groups[group] = typer.Typer(help=GROUPS[group], no_args_is_help=True)
+            app.add_typer(groups[group], name=group)
+        module = import_module(f"kasa_cli.cli.{function_name(verb)}")
+        groups[group].command(name, epilog=module.EXAMPLE)(getattr(module, function_name(verb)))
+
+
+_register()
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -30,7 +30,7 @@ from kasa_cli.cli.flags import (
     Verbose,
     Workers,
 )
-from kasa_cli.cli.output import show, watching
+from kasa_cli.cli.output import answer
 
 EXAMPLE = "Example: kasa convert my-adapter --to lora --base org/model -o lora"
 
@@ -44,7 +44,7 @@ def convert(
         str,
         typer.Option(metavar="BASE", help="A directory, or a Hub id (org/name).", rich_help_panel=INPUT),
     ],
-    output_dir: OutputOption,
+    output: OutputOption,
     on: Annotated[
         BaseName,
         typer.Option(
@@ -93,25 +93,4 @@ def convert(
     verbose: Verbose = False,
 ) -> int:
     """Convert an adapter into a plain LoRA that PEFT, vLLM and llama.cpp read, exactly or with the loss measured."""
-    from kasa_cli.commands import convert as verb
-
-    options = verb.Options(
-        to=to,
-        on=on,
-        names=names,
-        rank=rank,
-        energy=energy,
-        pad_rank=pad_rank,
-        base_is=base_is,
-        force_base=force_base,
-        overwrite=overwrite,
-        restart=restart,
-    )
-    where = verb.Where(base, revision, cache_dir, local_files_only)
-    running = verb.Running(workers, threads_per_worker, "cpu", store, not no_store)
-    spelling = Format.JSON if json_format else output_format
-    if dry_run:
-        return show(verb.plan(adapter, where, output_dir, options, running), spelling, quiet)
-    with watching(quiet) as watcher:
-        report = verb.convert(adapter, where, output_dir, options, running, watcher)
-    return show(report, spelling, quiet)
+    return answer("convert", locals())

@@ -29,22 +29,23 @@ from kasa_cli.cli.flags import (
     Verbose,
     Workers,
 )
-from kasa_cli.cli.output import show, watching
+from kasa_cli.cli.output import answer
 
 EXAMPLE = "Example: kasa merge my-adapter --into org/model -o merged"
 
 
 def merge(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER …", help="Folders, or lora-lite files.")],
-    base: Annotated[
+    into: Annotated[
         str,
         typer.Option(
             "--into", metavar="BASE", help="A directory, or a Hub id (org/name).", rich_help_panel=INPUT
         ),
     ],
-    output_dir: OutputOption,
-    weight: Annotated[
-        list[float] | None, typer.Option(help="Once per adapter; default: 1.", rich_help_panel=INPUT)
+    output: OutputOption,
+    weights: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="Once per adapter; default: 1.", rich_help_panel=INPUT),
     ] = None,
     base_is: Annotated[
         BaseIs, typer.Option(help="Of KaSA: auto asks the manifests.", rich_help_panel=INPUT)
@@ -85,24 +86,4 @@ def merge(
     verbose: Verbose = False,
 ) -> int:
     """Merge adapters into their base, one tensor at a time, each rounded once; without PEFT."""
-    from kasa_cli.commands import merge as verb
-
-    options = verb.Options(
-        weights=tuple(weight or ()),
-        base_is=base_is,
-        force_base=force_base,
-        untie=untie,
-        dtype=dtype,
-        rounding=rounding,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        restart=restart,
-    )
-    where = verb.Where(base, revision, cache_dir, local_files_only)
-    running = verb.Running(workers, threads_per_worker, "cpu", store, not no_store)
-    spelling = Format.JSON if json_format else output_format
-    if dry_run:
-        return show(verb.plan(adapters, where, output_dir, options, running), spelling, quiet)
-    with watching(quiet) as watcher:
-        report = verb.merge(adapters, where, output_dir, options, running, watcher)
-    return show(report, spelling, quiet)
+    return answer("merge", locals())

@@ -34,8 +34,7 @@ from kasa_cli.cli.flags import (
     Verbose,
     Workers,
 )
-from kasa_cli.cli.output import hand_off, refuse_occupied, show, watching
-from kasa_cli.errors import ExitCode
+from kasa_cli.cli.output import ask, show, show_notes
 
 EXAMPLE = "Example: kasa select-targets org/model --top-p 0.2 --emit peft -o lora.json"
 
@@ -99,8 +98,8 @@ def select_targets(
     compare: Annotated[
         str, typer.Option(help="Other criteria, joined by commas.", rich_help_panel=CHOICE)
     ] = "",
-    target: Targets = None,
-    exclude: Excludes = None,
+    targets: Targets = None,
+    excludes: Excludes = None,
     targets_from: TargetsFrom = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
@@ -119,29 +118,11 @@ def select_targets(
     verbose: Verbose = False,
 ) -> int:
     """Rank what to fine-tune by its spectrum (KappaTune, Spectrum, …) and hand the best over."""
-    refuse_occupied(output, overwrite=overwrite)
-    from kasa_cli.commands import select_targets as verb
-
-    options = verb.Choice(
-        amount=verb.Amount(top_p, num_modules, threshold),
-        criterion=criterion,
-        prefer=prefer,
-        rule=rule,
-        max_dim=max_dim,
-        per_type=per_type,
-        shape_fair=shape_fair,
-        match_budget=match_budget,
-        compare=tuple(name.strip() for name in compare.split(",") if name.strip()),
-        emit=emit,
-    )
-    where = verb.Where(model, revision, cache_dir, local_files_only)
-    patterns = verb.patterns(target, exclude, targets_from)
-    running = verb.Running(workers, threads_per_worker, device, store, not no_store, keep_going)
-    spelling = Format.JSON if json_format else output_format
-    if dry_run:
-        return show(verb.plan(where, options, patterns, running), spelling, quiet)
-    with watching(quiet) as watcher:
-        report = verb.select_targets(where, options, patterns, running, watcher)
-    if not hand_off(report, output, spelling, quiet):
-        show(report, spelling, quiet)
-    return ExitCode.BELOW_STANDARD if report.totals["unmeasured"] else ExitCode.DONE
+    report, code = ask("select_targets", locals())
+    has_text = not dry_run and report.emission is not None
+    if has_text and output is None and output_format is Format.TABLE and not json_format:
+        typer.echo(report.emission.text.rstrip("\n"))
+        show_notes(report, quiet)
+    else:
+        show(report, Format.JSON if json_format else output_format, quiet)
+    return code

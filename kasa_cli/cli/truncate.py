@@ -35,15 +35,14 @@ from kasa_cli.cli.flags import (
     Verbose,
     Workers,
 )
-from kasa_cli.cli.output import show, watching
-from kasa_cli.errors import ExitCode
+from kasa_cli.cli.output import answer
 
 EXAMPLE = "Example: kasa truncate org/model -o out -r 16 --rounding preserve"
 
 
 def truncate(
     model: ModelArgument,
-    output_dir: OutputOption,
+    output: OutputOption,
     rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Adapter rank.")] = 16,
     truncation_rank: Annotated[
         int | None, typer.Option(min=0, help="Components dropped; default: the rank.")
@@ -73,8 +72,8 @@ def truncate(
     ] = None,
     overwrite: Overwrite = False,
     restart: Restart = False,
-    target: Targets = None,
-    exclude: Excludes = None,
+    targets: Targets = None,
+    excludes: Excludes = None,
     targets_from: TargetsFrom = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
@@ -93,39 +92,4 @@ def truncate(
     verbose: Verbose = False,
 ) -> int:
     """Drop the smallest singular components; write base, fresh KaSA adapter and tail."""
-    from kasa_cli.commands import truncate as verb
-
-    where = verb.Where(model, revision, cache_dir, local_files_only)
-    options = verb.Options(
-        rank=rank,
-        truncation_rank=truncation_rank,
-        alpha=alpha,
-        use_rslora=use_rslora,
-        emit=tuple(part.strip() for part in emit.split(",") if part.strip()),
-        dtype=dtype,
-        rounding=rounding,
-        min_realised=min_realised,
-        diag_init=diag_init,
-        beta=beta,
-        gamma=gamma,
-        compat=compat,
-        max_shard_size=max_shard_size,
-        patterns=verb.Patterns(tuple(target or ()), tuple(exclude or ())),
-        targets_from=targets_from,
-        seed=seed,
-        workers=workers,
-        threads_per_worker=threads_per_worker,
-        device=device,
-        store=store,
-        use_store=not no_store,
-        overwrite=overwrite,
-        restart=restart,
-    )
-    spelling = Format.JSON if json_format else output_format
-    if dry_run:
-        return show(verb.plan(where, options), spelling, quiet)
-    with watching(quiet) as watcher:
-        report = verb.truncate(where, output_dir, options, watcher)
-    show(report, spelling, quiet)
-    is_weak = strict and report.totals["below_min_realised"] > 0
-    return ExitCode.BELOW_STANDARD if is_weak else ExitCode.DONE
+    return answer("truncate", locals())

@@ -16,7 +16,7 @@ from kasa_cli.cli.flags import (
     Verbose,
     Workers,
 )
-from kasa_cli.cli.output import show, watching
+from kasa_cli.cli.output import answer
 
 EXAMPLE = "Example: kasa verify out --read-data --against org/model"
 
@@ -37,9 +37,4 @@ def verify(
     verbose: Verbose = False,
 ) -> int:
     """Check an output against its manifest, and against its base. Never writes."""
-    from kasa_cli.commands import verify as verb
-
-    base = verb.Where(against, revision, cache_dir, local_files_only) if against else None
-    with watching(quiet) as watcher:
-        report = verb.verify(output, read_data=read_data, against=base, workers=workers, watcher=watcher)
-    return show(report, Format.JSON if json_format else output_format, quiet)
+    return answer("verify", locals())

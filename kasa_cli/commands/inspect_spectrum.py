@@ -1,109 +1,57 @@
-"""`kasa inspect spectrum`: all singular values of every target, and what they say."""
+"""`kasa inspect spectrum`."""
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable
+from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
-
-from kasa_cli.checkpoint.matrix import Matrix
-from kasa_cli.files.durable import write_file
-from kasa_cli.pipeline.inspecting.spectrum import best_and_worst, curve, spectrum_row
-from kasa_cli.pipeline.measuring.facts import Bench, open_facts, store_notes
-from kasa_cli.pipeline.measuring.many import Asked, ask
-from kasa_cli.pipeline.measuring.plan import measure_plan, require_some
-from kasa_cli.pipeline.opening import Where, survey
-from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
-from kasa_cli.report import Curve, MeasurePlan, SpectrumReport, SpectrumRow, module_type
-from kasa_cli.targets.candidates import Candidate, candidates
-from kasa_cli.targets.patterns import Patterns, patterns
-
-__all__ = ["Patterns", "Running", "Where", "patterns", "plan", "spectrum"]
-
-COMMAND = "inspect spectrum"
-ANY_SIDE = 1 << 62
+from kasa_cli.commands.arguments import PathLike, location, optional_path, target_patterns
+from kasa_cli.commands.files import refuse_occupied, write_page, write_pictures
+from kasa_cli.commands.progress import Callback, watcher
+from kasa_cli.pipeline.inspecting import run_spectrum as run
+from kasa_cli.report import SpectrumReport
 
 
-@dataclass(frozen=True)
-class Looked:
-    """What is kept of one weight: its figures and curve, and its values where a file of them is wanted."""
+def inspect_spectrum(
+    model: PathLike,
+    *,
+    html: PathLike | None = None,
+    png: PathLike | None = None,
+    values: PathLike | None = None,
+    overwrite: bool = False,
+    targets: str | Iterable[str] | None = None,
+    excludes: str | Iterable[str] | None = None,
+    targets_from: PathLike | None = None,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    local_files_only: bool = False,
+    workers: int = 0,
+    threads_per_worker: int = 1,
+    device: str = "auto",
+    store: PathLike | None = None,
+    no_store: bool = False,
+    keep_going: bool = False,
+    dry_run: bool = False,
+    progress: Callback | None = None,
+) -> SpectrumReport | Any:
+    """Measure all singular values of the linear weights of a model, or of those that the targets name.
 
-    row: SpectrumRow
-    curve: Curve
-    values: Tensor | None = field(repr=False)
-
-
-def plan(where: Where, patterns: Patterns | None = None, running: Running | None = None) -> MeasurePlan:
-    """What `spectrum` would look at, from headers alone.
-
-    Raises:
-        KasaError: whatever `spectrum` would refuse before it reads a weight.
-    """
-    running = running or Running()
-    check_running(running)
-    _, checkpoint, names = survey(where)
-    chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
-    require_some(chosen)
-    return measure_plan(COMMAND, where, (checkpoint, names), chosen, skipped, running)
-
-
-def spectrum(
-    where: Where,
-    patterns: Patterns | None = None,
-    running: Running | None = None,
-    values: Path | None = None,
-    watcher: Watcher | None = None,
-) -> SpectrumReport:
-    """Measure all singular values of the linear weights of the blocks, or of what the patterns name.
-
-    `values` is a safetensors file to be written with all of them, in float64, by the names of the rows.
+    Each keyword is the option of `kasa inspect spectrum` of that name; without `html`, `png` and `values` no file is
+    written. With `dry_run` the result is a `MeasurePlan`.
 
     Raises:
-        KasaError: by the kind of trouble.
+        KasaError: one of its subclasses, by the kind of trouble.
     """
-    running, watcher = running or Running(), watcher or Silent()
-    check_running(running)
-    facts = open_facts(running)
-    _, checkpoint, names = survey(where, facts.store)
-    chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
-    require_some(chosen)
-    first_last = reversed(chosen)  # of tied weights the first gives the row its module
-    modules = {matrix.name: one.module for one in first_last for matrix in one.matrices}
-
-    def look(bench: Bench) -> Looked:
-        module = modules[bench.weight.name]
-        row, S = spectrum_row(bench, module, module_type(module))
-        return Looked(row, curve(row.name, S), S.clone() if values else None)
-
-    asked = ask(checkpoint, _all(chosen), look, facts, running, watcher)
-    if values:
-        write_file(
-            values,
-            [save({name: one.values for name, one in asked.answers.items() if one.values is not None})],
-        )
-    rows = _marked([one.row for one in asked.answers.values()])
-    return SpectrumReport(
-        command=COMMAND,
-        model=where.model,
-        model_class=names.model_class,
-        tensors=rows,
-        skipped=(*skipped, *asked.skipped),
-        totals=_totals(asked),
-        output={"values": str(values)} if values else {},
-        notes=(*([names.note] if names.note else []), *store_notes(facts)),
-        curves=tuple(one.curve for one in asked.answers.values()),
+    page, pictures, file = (optional_path(value) for value in (html, png, values))
+    refuse_occupied(page, file, overwrite=overwrite, folder=pictures)
+    case = (
+        location(model, revision, cache_dir, local_files_only),
+        target_patterns(targets, excludes, targets_from),
+        run.Running(workers, threads_per_worker, device, optional_path(store), not no_store, keep_going),
     )
-
-
-def _all(chosen: tuple[Candidate, ...]) -> list[Matrix]:
-    return [matrix for one in chosen for matrix in one.matrices]
-
-
-def _totals(asked: Asked[Looked]) -> dict[str, int]:
-    return {"tensors": len(asked.answers), "unmeasured": len(asked.skipped), **asked.totals}
-
-
-def _marked(rows: list[SpectrumRow]) -> tuple[SpectrumRow, ...]:
-    marks = best_and_worst(rows)
-    best, worst = {pair[0] for pair in marks.values()}, {pair[1] for pair in marks.values()}
-    return tuple(replace(row, is_best=row.name in best, is_worst=row.name in worst) for row in rows)
+    if dry_run:
+        return run.plan(*case)
+    report = run.spectrum(*case, file, watcher(progress))
+    if page:
+        write_page(report, page)
+    if pictures:
+        write_pictures(report, pictures)
+    return report

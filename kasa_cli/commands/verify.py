@@ -1,50 +1,31 @@
-"""`kasa verify`: is an output what its manifest says, and what its base gives? Never writes."""
+"""`kasa verify`."""
 
-from pathlib import Path
-
-from kasa_cli.checkpoint import manifest
-from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.pipeline.opening import Where, find
-from kasa_cli.pipeline.verifying import integrity, recompute
-from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, num_cores
+from kasa_cli.commands.arguments import PathLike, location, path
+from kasa_cli.commands.progress import Callback, watcher
+from kasa_cli.pipeline.verifying import run
 from kasa_cli.report import VerifyReport
-
-__all__ = ["Where", "verify"]
 
 
 def verify(
-    output: Path,
+    output: PathLike,
     *,
     read_data: bool = False,
-    against: Where | None = None,
+    against: PathLike | None = None,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    local_files_only: bool = False,
     workers: int = 0,
-    watcher: Watcher | None = None,
+    progress: Callback | None = None,
 ) -> VerifyReport:
-    """Check files, headers, index and shapes; with `read_data` every byte; with `against` every number.
+    """Check an output against its manifest, and against its base. Nothing is written.
+
+    Each keyword is the option of `kasa verify` of that name.
 
     Raises:
-        IntegrityError: anything missing, extra or altered, by name.
+        IntegrityError: the first file or tensor that is missing, extra or altered.
+        KasaError: another of its subclasses, by the kind of trouble.
     """
-    if not output.is_dir():
-        raise InvalidInput("no such directory", str(output))
-    watcher, num_workers = watcher or Silent(), workers or num_cores()
-    found = manifest.load(output)
-    if against and found["command"] != "truncate":
-        raise UsageError("--against recomputes truncations only", str(output), "use --read-data")
-    integrity.check_files(output, found)
-    num_bytes = integrity.check_hashes(output, found, num_workers, watcher) if read_data else 0
-    integrity.check_structure(output, found)
-    compared: list[recompute.Comparison] = []
-    if against:
-        with blas_threads(found["environment"]["threads_per_worker"]):
-            _, base = find(against)
-            compared = recompute.compare(output, found, base, num_workers, watcher)
-    return VerifyReport(
-        command="verify",
-        output=str(output),
-        depth=("manifest", "files", "structure", *["data"] * read_data, *["base"] * bool(against)),
-        files=len(found["files"]) + 1,
-        tensors=len(found["tensors"]),
-        bytes_hashed=num_bytes,
-        compared=tuple(vars(one) for one in compared),
+    base = location(against, revision, cache_dir, local_files_only) if against else None
+    return run.verify(
+        path(output), read_data=read_data, against=base, workers=workers, watcher=watcher(progress)
     )

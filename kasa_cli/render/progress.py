@@ -10,6 +10,7 @@ from rich.text import Text
 
 from kasa_cli.errors import printable
 from kasa_cli.render.units import duration
+from kasa_cli.report import Progress as Event
 
 TITLES = {
     "measure": "measuring",
@@ -33,14 +34,14 @@ class TimeLeft(TextColumn):
 
     def render(self, task: Task) -> Text:
         """The time left, once there is something to judge by."""
-        work, done = task.fields["work"], task.fields["done"]
-        if not done or task.elapsed is None or task.finished:
+        fraction = task.fields["fraction"]
+        if not fraction or task.elapsed is None or task.finished:
             return Text("")
-        return Text(f"{duration(task.elapsed * (work - done) / done)} left", "cyan")
+        return Text(f"{duration(task.elapsed * (1 - fraction) / fraction)} left", "cyan")
 
 
 class Live:
-    """A watcher that draws one line a stage."""
+    """A callback for `progress=` that draws one line for each stage."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -65,27 +66,21 @@ class Live:
     ) -> None:
         self._progress.stop()
 
-    def stage(self, title: str, num_items: int, work: float) -> None:
-        """Begin a line."""
-        described = TITLES.get(title, title)
-        self._task = self._progress.add_task(
-            described, total=num_items, name="", rate="", work=work or 1.0, done=0.0
-        )
-        self._begun = time.monotonic()
-
-    def finished(self, name: str, work: float) -> None:
-        """One item further."""
-        if self._task is None:
+    def __call__(self, event: Event) -> None:
+        """Begin a line, or move the last one on."""
+        if self._task is None or not event.num_done:
+            title = TITLES.get(event.stage, event.stage)
+            self._task = self._progress.add_task(title, total=event.num_items, name="", rate="", fraction=0.0)
+            self._begun = time.monotonic()
             return
-        task = self._progress.tasks[self._task]
-        rate = (task.completed + 1) / max(time.monotonic() - self._begun, 1e-9)
-        is_last = task.completed + 1 >= (task.total or 0)
+        rate = event.num_done / max(time.monotonic() - self._begun, 1e-9)
+        is_last = event.num_done >= event.num_items
         self._progress.update(
             self._task,
-            advance=1,
-            done=task.fields["done"] + work,
+            completed=event.num_done,
+            fraction=event.fraction,
             rate=f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each",
-            name="" if is_last else _shortened(printable(name)),
+            name="" if is_last else _shortened(printable(event.name)),
         )
 
 

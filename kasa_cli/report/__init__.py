@@ -6,6 +6,7 @@ from kasa_cli.report.demo import DemoReport
 from kasa_cli.report.diff import DiffReport, DiffRow
 from kasa_cli.report.measure_plan import MeasurePlan, ToMeasure
 from kasa_cli.report.merge import AdapterRow, MergedRow, MergePlan, MergeReport
+from kasa_cli.report.progress import Progress
 from kasa_cli.report.select import CandidateRow, Emission, SelectReport
 from kasa_cli.report.spectrum import Curve, SpectrumReport, SpectrumRow
 from kasa_cli.report.store import StoreReport
@@ -32,6 +33,7 @@ __all__ = [
     "MergedRow",
     "ModuleRow",
     "PlanReport",
+    "Progress",
     "Report",
     "SelectReport",
     "Skipped",

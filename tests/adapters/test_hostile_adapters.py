@@ -521,7 +521,7 @@ def test_a_manifest_that_was_altered_is_a_mismatch(damage, folder, base, tmp_pat
 
 @pytest.fixture(scope="module")
 def truncated(base, folder):
-    from kasa_cli.commands.truncate import Options, Where, truncate
+    from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 
     truncate(Where(str(base)), folder / "cut", Options(rank=3, workers=1))
     return folder / "cut"

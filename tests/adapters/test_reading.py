@@ -565,7 +565,7 @@ def test_a_file_without_a_config_is_no_adapter(folder):
 
 
 def test_what_kasa_writes_is_read(tmp_path):
-    from kasa_cli.commands.truncate import Options, Where, truncate
+    from kasa_cli.pipeline.truncating.run import Options, Where, truncate
     from tests.builders import tiny_models
 
     model = tiny_models.save("llama", tmp_path / "model")

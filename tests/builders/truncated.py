@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from kasa_cli.commands.truncate import Options, Patterns, Where, plan, truncate
 from kasa_cli.errors import UsageError
+from kasa_cli.pipeline.truncating.run import Options, Patterns, Where, plan, truncate
 from kasa_cli.report import TruncateReport
 from tests.builders import tiny_models
 

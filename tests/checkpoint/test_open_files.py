@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from kasa_cli.checkpoint import safetensors_file
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.commands.convert import Running, Where, convert
-from kasa_cli.commands.inspect_adapter import adapter as look
-from kasa_cli.commands.merge import merge
 from kasa_cli.errors import IntegrityError
+from kasa_cli.pipeline.converting.run import Running, Where, convert
+from kasa_cli.pipeline.inspecting.run_adapter import adapter as look
+from kasa_cli.pipeline.merging.run import merge
 from tests.builders import tiny_models
 from tests.builders.adapters import CASES, WEIGHTS, saved
 

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
+import kasa_cli
 from kasa_cli import __version__
-from kasa_cli.commands import verify as verify_verb
 from kasa_cli.errors import ExitCode
 from kasa_cli.files.staging import Staging
 from kasa_cli.methods.criteria import CRITERIA
@@ -239,7 +239,7 @@ def test_a_traceback_is_shown_when_asked_for_and_never_else(copy, tmp_path, monk
     def bug(*_, **__):
         raise RuntimeError(EVIL)
 
-    monkeypatch.setattr(verify_verb, "verify", bug)
+    monkeypatch.setattr(kasa_cli, "verify", bug, raising=False)
     for flags, is_long in (((), False), (("-v",), True)):
         done = inside(capsys, "verify", "out", *flags)
         assert (done.code, done.out, "Traceback" in done.err) == (ExitCode.INTERNAL, "", is_long)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from kasa_cli.errors import ExitCode
 from kasa_cli.render.progress import Live
+from kasa_cli.report import Progress
 from tests.builders.faults import st, tensor
 from tests.builders.runs import TOKEN, changed, command, environment, inside, outside, plain_model
 
@@ -181,9 +182,9 @@ def test_the_progress_line_shows_a_name_as_text():
     drawn = io.StringIO()
     console = Console(file=drawn, force_terminal=True, width=200)
     with Live(console) as live:
-        live.stage("measure", 3, 3.0)
-        for name in (f"layers.0.{MARKUP}", f"layers.1.{EVIL}"):
-            live.finished(name, 1.0)
+        live(Progress("measure", 3))
+        for done, name in enumerate((f"layers.0.{MARKUP}", f"layers.1.{EVIL}"), 1):
+            live(Progress("measure", 3, done, done / 3, name))
             console.print(live._progress.get_renderable())
     plain = Text.from_ansi(drawn.getvalue()).plain
     assert "measuring" in plain and "2/3" in plain and MARKUP in plain

@@ -11,7 +11,6 @@ import yaml
 
 from kasa_cli.cli import app, flags
 from kasa_cli.cli.presets import Option, load
-from kasa_cli.commands import truncate as verb
 from kasa_cli.errors import ExitCode, InvalidInput, UsageError
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
@@ -19,6 +18,7 @@ from kasa_cli.methods.criteria import CRITERIA, RULES
 from kasa_cli.methods.selection import SIGNS
 from kasa_cli.pipeline.adapter_on_base.provenance import BASES
 from kasa_cli.pipeline.truncating import options
+from kasa_cli.pipeline.truncating import run as verb
 from kasa_cli.render.formats import FORMATS
 from kasa_cli.targets import trainer_configs
 from tests.builders.runs import ROOT, inside, plain_model

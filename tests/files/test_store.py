@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from kasa_cli.commands import store as verb
 from kasa_cli.errors import ResourceError, UnsafeInput, UsageError
 from kasa_cli.files import durable
 from kasa_cli.files import store as storing
 from kasa_cli.files.durable import TEMPORARY
 from kasa_cli.files.store import FACTS, STALE_SECONDS, Store, default_root, existing, opened
+from kasa_cli.pipeline import kept_facts as verb
 from tests.builders.runs import forks
 
 KEY, OTHER_KEY = "0" * 16, "f" * 16

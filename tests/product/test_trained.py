@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from kasa_cli.commands.truncate import Options, Where, truncate
+from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from tests.builders import real_models
 from tests.builders.runs import inside
 

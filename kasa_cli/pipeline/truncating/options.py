@@ -81,6 +81,8 @@ def check(options: Options) -> None:
         raise UsageError("nothing to emit", "", f"give some of {', '.join(PARTS)}")
     if not (0 <= options.beta < math.inf and 0 <= options.gamma < math.inf):
         raise UsageError("beta and gamma must not be negative, and finite")
+    if not 0 <= options.min_realised <= 1:
+        raise UsageError(f"min_realised {options.min_realised} is not a share", "", "give 0 to 1")
     check_running(options.running)
     if not 0 < options.lora_alpha < math.inf:
         raise UsageError("alpha must be positive and finite")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.commands.merge import Options, Running, Where, merge
-from kasa_cli.commands.truncate import Options as Truncation
-from kasa_cli.commands.truncate import Patterns, truncate
 from kasa_cli.errors import IntegrityError
 from kasa_cli.pipeline.measuring.facts import Bench
+from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
+from kasa_cli.pipeline.truncating.run import Options as Truncation
+from kasa_cli.pipeline.truncating.run import Patterns, truncate
 from tests.builders import tiny_models
 from tests.builders.truncated import kept
 

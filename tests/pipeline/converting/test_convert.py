@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from kasa_cli.adapters.reading import open_adapter
 from kasa_cli.adapters.writing import SERVED_RANKS, padded_rank
 from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.commands import convert as verb
-from kasa_cli.commands.convert import Options, Running, Where, convert
-from kasa_cli.commands.merge import Options as MergeOptions
-from kasa_cli.commands.merge import merge
-from kasa_cli.commands.truncate import Options as Truncation
-from kasa_cli.commands.truncate import Patterns, truncate
 from kasa_cli.errors import ExitCode, IntegrityError, InvalidInput, NumericalError, UsageError
 from kasa_cli.linalg import frame
 from kasa_cli.methods.adapter_kinds.as_lora import Limit, of_terms, of_weight
 from kasa_cli.methods.adapter_kinds.change import Change, Term
 from kasa_cli.pipeline.converting import factors as factors_file
+from kasa_cli.pipeline.converting import run as verb
+from kasa_cli.pipeline.converting.run import Options, Running, Where, convert
+from kasa_cli.pipeline.merging.run import Options as MergeOptions
+from kasa_cli.pipeline.merging.run import merge
+from kasa_cli.pipeline.truncating.run import Options as Truncation
+from kasa_cli.pipeline.truncating.run import Patterns, truncate
 from tests.builders import tiny_models
 from tests.builders.adapters import CASES, CONFIG, WEIGHTS, live, saved, tampered
 from tests.builders.faults import tree_hash

@@ -17,9 +17,9 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from kasa_cli.commands.inspect_adapter import Running, Where, adapter
-from kasa_cli.commands.truncate import Options, Patterns, truncate
 from kasa_cli.errors import ExitCode, IntegrityError, InvalidInput, UsageError
+from kasa_cli.pipeline.inspecting.run_adapter import Running, Where, adapter
+from kasa_cli.pipeline.truncating.run import Options, Patterns, truncate
 from kasa_cli.render.adapters import adapter_tables
 from kasa_cli.render.tables import _table, as_text
 from kasa_cli.report import AdapterReport, ModuleRow

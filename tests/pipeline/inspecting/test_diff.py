@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from kasa_cli.checkpoint import matrix
-from kasa_cli.commands.inspect_diff import Patterns, Running, Where, diff
 from kasa_cli.errors import ExitCode, IntegrityError, NumericalError, UsageError
 from kasa_cli.pipeline.inspecting import diff as diff_file
+from kasa_cli.pipeline.inspecting.run_diff import Patterns, Running, Where, diff
 from kasa_cli.report import DiffReport, DiffRow
 from tests.builders import tiny_models
 from tests.builders.matrices import gaussian, orthonormal

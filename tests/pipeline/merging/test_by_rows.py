@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from kasa_cli.checkpoint.manifest import load as load_manifest
 from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.checkpoint.safetensors_writer import filling, form
-from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files import direct_io
 from kasa_cli.pipeline import base_writer
 from kasa_cli.pipeline.merging import by_rows
+from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
 from kasa_cli.pipeline.merging.whole_tensor import Operation
 from kasa_cli.pipeline.verifying.integrity import check_hashes
 from kasa_cli.pipeline.workers import Silent
@@ -185,7 +185,7 @@ def one_weight(folder, rows, kind):
 ONE_AFTER_THE_OTHER = """
 import sys
 from pathlib import Path
-from kasa_cli.commands.merge import Options, Running, Where, merge
+from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
 for folder in map(Path, sys.argv[1:]):
     merge([folder / "adapter"], Where(str(folder / "base")), folder / "OUT", Options(), Running(1, use_store=False))
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

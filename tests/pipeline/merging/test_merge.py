@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.checkpoint.safetensors_file import Reader, read_header
-from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import AlreadyMerged, ExitCode, IntegrityError, InvalidInput, UsageError
+from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
 from tests.builders import tiny_models
 from tests.builders.adapters import CASES, CONFIG, WEIGHTS, saved, tampered
 from tests.builders.faults import tree_hash
@@ -194,8 +194,8 @@ def test_the_same_adapter_is_merged_once(folder, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def pretruncated(folder):
     """A base that kasa truncated, beside its adapter, trained a little."""
-    from kasa_cli.commands.truncate import Options as Truncation
-    from kasa_cli.commands.truncate import Patterns, truncate
+    from kasa_cli.pipeline.truncating.run import Options as Truncation
+    from kasa_cli.pipeline.truncating.run import Patterns, truncate
 
     model, out = base_of("kasa", folder), folder / "truncated"
     patterns = Patterns(("q_proj", "v_proj"))

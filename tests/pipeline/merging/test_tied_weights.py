@@ -19,9 +19,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from kasa_cli.checkpoint.layout import open_checkpoint
-from kasa_cli.commands.merge import Options, Running, Where, merge
 from kasa_cli.errors import ExitCode, InvalidInput
 from kasa_cli.model_names.tied_weights import groups_of, taken_apart
+from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
 from kasa_cli.report import MergeReport
 from tests.builders import tiny_models
 from tests.builders.adapters import WEIGHTS, tampered

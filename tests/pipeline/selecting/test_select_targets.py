@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
-from kasa_cli.commands.select_targets import Amount, Choice, Running, Where, select_targets
 from kasa_cli.errors import ExitCode
 from kasa_cli.methods.criteria import CRITERIA, Spectrum
+from kasa_cli.pipeline.selecting.run import Amount, Choice, Running, Where, select_targets
 from tests.builders import tiny_models
 from tests.builders.runs import changed, inside, plain_model
 from tests.builders.truncated import load

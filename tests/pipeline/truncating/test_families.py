@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kasa_cli.commands.truncate import Options, Where, truncate
+from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from kasa_cli.report import TruncateReport
 from tests.builders import tiny_models
 from tests.builders.truncated import INDEX, RANK, kept, tensors_of, weight_files

@@ -10,7 +10,7 @@ import torch
 from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from kasa_cli.commands.truncate import Patterns
+from kasa_cli.pipeline.truncating.run import Patterns
 from tests.builders import tiny_models
 from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Case, close, fill_b, logits, made, wrapped
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kasa_cli.adapters import peft as peft_format
-from kasa_cli.commands.truncate import Options, Patterns, Where, truncate
+from kasa_cli.pipeline.truncating.run import Options, Patterns, Where, truncate
 from tests.builders import tiny_models
 from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Case, close, load, logits, made, wrapped
 

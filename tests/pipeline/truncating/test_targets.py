@@ -9,9 +9,9 @@ import torch
 import transformers
 from peft import PeftModel
 
-from kasa_cli.commands.truncate import Options, Patterns, Where, plan
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.pipeline.truncating.options import check
+from kasa_cli.pipeline.truncating.run import Options, Patterns, Where, plan
 from tests.builders import tiny_models
 from tests.builders.truncated import (
     RANK,

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from kasa_cli.checkpoint import manifest
 from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.commands.truncate import Options, Where, truncate
-from kasa_cli.commands.verify import verify
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files.staging import MANIFEST
 from kasa_cli.pipeline.file_records import file_records
+from kasa_cli.pipeline.truncating.run import Options, Where, truncate
+from kasa_cli.pipeline.verifying.run import verify
 from tests.builders.faults import tree_hash
 from tests.builders.runs import changed, plain_model
 

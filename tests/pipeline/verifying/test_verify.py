@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.commands.truncate import Options, Where, truncate
-from kasa_cli.commands.verify import verify
 from kasa_cli.errors import ExitCode, IntegrityError
 from kasa_cli.files.staging import MANIFEST
+from kasa_cli.pipeline.truncating.run import Options, Where, truncate
+from kasa_cli.pipeline.verifying.run import verify
 from tests.builders import tiny_models
 from tests.builders.faults import tree_hash
 from tests.builders.runs import inside, plain_model

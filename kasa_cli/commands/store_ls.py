@@ -1,0 +1,14 @@
+"""`kasa store ls`."""
+
+from kasa_cli.commands.arguments import PathLike, optional_path
+from kasa_cli.pipeline import kept_facts
+from kasa_cli.report import StoreReport
+
+
+def store_ls(*, store: PathLike | None = None) -> StoreReport:
+    """List the tensors whose spectra are in the store, the one used last first.
+
+    Raises:
+        KasaError: one of its subclasses, by the kind of trouble.
+    """
+    return kept_facts.ls(optional_path(store))

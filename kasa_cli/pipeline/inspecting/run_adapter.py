@@ -1,0 +1,185 @@
+"""`kasa inspect adapter`: what an adapter does to every weight, from its own file and, if need be, from its base."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.adapters.adapter import Adapter
+from kasa_cli.checkpoint.open_files import OpenFiles
+from kasa_cli.errors import UsageError
+from kasa_cli.methods.penalties import Layer, penalties
+from kasa_cli.pipeline.adapter_on_base import provenance
+from kasa_cli.pipeline.adapter_on_base.match import Fitted, fitted, read_adapter
+from kasa_cli.pipeline.adapter_on_base.provenance import BASES, ORIGINAL, TRUNCATED, Origin
+from kasa_cli.pipeline.adapter_on_base.truncated_part import known_cuts
+from kasa_cli.pipeline.inspecting.adapter import Item, Looked, Opened, module_rows
+from kasa_cli.pipeline.inspecting.share_in_cut import CUT_ALREADY, NO_BASE, NOT_SAID, Dropped, what_base_is
+from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
+from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
+from kasa_cli.report import AdapterReport, ModuleRow, ValueRow
+
+__all__ = ["Running", "Where", "adapter"]
+
+COMMAND = "inspect adapter"
+BETA, GAMMA = 1e-4, 1e-3
+"""What PEFT takes where a `kasa_config` names none."""
+ADDED_BIAS = "lora_B.bias"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base, and the adapter led to it."""
+
+    origin: Origin
+    fitted: Fitted
+    facts: Facts
+    notes: tuple[str, ...]
+
+
+def adapter(
+    path: Path,
+    where: Where | None = None,
+    base_is: str = "auto",
+    running: Running | None = None,
+    watcher: Watcher | None = None,
+) -> AdapterReport:
+    """Look at an adapter: scaling, norm, singular values, diagonal, orthogonality, penalties, share in the cut.
+
+    `where` is its base, which only some kinds and the share need; `base_is` says whether that is truncated.
+
+    Raises:
+        KasaError: by the kind of trouble.
+    """
+    running, watcher = running or Running(), watcher or Silent()
+    check_running(running)
+    if base_is not in BASES:
+        raise UsageError(f"unknown kind of base {base_is!r}", "", f"known: {', '.join(BASES)}")
+    if where is None and base_is != "auto":
+        raise UsageError("--base-is without a base", "", "give the base with --base")
+    opened = read_adapter(path)
+    base = _base(opened, where, running) if where else None
+    told = _base_is(base_is, base) if base else None
+    cuts = _cuts(path, base, told)
+    with OpenFiles() as files:
+        seen = Opened(opened, base.origin.checkpoint if base else None, files)
+        looked = _look(seen, base, cuts, running, watcher)
+    rows = tuple(one.row for one in looked)
+    return AdapterReport(
+        command=COMMAND,
+        adapter=str(path),
+        kind=opened.kind,
+        base=where.model if where else None,
+        base_is=told,
+        modules=rows,
+        values=_values(opened),
+        penalties=_penalties(opened, [one.layer for one in looked if one.layer]),
+        totals=_totals(opened, rows),
+        notes=(*_notes(rows), *(base.notes if base else ())),
+    )
+
+
+def _base(opened: Adapter, where: Where, running: Running) -> Base:
+    """The base, where every tensor of the adapter fits."""
+    facts = open_facts(running)
+    _, checkpoint, names = survey(where, facts.store)
+    origin = provenance.origin(checkpoint)
+    led = fitted(opened, origin, names)
+    led.require_base(origin)
+    return Base(origin, led, facts, (*([names.note] if names.note else []), *store_notes(facts)))
+
+
+def _base_is(asked: str, base: Base) -> str | None:
+    """Whether the base is truncated, if the adapter is one to which that matters; None where nothing says so."""
+    names = base.fitted.cut_targets
+    return what_base_is(asked, base.origin, base.fitted.made_by, names) if names else None
+
+
+def _cuts(path: Path, base: Base | None, told: str | None) -> Dropped:
+    cuts = known_cuts(path, base.origin if base else None)
+    if base is None:
+        made_by = provenance.adapter_manifest(path) or {}
+        known = made_by["tensors"] if made_by.get("command") == "truncate" else {}
+        names = {one["module"]: name for name, one in known.items() if "truncation_rank" in one}
+        return Dropped(cuts, names, None, NO_BASE)
+    if told == ORIGINAL:
+        return Dropped(cuts, {}, (base.origin.checkpoint, base.facts))
+    return Dropped(cuts, {}, None, CUT_ALREADY if told == TRUNCATED else NOT_SAID)
+
+
+def _look(seen: Opened, base: Base | None, cuts: Dropped, running: Running, watcher: Watcher) -> list[Looked]:
+    """Every patch, in the order of the layers."""
+    items = [Item(place.patch, place) for place in base.fitted.places] if base else []
+    items = items or [Item(patch) for patch in seen.adapter.patches]
+    items.sort(key=lambda item: _natural(item.name))
+    task: Task[Item, list[Looked]] = Task(
+        lambda item: module_rows(seen, item, cuts),
+        name=lambda item: item.name,
+        memory=lambda item: item.num_bytes,
+    )
+    with blas_threads(running.threads_per_worker):
+        looked = run_stage("look", task, items, running.num_workers, watcher)
+    return [one for rows in looked for one in rows]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """An order in which layer 2 comes before layer 10.
+
+    >>> sorted(["layers.10.q", "layers.2.q"], key=_natural)
+    ['layers.2.q', 'layers.10.q']
+    """
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _values(opened: Adapter) -> tuple[ValueRow, ...]:
+    """What the file holds beside updates: whole parameters, rows of embeddings, biases of its own."""
+
+    def row(parameter: str, tensor: str, why: str) -> ValueRow:
+        entry = opened.container.tensors[tensor]
+        return ValueRow(parameter, tensor, entry.shape, entry.dtype, why)
+
+    held = [row(one.parameter, one.tensor, one.why) for one in opened.replacements]
+    held += [row(one.parameter, one.tensor, "trained rows") for one in opened.token_rows]
+    biases = [
+        row(f"{patch.module}.bias", patch.tensors[ADDED_BIAS], "added to the bias")
+        for patch in opened.patches
+        if ADDED_BIAS in patch.tensors
+    ]
+    return tuple(sorted((*held, *biases), key=lambda one: _natural(one.parameter)))
+
+
+def _penalties(opened: Adapter, layers: Sequence[Layer]) -> dict[str, Any] | None:
+    """KaSA's penalties of the whole adapter; None for other kinds."""
+    if not layers:
+        return None
+    given = opened.config.get("kasa_config") or {}
+    beta, gamma = float(given.get("beta", BETA)), float(given.get("gamma", GAMMA))
+    found = {name: asdict(one) for name, one in penalties(layers, beta, gamma).items()}
+    return {"beta": beta, "gamma": gamma, **found}
+
+
+def _totals(opened: Adapter, rows: Sequence[ModuleRow]) -> dict[str, Any]:
+    norms = [row.norm for row in rows if row.norm is not None]
+    entries = opened.container.tensors.values()
+    return {
+        "modules": len(rows),
+        "modules_without_norm": len(rows) - len(norms),
+        "norm": math.hypot(*norms) if len(norms) == len(rows) else None,
+        "tensors": len(entries),
+        "parameters": sum(math.prod(entry.shape) for entry in entries),
+    }
+
+
+def _notes(rows: Iterable[ModuleRow]) -> list[str]:
+    """Why figures are missing, each reason once."""
+    listed = list(rows)
+    whys = Counter(row.why for row in listed if row.why)
+    cuts = Counter(row.in_cut_why for row in listed if row.in_cut_why)
+    return [
+        *(f"{number} of {len(listed)} updates: {why}" for why, number in whys.items()),
+        *(f"share in the cut, {number} of {len(listed)}: {why}" for why, number in cuts.items()),
+    ]

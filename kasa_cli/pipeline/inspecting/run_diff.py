@@ -1,0 +1,135 @@
+"""`kasa inspect diff`: two checkpoints of the same shapes, weight by weight."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.matrix import measuring_bytes
+from kasa_cli.errors import UsageError
+from kasa_cli.methods.selection import rank_correlation
+from kasa_cli.pipeline.inspecting.diff import Contrasted, Pair, contrast
+from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
+from kasa_cli.pipeline.measuring.many import room
+from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
+from kasa_cli.report import DiffReport, Skipped
+from kasa_cli.targets.candidates import Candidate, candidates
+from kasa_cli.targets.patterns import Patterns, patterns
+
+__all__ = ["Patterns", "Running", "Where", "diff", "patterns"]
+
+ANY_SIDE = 1 << 62
+RANK = 16
+
+
+def diff(
+    models: tuple[Where, Where],
+    patterns: Patterns | None = None,
+    running: Running | None = None,
+    rank: int = RANK,
+    watcher: Watcher | None = None,
+) -> DiffReport:
+    """Compare the linear weights of two checkpoints, or those that the patterns name.
+
+    `rank` is that of the subspaces compared at either end, less for narrow weights.
+
+    Raises:
+        KasaError: by the kind of trouble.
+    """
+    running, watcher, patterns = running or Running(), watcher or Silent(), patterns or Patterns()
+    check_running(running)
+    if rank < 1:
+        raise UsageError("the rank of a subspace must be positive")
+    facts = open_facts(running)
+    sources, chosen, notes = _open(models, patterns, facts)
+    pairs, skipped = _pairs(*chosen)
+    if not pairs:
+        raise UsageError("the two have no weight in common", f"{models[0].model} and {models[1].model}")
+    found = _contrasted(pairs, sources, facts, (running, rank), watcher)
+    done = {name: one for name, one in found.items() if isinstance(one, Contrasted)}
+    rows = tuple(one.row for one in done.values() if one.row)
+    return DiffReport(
+        command="inspect diff",
+        models=(models[0].model, models[1].model),
+        tensors=rows,
+        identical=tuple(name for name, one in done.items() if one.row is None),
+        skipped=(*skipped, *(one for one in found.values() if isinstance(one, Skipped))),
+        rank_correlation=rank_correlation([row.kappa[0] for row in rows], [row.kappa[1] for row in rows]),
+        totals={
+            "differing": len(rows),
+            "identical": len(done) - len(rows),
+            "unmeasured": len(found) - len(done),
+            "decompositions": sum(one.num_new for one in done.values()),
+            "decompositions_reused": sum(one.num_reused for one in done.values()),
+        },
+        notes=(*notes, *store_notes(facts)),
+    )
+
+
+def _open(
+    models: tuple[Where, Where], patterns: Patterns, facts: Facts
+) -> tuple[tuple[Checkpoint, Checkpoint], list[tuple[Candidate, ...]], list[str]]:
+    """Both checkpoints with what there is to compare in them."""
+    checkpoints, chosen, notes = [], [], []
+    for where in models:
+        _, checkpoint, names = survey(where, facts.store)
+        checkpoints.append(checkpoint)
+        chosen.append(candidates(checkpoint.tensors, names, patterns, "kasa", ANY_SIDE)[0])
+        notes += [f"{where.model}: {names.note}"] if names.note else []
+    return (checkpoints[0], checkpoints[1]), chosen, notes
+
+
+def _pairs(first: Sequence[Candidate], second: Sequence[Candidate]) -> tuple[list[Pair], tuple[Skipped, ...]]:
+    """What both have, by the names in memory: files may name it differently. What only one has is skipped."""
+    ours, theirs = ({one.module: one for one in chosen} for chosen in (first, second))
+    pairs, skipped = [], []
+    for module in dict.fromkeys((*ours, *theirs)):
+        if module not in ours or module not in theirs:
+            skipped.append(Skipped(module, f"only in {'B' if module in theirs else 'A'}"))
+        elif ours[module].shape != theirs[module].shape or _forms_differ(ours[module], theirs[module]):
+            skipped.append(Skipped(module, "of another shape in B"))
+        else:
+            pairs += _matched(ours[module], theirs[module])
+    return pairs, tuple(skipped)
+
+
+def _forms_differ(one: Candidate, other: Candidate) -> bool:
+    return one.num_matrices != other.num_matrices or one.is_transposed != other.is_transposed
+
+
+def _matched(one: Candidate, other: Candidate) -> list[Pair]:
+    both = zip(one.matrices, other.matrices, strict=True)
+    return [
+        Pair(first.name, one.module, one.shape, first, replace(second, name=first.name))
+        for first, second in both
+    ]
+
+
+def _size(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> int:
+    """Both weights are held, and one Gram matrix at a time."""
+    return room(pair.first) + room(pair.second) - measuring_bytes(pair.shape, 0)
+
+
+def _contrasted(
+    pairs: Sequence[Pair],
+    sources: tuple[Checkpoint, Checkpoint],
+    facts: Facts,
+    how: tuple[Running, int],
+    watcher: Watcher,
+) -> dict[str, Contrasted | Skipped]:
+    """Compare every pair, in the order given; with `keep_going`, pairs that cannot be measured are skipped."""
+    running, rank = how
+
+    def compared(pair: Pair) -> Contrasted | Skipped:
+        return contrast(pair, sources, facts, rank)
+
+    task = Task(
+        compared,
+        name=lambda pair: pair.name,
+        work=lambda pair: min(pair.shape) ** 2 * max(pair.shape),
+        memory=lambda pair: _size(pair, sources),
+        on_failure=(lambda pair, error: Skipped(pair.name, error.what)) if running.keep_going else None,
+    )
+    with blas_threads(running.threads_per_worker):
+        results = run_stage("compare", task, pairs, running.num_workers, watcher)
+    return {pair.name: result for pair, result in zip(pairs, results, strict=True)}

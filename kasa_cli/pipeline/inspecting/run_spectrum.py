@@ -1,0 +1,109 @@
+"""`kasa inspect spectrum`: all singular values of every target, and what they say."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from kasa_cli.checkpoint.matrix import Matrix
+from kasa_cli.files.durable import write_file
+from kasa_cli.pipeline.inspecting.spectrum import best_and_worst, curve, spectrum_row
+from kasa_cli.pipeline.measuring.facts import Bench, open_facts, store_notes
+from kasa_cli.pipeline.measuring.many import Asked, ask
+from kasa_cli.pipeline.measuring.plan import measure_plan, require_some
+from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
+from kasa_cli.report import Curve, MeasurePlan, SpectrumReport, SpectrumRow, module_type
+from kasa_cli.targets.candidates import Candidate, candidates
+from kasa_cli.targets.patterns import Patterns, patterns
+
+__all__ = ["Patterns", "Running", "Where", "patterns", "plan", "spectrum"]
+
+COMMAND = "inspect spectrum"
+ANY_SIDE = 1 << 62
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is kept of one weight: its figures and curve, and its values where a file of them is wanted."""
+
+    row: SpectrumRow
+    curve: Curve
+    values: Tensor | None = field(repr=False)
+
+
+def plan(where: Where, patterns: Patterns | None = None, running: Running | None = None) -> MeasurePlan:
+    """What `spectrum` would look at, from headers alone.
+
+    Raises:
+        KasaError: whatever `spectrum` would refuse before it reads a weight.
+    """
+    running = running or Running()
+    check_running(running)
+    _, checkpoint, names = survey(where)
+    chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
+    require_some(chosen)
+    return measure_plan(COMMAND, where, (checkpoint, names), chosen, skipped, running)
+
+
+def spectrum(
+    where: Where,
+    patterns: Patterns | None = None,
+    running: Running | None = None,
+    values: Path | None = None,
+    watcher: Watcher | None = None,
+) -> SpectrumReport:
+    """Measure all singular values of the linear weights of the blocks, or of what the patterns name.
+
+    `values` is a safetensors file to be written with all of them, in float64, by the names of the rows.
+
+    Raises:
+        KasaError: by the kind of trouble.
+    """
+    running, watcher = running or Running(), watcher or Silent()
+    check_running(running)
+    facts = open_facts(running)
+    _, checkpoint, names = survey(where, facts.store)
+    chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
+    require_some(chosen)
+    first_last = reversed(chosen)  # of tied weights the first gives the row its module
+    modules = {matrix.name: one.module for one in first_last for matrix in one.matrices}
+
+    def look(bench: Bench) -> Looked:
+        module = modules[bench.weight.name]
+        row, S = spectrum_row(bench, module, module_type(module))
+        return Looked(row, curve(row.name, S), S.clone() if values else None)
+
+    asked = ask(checkpoint, _all(chosen), look, facts, running, watcher)
+    if values:
+        write_file(
+            values,
+            [save({name: one.values for name, one in asked.answers.items() if one.values is not None})],
+        )
+    rows = _marked([one.row for one in asked.answers.values()])
+    return SpectrumReport(
+        command=COMMAND,
+        model=where.model,
+        model_class=names.model_class,
+        tensors=rows,
+        skipped=(*skipped, *asked.skipped),
+        totals=_totals(asked),
+        output={"values": str(values)} if values else {},
+        notes=(*([names.note] if names.note else []), *store_notes(facts)),
+        curves=tuple(one.curve for one in asked.answers.values()),
+    )
+
+
+def _all(chosen: tuple[Candidate, ...]) -> list[Matrix]:
+    return [matrix for one in chosen for matrix in one.matrices]
+
+
+def _totals(asked: Asked[Looked]) -> dict[str, int]:
+    return {"tensors": len(asked.answers), "unmeasured": len(asked.skipped), **asked.totals}
+
+
+def _marked(rows: list[SpectrumRow]) -> tuple[SpectrumRow, ...]:
+    marks = best_and_worst(rows)
+    best, worst = {pair[0] for pair in marks.values()}, {pair[1] for pair in marks.values()}
+    return tuple(replace(row, is_best=row.name in best, is_worst=row.name in worst) for row in rows)

@@ -1,0 +1,148 @@
+"""`kasa merge`: adapters into their base, one tensor at a time, each rounded once."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.checkpoint.dtypes import DTYPES
+from kasa_cli.checkpoint.open_files import OpenFiles
+from kasa_cli.checkpoint.shard_plan import Sheet, base_sheets, copy_companions, write_index
+from kasa_cli.files.staging import Staging, require_space
+from kasa_cli.pipeline.base_writer import WrittenTensor, write_base
+from kasa_cli.pipeline.costs import streaming_cost
+from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
+from kasa_cli.pipeline.merging.case import Case, Options, check, opened_case
+from kasa_cli.pipeline.merging.edits import Orders
+from kasa_cli.pipeline.merging.merger import Merger
+from kasa_cli.pipeline.merging.records import recorded, write_papers
+from kasa_cli.pipeline.merging.whole_tensor import Merged
+from kasa_cli.pipeline.opening import Where
+from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
+from kasa_cli.report import MergedRow, MergePlan, MergeReport, ToChange
+
+__all__ = ["Options", "Running", "Where", "merge", "plan"]
+
+
+def plan(
+    adapters: Sequence[Path],
+    where: Where,
+    output: Path,
+    options: Options | None = None,
+    running: Running | None = None,
+) -> MergePlan:
+    """What `merge` would do.
+
+    Raises:
+        KasaError: whatever `merge` would refuse before it changes a weight.
+    """
+    options, running = options or Options(), running or Running()
+    check(adapters, options)
+    check_running(running)
+    case = opened_case(adapters, where, output, options)
+    sheets = _sheets(case)
+    entries = {name: entry for sheet in sheets for name, entry in sheet.form.tensors.items()}
+    tensors = tuple(
+        ToChange(name, ", ".join(order.modules), entries[name].shape, entries[name].dtype, order.kinds)
+        for name, order in case.orders.items()
+    )
+    num_bytes = sum(sheet.form.size for sheet in sheets)
+    held = [
+        order.bytes_held(prod(entries[name].shape), options.rounding) for name, order in case.orders.items()
+    ]
+    return MergePlan(
+        command="merge",
+        model=where.model,
+        base_is=case.told,
+        tensors=tensors,
+        totals={
+            "tensors_merged": len(tensors),
+            "tensors_copied": len(entries) - len(tensors),
+            "bytes_to_write": num_bytes,
+            **streaming_cost(num_bytes, max(held, default=0), running.num_workers),
+        },
+        notes=case.notes,
+    )
+
+
+def merge(
+    adapters: Sequence[Path],
+    where: Where,
+    output: Path,
+    options: Options | None = None,
+    running: Running | None = None,
+    watcher: Watcher | None = None,
+) -> MergeReport:
+    """Merge adapters, in their order, into a copy of their base, which appears only when it is complete.
+
+    Raises:
+        KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
+    """
+    options, running, watcher = options or Options(), running or Running(), watcher or Silent()
+    check(adapters, options)
+    check_running(running)
+    facts = open_facts(running)
+    case = opened_case(adapters, where, output, options, facts)
+    checkpoint, orders, made = case.checkpoint, case.orders, case.made
+    sheets = _sheets(case)
+    require_space(output.parent, sum(sheet.form.size for sheet in sheets))
+    record = recorded(case, running)
+    job = {**record, "inputs": [[file, shard.identity.size] for file, shard in checkpoint.shards.items()]}
+    staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
+    with staging, blas_threads(running.threads_per_worker), OpenFiles() as files:
+        merger = Merger(checkpoint, orders, facts, files, options.rounding, made.sources)
+        written = write_base(checkpoint, merger, sheets, staging.out, running.num_workers, watcher)
+        copy_companions(checkpoint, staging.out, options.dtype, made.config)
+        write_index(checkpoint, sheets, staging.out)
+        sealed = write_papers(case, staging.out, record, sheets, written, running.num_workers)
+        staging.publish()
+    return MergeReport(
+        command="merge",
+        model=where.model,
+        model_class=case.names.model_class,
+        base_is=case.told,
+        dtype=options.dtype,
+        rounding=options.rounding,
+        tensors=_rows(orders, written.tensors),
+        adapters=case.adapters,
+        totals=_totals(written.tensors, sheets),
+        output={"directory": str(output), "manifest_sha256": hashlib.sha256(sealed).hexdigest()},
+        notes=(*case.notes, *store_notes(facts)),
+    )
+
+
+def _sheets(case: Case) -> list[Sheet]:
+    """The files of the merged model."""
+    checkpoint, made, dtype = case.checkpoint, case.made, DTYPES[case.options.dtype]
+    before = {name: checkpoint.tensors[made.sources.get(name, name)].dtype for name in case.orders}
+    dtypes = {name: dtype for name in case.orders if dtype is not None and dtype != before[name]}
+    return base_sheets(checkpoint, dtypes, case.options.max_shard_size, made.shapes, made.sources)
+
+
+def _rows(orders: Mapping[str, Orders], written: Sequence[WrittenTensor[Merged]]) -> tuple[MergedRow, ...]:
+    """Changed tensors, in the order of the base's headers."""
+    outcomes = {one.name: one for one in written if one.checks}
+    return tuple(
+        MergedRow(
+            name,
+            ", ".join(order.modules),
+            outcomes[name].dtype,
+            order.num_terms,
+            found.max_abs_change,
+            found.rounding_error,
+        )
+        for name, order in orders.items()
+        if (found := outcomes[name].checks)
+    )
+
+
+def _totals(written: Sequence[WrittenTensor[Merged]], sheets: Sequence[Sheet]) -> dict[str, Any]:
+    merged = [one.checks for one in written if one.checks]
+    return {
+        "tensors_merged": len(merged),
+        "tensors_copied": len(written) - len(merged),
+        "files": len(sheets),
+        "max_abs_change": max((one.max_abs_change for one in merged), default=None),
+        "max_rounding_error": max((one.rounding_error for one in merged), default=None),
+    }

@@ -1,0 +1,276 @@
+"""`kasa truncate`: drop the smallest singular components, write the base, a fresh KaSA adapter and the tail."""
+
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from kasa_cli.adapters import peft
+from kasa_cli.checkpoint import manifest
+from kasa_cli.checkpoint.dtypes import DTYPES
+from kasa_cli.checkpoint.shard_plan import Sheet, base_sheets, copy_companions, write_index
+from kasa_cli.files.durable import make_folder
+from kasa_cli.files.staging import Staging, check_apart, require_space
+from kasa_cli.linalg.realised import Outcome
+from kasa_cli.linalg.rounding import ROUNDINGS
+from kasa_cli.methods import kasa
+from kasa_cli.pipeline.base_writer import WrittenBase, write_base
+from kasa_cli.pipeline.costs import memory_needed, seconds_needed
+from kasa_cli.pipeline.measuring.facts import Facts, open_facts, pick_device, store_notes
+from kasa_cli.pipeline.opening import Where
+from kasa_cli.pipeline.truncating.adapter_and_tail import write_adapter, write_tail
+from kasa_cli.pipeline.truncating.factors import Measured, Measurer, measure
+from kasa_cli.pipeline.truncating.options import PARTS, Options, check, recorded
+from kasa_cli.pipeline.truncating.plan import Plan, make_plan, require_rank
+from kasa_cli.pipeline.truncating.records import write_papers
+from kasa_cli.pipeline.truncating.rewrite import SumsByTarget, Truncated, Truncation, shares_of
+from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
+from kasa_cli.report import PlanReport, TensorRow, ToTruncate, TruncateReport
+from kasa_cli.targets.patterns import Patterns
+from kasa_cli.targets.selection import Target
+
+__all__ = ["Options", "Patterns", "Where", "plan", "truncate"]
+
+
+def plan(where: Where, options: Options) -> PlanReport:
+    """What `truncate` would do, from headers alone.
+
+    Raises:
+        KasaError: whatever `truncate` would refuse before it reads a weight.
+    """
+    check(options)
+    made = _plan(where, options)
+    targets = made.selection.targets
+    sheets = _sheets(made, options)
+    return PlanReport(
+        command="truncate",
+        model=where.model,
+        rank=options.rank,
+        truncation_rank=options.dropped,
+        tensors=tuple(_planned(target) for target in targets),
+        skipped=made.selection.skipped,
+        totals={
+            "tensors_operated": len(targets),
+            "tensors_skipped": len(made.selection.skipped),
+            "bytes_to_write": _bytes_to_write(made, options, sheets),
+            "memory_bytes": memory_needed(targets, options.num_workers),
+            "seconds": round(seconds_needed(targets, options.num_workers), 1),
+        },
+        output={part: part in options.emit for part in PARTS},
+        notes=_notes(made, options),
+    )
+
+
+def truncate(
+    where: Where, output: Path, options: Options | None = None, watcher: Watcher | None = None
+) -> TruncateReport:
+    """Truncate a checkpoint into `output`, which appears only when it is complete.
+
+    Raises:
+        KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
+    """
+    options, watcher = options or Options(), watcher or Silent()
+    check(options)
+    device = pick_device(options.device)
+    facts = open_facts(options.running)
+    made = _plan(where, options, facts)
+    sheets = _sheets(made, options)
+    check_apart(output, [made.source.root])
+    require_space(output.parent, _bytes_to_write(made, options, sheets))
+    environment = manifest.numeric_environment(options.threads_per_worker, device.type)
+    job = _job(made, options, environment)
+    staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
+    with staging, blas_threads(options.threads_per_worker):
+        measurer = Measurer(made.checkpoint, staging, facts, device)
+        measured = measure(measurer, made.selection.targets, options.num_workers, watcher)
+        done = Truncated(measured, _write_parts(made, options, sheets, staging, measured, watcher))
+        sealed = write_papers(made, options, staging, environment, done)
+        staging.publish()
+    report = _report(where, output, options, made, done, sealed)
+    return replace(report, notes=(*report.notes, *store_notes(facts)))
+
+
+def _plan(where: Where, options: Options, facts: Facts | None = None) -> Plan:
+    rule = kasa.COMPATS[options.compat]
+    made = make_plan(
+        where,
+        options.patterns,
+        options.targets_from,
+        lambda outs, ins: rule(options.dropped, outs, ins),
+        facts,
+    )
+    require_rank(made.selection.targets, options.dropped, "the truncation rank")
+    if "adapter" in options.emit:
+        require_rank(made.selection.modules, options.rank, "the rank")
+    return made
+
+
+def _sheets(made: Plan, options: Options) -> list[Sheet]:
+    """The files of the base; none when no base is asked for."""
+    if "base" not in options.emit:
+        return []
+    dtype = DTYPES[options.dtype]
+    tensors = made.checkpoint.tensors
+    names = {piece.name for target in made.selection.targets for piece in target.matrix.pieces}
+    changing = {name: dtype for name in sorted(names) if dtype and tensors[name].dtype != dtype}
+    return base_sheets(made.checkpoint, changing, options.max_shard_size)
+
+
+def _bytes_to_write(made: Plan, options: Options, sheets: Sequence[Sheet]) -> int:
+    """Bytes of the output, and of the parts that wait for it."""
+    root, targets = made.checkpoint.root, made.selection.targets
+    sides = sum(sum(target.shape) for target in targets)
+    module_sides = sum(sum(target.shape) for target in made.selection.modules)
+    parts = sum(8 * target.dropped * sum(target.shape) for target in targets)
+    base = sum(sheet.form.size for sheet in sheets)
+    base += sum((root / name).stat().st_size for name in made.checkpoint.companions) if sheets else 0
+    adapter = 4 * options.rank * module_sides * ("adapter" in options.emit)
+    tail = 4 * options.dropped * sides * ("tail" in options.emit)
+    return parts + base + adapter + tail
+
+
+def _job(made: Plan, options: Options, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What the bytes of the output depend on: a run continues only the same job."""
+    headers = [[file, shard.identity.size] for file, shard in made.checkpoint.shards.items()]
+    return {
+        "command": "truncate",
+        "environment": dict(environment),
+        "inputs": headers,
+        "options": recorded(options),
+        "source": {"commit": made.source.commit, "repo": made.source.repo},
+        "targets": [asdict(target) for target in made.selection.targets],
+    }
+
+
+def _write_parts(
+    made: Plan,
+    options: Options,
+    sheets: list[Sheet],
+    staging: Staging,
+    measured: list[Measured],
+    watcher: Watcher,
+) -> WrittenBase[SumsByTarget]:
+    """Write what was asked for; what was written of the base."""
+    written: WrittenBase[SumsByTarget] = WrittenBase([], {})
+    if sheets:
+        folder = staging.out / "base"
+        make_folder(folder)
+        shares = shares_of(made.checkpoint, measured)
+        rewriter = Truncation(made.checkpoint, staging, shares, ROUNDINGS[options.rounding])
+        written = write_base(made.checkpoint, rewriter, sheets, folder, options.num_workers, watcher)
+        copy_companions(made.checkpoint, folder, options.dtype)
+        write_index(made.checkpoint, sheets, folder)
+    if "adapter" in options.emit:
+        write_adapter(made, options, staging, measured, watcher)
+    if "tail" in options.emit:
+        write_tail(made, staging, measured, watcher)
+    return written
+
+
+def _notes(made: Plan, options: Options) -> tuple[str, ...]:
+    """What a user should know before trusting the output to another tool."""
+    notes = [made.names.note] if made.names.note else []
+    modules, config = [target.module for target in made.selection.modules], made.checkpoint.config
+    has_conv1d = any(target.matrix.is_transposed for target in made.selection.modules)
+    if {"adapter", "tail"} & set(options.emit):
+        notes += peft.refusals(modules, config)
+    if "adapter" in options.emit:
+        notes += peft.difficulties(modules, config, has_conv1d=has_conv1d)
+    if "adapter" in options.emit and made.selection.experts:
+        where = (
+            "in base/ and tail/, not in adapter/" if modules else "in base/ and tail/: there is no adapter/"
+        )
+        notes.append(
+            f"PEFT has no KaSA for fused experts: {len(made.selection.experts)} of their matrices are {where}"
+        )
+    if (
+        "adapter" in options.emit
+        and modules
+        and (options.dropped != options.rank or options.compat != "peft")
+    ):
+        notes.append(
+            f"PEFT drops the {options.rank} smallest components of whatever base it loads this adapter on: "
+            "its base then differs from base/; load tail/ on the original instead where that matters"
+        )
+    if options.compat == "reference":
+        notes.append(
+            "compat reference: the published code's in_features - r rule; wide layers lose less or nothing"
+        )
+    if "tail" in options.emit and not any(target.dropped for target in made.selection.targets):
+        notes.append("nothing is dropped, so there is no tail/")
+    return tuple(notes)
+
+
+def _report(
+    where: Where,
+    output: Path,
+    options: Options,
+    made: Plan,
+    done: Truncated,
+    sealed: bytes,
+) -> TruncateReport:
+    rows = tuple(_row(one, done) for one in done.measured)
+    tied = [row.name for row in rows if row.is_tied]
+    notes = [*_notes(made, options)]
+    if tied:
+        notes.append(
+            f"the cut falls on a tie in {len(tied)} tensors ({tied[0]}, …): another cut would be as good"
+        )
+    return TruncateReport(
+        command="truncate",
+        model=where.model,
+        model_class=made.names.model_class,
+        rank=options.rank,
+        truncation_rank=options.dropped,
+        alpha=options.lora_alpha,
+        dtype=options.dtype,
+        rounding=options.rounding,
+        compat=options.compat,
+        tensors=rows,
+        skipped=made.selection.skipped,
+        totals=_totals(rows, done, options),
+        output=_output(output, sealed),
+        notes=tuple(notes),
+    )
+
+
+def _planned(target: Target) -> ToTruncate:
+    matrix = target.matrix
+    is_transposed = matrix.is_transposed
+    return ToTruncate(target.name, target.module, target.shape, matrix.dtype, is_transposed, target.dropped)
+
+
+def _row(one: Measured, done: Truncated) -> TensorRow:
+    found = {name: value for name, value in asdict(one.facts).items() if name != "angle"}
+    outcome, matrix = done.outcomes.get(one.target.name), one.target.matrix
+    return TensorRow(
+        name=one.target.name,
+        module=one.target.module,
+        shape=one.target.shape,
+        dtype=matrix.dtype,
+        stored_dtype=done.dtypes.get(matrix.pieces[0].name, matrix.dtype),
+        truncation_rank=one.target.dropped,
+        **found,
+        **(asdict(outcome) if outcome else {name.name: None for name in fields(Outcome)}),
+    )
+
+
+def _totals(rows: Sequence[TensorRow], done: Truncated, options: Options) -> dict[str, Any]:
+    realised = [row.realised for row in rows if row.realised is not None]
+    return {
+        "tensors_operated": len(rows),
+        "tensors_copied": sum(one.checks is None for one in done.base.tensors),
+        "decompositions": sum(one.is_new for one in done.measured),
+        "decompositions_reused": sum(not one.is_new for one in done.measured),
+        "realised_min": min(realised, default=None),
+        "realised_median": statistics.median(realised) if realised else None,
+        "min_realised": options.min_realised,
+        "below_min_realised": sum(value < options.min_realised for value in realised),
+    }
+
+
+def _output(output: Path, sealed: bytes) -> dict[str, Any]:
+    found = {part: str(output / part) for part in PARTS if (output / part).is_dir()}
+    return {"directory": str(output), **found, "manifest_sha256": hashlib.sha256(sealed).hexdigest()}

@@ -1,0 +1,50 @@
+"""`kasa verify`: is an output what its manifest says, and what its base gives? Never writes."""
+
+from pathlib import Path
+
+from kasa_cli.checkpoint import manifest
+from kasa_cli.errors import InvalidInput, UsageError
+from kasa_cli.pipeline.opening import Where, find
+from kasa_cli.pipeline.verifying import integrity, recompute
+from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, num_cores
+from kasa_cli.report import VerifyReport
+
+__all__ = ["Where", "verify"]
+
+
+def verify(
+    output: Path,
+    *,
+    read_data: bool = False,
+    against: Where | None = None,
+    workers: int = 0,
+    watcher: Watcher | None = None,
+) -> VerifyReport:
+    """Check files, headers, index and shapes; with `read_data` every byte; with `against` every number.
+
+    Raises:
+        IntegrityError: anything missing, extra or altered, by name.
+    """
+    if not output.is_dir():
+        raise InvalidInput("no such directory", str(output))
+    watcher, num_workers = watcher or Silent(), workers or num_cores()
+    found = manifest.load(output)
+    if against and found["command"] != "truncate":
+        raise UsageError("--against recomputes truncations only", str(output), "use --read-data")
+    integrity.check_files(output, found)
+    num_bytes = integrity.check_hashes(output, found, num_workers, watcher) if read_data else 0
+    integrity.check_structure(output, found)
+    compared: list[recompute.Comparison] = []
+    if against:
+        with blas_threads(found["environment"]["threads_per_worker"]):
+            _, base = find(against)
+            compared = recompute.compare(output, found, base, num_workers, watcher)
+    return VerifyReport(
+        command="verify",
+        output=str(output),
+        depth=("manifest", "files", "structure", *["data"] * read_data, *["base"] * bool(against)),
+        files=len(found["files"]) + 1,
+        tensors=len(found["tensors"]),
+        bytes_hashed=num_bytes,
+        compared=tuple(vars(one) for one in compared),
+    )
