@@ -136,6 +136,10 @@ class NetworkError(KasaError):
     exit_code = ExitCode.NETWORK
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C on the command line: the process ends at once, and waits for no worker."""
+
+
 class BelowStandard(KasaError):
     """The output is complete, but below what `strict` asks; `report` is the result."""
 

@@ -18,7 +18,7 @@ import typer
 from typer.exceptions import TyperException
 
 from kasa_cli import VERBS, __version__, function_name
-from kasa_cli.errors import ExitCode, KasaError, printable
+from kasa_cli.errors import ExitCode, Interrupted, KasaError, printable
 
 app = typer.Typer(
     help="Spectral surgery on Hugging Face checkpoints: offline KaSA, streamed, exact and verified.",
@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else arguments
     gc.set_threshold(COLLECT_EVERY)
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no κ shows how it is spelled
             stream.reconfigure(errors="backslashreplace")
@@ -154,6 +156,10 @@ def _leave(code: int) -> NoReturn:
         typer.echo(nl=False)
         typer.echo(nl=False, err=True)
     os._exit(code)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise Interrupted
 
 
 def _terminate(*_: Any) -> NoReturn:

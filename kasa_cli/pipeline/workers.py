@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from threadpoolctl import threadpool_limits
 
-from kasa_cli.errors import KasaError, NumericalError, ResourceError, UsageError
+from kasa_cli.errors import Interrupted, KasaError, NumericalError, ResourceError, UsageError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -150,8 +150,10 @@ def run(
                 results[index] = future.result()
                 done(items[index])
         return [results[index] for index in range(len(items))]
-    except Exception:
-        # The caller may close files that workers still write to, so wait for them. Only Ctrl-C does not wait.
+    except Interrupted:
+        raise
+    except (Exception, KeyboardInterrupt):
+        # The caller may close files that workers still write to, so wait for them. A process that ends does not wait.
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     finally:

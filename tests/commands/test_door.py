@@ -1,4 +1,4 @@
-"""`import kasa_cli as kasa`: every verb is a function with the flags of its command, and changes nothing outside the call."""
+"""`import kasa_cli as kasa`: every verb is a function that takes the flags of its command."""
 
 import gc
 import inspect
@@ -21,7 +21,17 @@ from kasa_cli.errors import ExitCode
 from tests.builders.runs import environment, inside, plain_model
 
 ONLY_OF_FUNCTIONS = {"progress"}
-HEAVY = {"torch", "transformers", "typer", "rich", "numpy", "safetensors", "huggingface_hub", "scipy", "altair"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "typer",
+    "rich",
+    "numpy",
+    "safetensors",
+    "huggingface_hub",
+    "scipy",
+    "altair",
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +92,15 @@ def test_to_import_kasa_imports_nothing_heavy():
 
 def test_every_public_name_is_listed_and_a_wrong_one_is_an_attribute_error():
     names = dir(kasa)
-    for name in ("truncate", "inspect_diff", "to_json", "spectrum_page", "KasaError", "UsageError", "MergeReport"):
+    for name in (
+        "truncate",
+        "inspect_diff",
+        "to_json",
+        "spectrum_page",
+        "KasaError",
+        "UsageError",
+        "MergeReport",
+    ):
         assert name in names and getattr(kasa, name)
     with pytest.raises(AttributeError, match="sweeep"):
         _ = kasa.sweeep
@@ -92,7 +110,9 @@ def test_truncate_gives_the_report_of_the_command(model, tmp_path, capsys):
     seen = []
     report = kasa.truncate(str(model), tmp_path / "out", rank=2, emit=["base", "tail"], progress=seen.append)
     assert capsys.readouterr() == ("", "")
-    done = inside(capsys, "truncate", model, "-o", tmp_path / "again", "-r", 2, "--emit", "base,tail", "--json")
+    done = inside(
+        capsys, "truncate", model, "-o", tmp_path / "again", "-r", 2, "--emit", "base,tail", "--json"
+    )
     ours, theirs = json.loads(kasa.to_json(report)), done.json
     for one in (ours, theirs):
         one.pop("output"), one["totals"].pop("decompositions"), one["totals"].pop("decompositions_reused")
