@@ -11,9 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from kasa_cli.commands.truncate import Options, Where, plan
-from kasa_cli.commands.verify import verify
 from kasa_cli.errors import IntegrityError, UsageError
+from kasa_cli.pipeline.truncating.run import Options, Where, plan
+from kasa_cli.pipeline.verifying.run import verify
 from kasa_cli.report import TensorRow
 from kasa_cli.targets.patterns import Patterns
 from tests.builders import tiny_models
