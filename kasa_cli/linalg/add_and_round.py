@@ -14,14 +14,14 @@ from torch import Tensor
 from kasa_cli.linalg.rounding import BITS, on_the_way
 
 SAFE_SQUARES = (1e-20, 1e30)
-"""A sum of squares in between neither overflowed in float32 nor lost anything of note below its smallest number."""
+"""A sum of squares between these two neither overflows in float32 nor loses digits to its smallest number."""
 
 Then = Callable[[Float64[Tensor, "j i"], int], Float64[Tensor, "j i"]]
-"""What becomes of the rows of a sum from a number on, before they are rounded."""
+"""Maps rows of a sum, given the index of the first one, to the rows that are rounded."""
 
 
 class Sum:
-    """The exact T = then(W + L R) of blocks of rows, each rounded once to `dtype`, and what came of it so far.
+    """Rounds the exact T = then(W + L R) to `dtype`, a block of rows at a time, and measures the blocks so far.
 
     `max_abs_change` is the largest |Q - before| of an entry; `off` and `whole` sum (Q - T)² and T². In half precision
     the three are measured in float32, which is exact enough beside 8 or 11 bits.
@@ -46,9 +46,9 @@ class Sum:
     def block(
         self, W: Float[Tensor, "j i"], start: int, before: Float[Tensor, "k i"] | None = None
     ) -> Float[Tensor, "j i"]:
-        """Rows [start, start + j), rounded, where the next ones will be; `before` is what to compare them with, or W.
+        """Rows [start, start + j), rounded, in memory that the next call overwrites.
 
-        `before` may have fewer rows.
+        The change is measured against `before` (default W), which may have fewer rows.
         """
         T, near, scratch, Q = (
             room[: len(W)] for room in (self._exact, self._near, self._scratch, self._rounded)
@@ -69,14 +69,17 @@ class Sum:
 
 def _squares(X: Float[Tensor, "j i"]) -> float:
     flat = X.reshape(-1)
-    found = float(torch.dot(flat, flat))
-    if not SAFE_SQUARES[0] < found < SAFE_SQUARES[1] and flat.dtype != torch.float64:
+    total = float(torch.dot(flat, flat))
+    if not SAFE_SQUARES[0] < total < SAFE_SQUARES[1] and flat.dtype != torch.float64:
         return _squares(X.to(torch.float64))
-    return found
+    return total
 
 
 def _largest(D: Float[Tensor, "j i"]) -> float:
-    """The largest magnitude; D loses its signs, for then its bits, which are faster to compare, are in order."""
+    """The largest magnitude of an entry.
+
+    Overwrites D by |D|: the bits of positive numbers are in order, and faster to compare.
+    """
     if not D.numel():
         return 0.0
     return float(D.abs_().view(BITS[D.dtype]).max().view(D.dtype))

@@ -1,8 +1,8 @@
-"""BLAS and LAPACK by address, so that other threads run meanwhile.
+"""BLAS and LAPACK called by address, without the interpreter lock.
 
 scipy's own wrappers hold the interpreter lock for the whole call: two matrices at once would take as long as one
 after the other, and Ctrl-C would wait for both. The routines behind them are public, as capsules for Cython; called
-through ctypes they let go of the lock.
+through ctypes they release the lock.
 
 Every matrix is a torch tensor in Fortran order (unit stride down a column) on the CPU, float64 or float32, and is
 overwritten where the routine says so. Shapes: k = side of a square matrix, w = columns.
@@ -32,9 +32,9 @@ def syrk(C: Tensor, A: Tensor) -> None:
     A = A if is_fortran or A.is_contiguous() else fortran(A)
     is_fortran = A.stride(0) == 1
     k, w = A.shape
-    one = REAL[C.dtype](1.0)
+    unit = REAL[C.dtype](1.0)
     trans, lead = (b"N", k) if is_fortran else (b"T", w)
-    _call("syrk", C.dtype, b"L", trans, k, w, one, A, max(lead, 1), one, C, max(k, 1))
+    _call("syrk", C.dtype, b"L", trans, k, w, unit, A, max(lead, 1), unit, C, max(k, 1))
 
 
 def potrf(A: Tensor) -> int:
@@ -47,18 +47,30 @@ def potrf(A: Tensor) -> int:
 def trsm(L: Tensor, X: Tensor, *, transposed: bool) -> None:
     """X (k × w) := L⁻¹ X, or L⁻ᵀ X, for the lower triangle of L (k × k)."""
     k, w = X.shape
-    one = REAL[L.dtype](1.0)
+    unit = REAL[L.dtype](1.0)
     _call(
-        "trsm", L.dtype, b"L", b"L", b"T" if transposed else b"N", b"N", k, w, one, L, max(k, 1), X, max(k, 1)
+        "trsm",
+        L.dtype,
+        b"L",
+        b"L",
+        b"T" if transposed else b"N",
+        b"N",
+        k,
+        w,
+        unit,
+        L,
+        max(k, 1),
+        X,
+        max(k, 1),
     )
 
 
 def symm(A: Tensor, X: Tensor, Y: Tensor) -> None:
     """Y := A X for symmetric A (k × k), of which the lower triangle is read; X and Y are k × w."""
     k, w = X.shape
-    one, zero = REAL[A.dtype](1.0), REAL[A.dtype](0.0)
+    unit, zero = REAL[A.dtype](1.0), REAL[A.dtype](0.0)
     lead = max(k, 1)
-    _call("symm", A.dtype, b"L", b"L", k, w, one, A, lead, X, lead, zero, Y, lead)
+    _call("symm", A.dtype, b"L", b"L", k, w, unit, A, lead, X, lead, zero, Y, lead)
 
 
 def syevr(A: Tensor, uplo: bytes, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -70,19 +82,19 @@ def syevr(A: Tensor, uplo: bytes, first: int, last: int) -> tuple[Tensor, Tensor
     k, m = len(A), last - first + 1
     w, Z = A.new_empty(k), fortran(A.new_empty(k, m))
     support = torch.empty(2 * k, dtype=torch.int32)
-    found, info = ctypes.c_int(0), ctypes.c_int(0)
+    num_found, info = ctypes.c_int(0), ctypes.c_int(0)
     zero = REAL[A.dtype](0.0)
 
     def run(work: Tensor, num_work: int, iwork: Tensor, num_iwork: int) -> None:
         bounds = (zero, zero, first + 1, last + 1, zero)
         room = (work, num_work, iwork, num_iwork)
-        _call("syevr", A.dtype, b"V", b"I", uplo, k, A, k, *bounds, found, w, Z, k, support, *room, info)
+        _call("syevr", A.dtype, b"V", b"I", uplo, k, A, k, *bounds, num_found, w, Z, k, support, *room, info)
 
     query, iquery = A.new_empty(1), torch.empty(1, dtype=torch.int32)
     run(query, -1, iquery, -1)
     size, isize = int(query[0]), int(iquery[0])
     run(A.new_empty(size), size, torch.empty(isize, dtype=torch.int32), isize)
-    if info.value or found.value != m:
+    if info.value or num_found.value != m:
         raise torch.linalg.LinAlgError("syevr did not converge")
     return w[:m], Z
 
@@ -115,8 +127,8 @@ def fortran(X: Tensor) -> Tensor:
 
 def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Call a routine: Fortran takes every argument by address."""
-    held = [ctypes.c_int(one) if isinstance(one, int) else one for one in arguments]
-    _routine(f"{PREFIX[dtype]}{name}", len(held))(*(_address(one) for one in held))
+    boxed = [ctypes.c_int(value) if isinstance(value, int) else value for value in arguments]
+    _routine(f"{PREFIX[dtype]}{name}", len(boxed))(*(_address(value) for value in boxed))
 
 
 def _address(argument: Any) -> Any:
@@ -127,7 +139,7 @@ def _address(argument: Any) -> Any:
 
 @cache
 def _routine(name: str, num_arguments: int) -> Callable[..., None]:
-    """A function that lets go of the interpreter lock while it runs."""
+    """A function that releases the interpreter lock while it runs."""
     module = cython_blas if name in cython_blas.__pyx_capi__ else cython_lapack
     capsule = module.__pyx_capi__[name]
     kinds = [ctypes.c_void_p] * num_arguments

@@ -1,8 +1,8 @@
 """Both ends of the spectrum of a weight: its smallest singular triplets and its largest singular value.
 
-No full decomposition: a solver of `subspace` finds where the vectors lie, one Rayleigh-Ritz step on the weight
-itself reads the values off to the unit roundoff of float64, and the residual on the weight decides whether the
-next solver of the ladder is asked.
+No full decomposition: a solver of `solvers` finds the subspace of the vectors, one Rayleigh-Ritz step on the weight
+itself gives the values to the unit roundoff of float64, and the residual on the weight decides whether the next
+solver of the ladder is used.
 
 Shapes: o = out_features, i = in_features, k = min(o, i), l = max(o, i), t = components dropped, p ≥ t.
 """
@@ -16,27 +16,27 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg.frame import Frame, Rows, frame
+from kasa_cli.linalg.frame import Frame, StreamedWeight, frame
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.solvers import SOLVERS, Directions, ladder
 
 EPS = torch.finfo(torch.float64).eps
 ANGLE_TOLERANCE = 1e-7
 RESIDUAL_LIMIT = 1e-12
-"""What a solver that does not square must reach: some thousand times float64 roundoff."""
+"""Residual that a solver which does not square must reach: some thousand times float64 roundoff."""
 NEXT_LIMIT = 1e-4
 """Relative residual of the first pair kept: its value is in error by the square of it."""
 LEVEL = 16
 TIE = 1e-6
-"""A relative gap below this makes the cut arbitrary: the product is still a best one, the factors are not."""
+"""Below this relative gap the truncation is not unique: the product is still optimal, the factors are arbitrary."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """The t smallest singular triplets, largest of them first, and what is known around them.
+    """The t smallest singular triplets, largest of them first, and the values around them.
 
     `residuals` are the norms of the columns of M Mᵀ Z - Z S², over σ_max², measured on the weight in float64 (M: the
-    weight or its transpose, whichever is wide; Z: the vectors of its short side); one at least, though t be 0.
+    weight or its transpose, whichever is wide; Z: the vectors of its short side); at least one, also for t = 0.
     `is_squared`: the solver saw squared singular values.
     """
 
@@ -52,12 +52,16 @@ class Ends:
     is_squared: bool
 
     def cut(self, t: int) -> "Ends":
-        """The same for fewer components: the smallest of the smallest."""
-        kept = len(self.S) - t
-        if not kept:
+        """The t smallest of these triplets."""
+        num_left_out = len(self.S) - t
+        if not num_left_out:
             return self
-        U, S, V = self.U[:, kept:].contiguous(), self.S[kept:].clone(), self.V[:, kept:].contiguous()
-        sigma_next = float(self.S[max(kept - 1, 0) if t else -1])
+        U, S, V = (
+            self.U[:, num_left_out:].contiguous(),
+            self.S[num_left_out:].clone(),
+            self.V[:, num_left_out:].contiguous(),
+        )
+        sigma_next = float(self.S[max(num_left_out - 1, 0) if t else -1])
         return replace(
             self, U=U, S=S, V=V, sigma_next=sigma_next, residuals=self.residuals[-max(t, 1) :].clone()
         )
@@ -69,10 +73,10 @@ class Ends:
 
     @property
     def angle(self) -> float:
-        """The sine between the space found and the true one, estimated.
+        """Estimated sine of the angle between the computed subspace and the true one.
 
         The residual over the gap of squares (Davis and Kahan) for a solver that squares, float64 roundoff over the
-        gap for one that does not. At a tie the gap counts as TIE; where nothing is cut, as 1.
+        gap for one that does not. At a tie the gap counts as TIE; where nothing is dropped, as 1.
         """
         sines = self.residual if self.is_squared else 4 * EPS
         if self.sigma_cut is None:
@@ -91,7 +95,7 @@ class Ends:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the last component dropped and the first one kept are the same to six digits."""
+        """Whether the last component dropped and the first component kept agree to six digits."""
         cut = self.sigma_cut
         return cut is not None and self.sigma_next - cut <= TIE * self.sigma_next and cut > 0
 
@@ -101,30 +105,30 @@ class Ends:
         return float((self.S / self.frobenius).square().sum()) if self.frobenius else 0.0
 
 
-def ends(W: Float[Tensor, "o i"] | Rows, t: int) -> Ends:
+def ends(W: Float[Tensor, "o i"] | StreamedWeight, t: int) -> Ends:
     """The t smallest singular triplets of W, and the extremes of its spectrum; see `ends_of`."""
     return ends_of(Gram(frame(W)), t)
 
 
 def level(k: int, t: int) -> int:
-    """How many components are computed when t of k are asked for: 16, 64, 256 and so on, below k.
+    """Number of components to compute when t of k are needed: 16, 64, 256 and so on, below k.
 
-    One decomposition then answers every smaller question, and a question has one answer, whatever was asked before.
+    One decomposition then serves every smaller t, and the result for a t does not depend on earlier ones.
 
     >>> [level(4096, t) for t in (0, 8, 16, 17, 100)], level(10, 4)
     ([16, 16, 16, 64, 256], 9)
     """
-    wanted = LEVEL
-    while wanted < t:
-        wanted *= 4
-    return min(wanted, k - 1)
+    num_computed = LEVEL
+    while num_computed < t:
+        num_computed *= 4
+    return min(num_computed, k - 1)
 
 
 def ends_of(gram: Gram, t: int) -> Ends:
     """The t smallest singular triplets of a weight, and the extremes of its spectrum.
 
     Values are within float64 roundoff of σ_max, and σ_max is to ten digits. Singular values that roundoff alone
-    explains are zero and reported as such; their vectors on the long side are then any orthonormal ones. Signs:
+    explains are set to zero; their vectors on the long side are then arbitrary orthonormal ones. Signs:
     the largest entry of each left vector is positive.
 
     Raises:
@@ -133,22 +137,22 @@ def ends_of(gram: Gram, t: int) -> Ends:
     M = gram.frame
     if not 0 <= t < M.num_short:
         raise NumericalError(f"cannot drop {t} of {M.num_short} components")
-    found = None
+    bottom = None
     for name in ladder(M.num_short, max(t, 1)):
         directions = _attempt(name, gram, max(t, 1))
         if directions is None:
             continue
-        found, next_residual = _read_off(M, directions, t)
-        is_sharp = found.angle <= ANGLE_TOLERANCE and next_residual <= NEXT_LIMIT
-        if is_sharp if directions.is_squared else found.residual <= RESIDUAL_LIMIT:
-            return found
+        bottom, next_residual = _read_off(M, directions, t)
+        is_sharp = bottom.angle <= ANGLE_TOLERANCE and next_residual <= NEXT_LIMIT
+        if is_sharp if directions.is_squared else bottom.residual <= RESIDUAL_LIMIT:
+            return bottom
     raise NumericalError(
-        f"no solver reached a residual of {RESIDUAL_LIMIT}; the last: {found and found.residual}"
+        f"no solver reached a residual of {RESIDUAL_LIMIT}; the last: {bottom and bottom.residual}"
     )
 
 
 def _attempt(name: str, gram: Gram, t: int) -> Directions | None:
-    """What a solver finds; None when it cannot, or when LAPACK gives up under it."""
+    """Directions by one solver; None when it cannot handle the matrix, or LAPACK does not converge."""
     try:
         return SOLVERS[name](gram, t)
     except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError):
@@ -156,7 +160,7 @@ def _attempt(name: str, gram: Gram, t: int) -> Directions | None:
 
 
 def _read_off(M: Frame, directions: Directions, t: int) -> tuple[Ends, float]:
-    """Rayleigh and Ritz on the weight itself, inside the directions found; with the next pair's residual."""
+    """One Rayleigh-Ritz step on the weight itself, within the directions; and the residual of the next pair."""
     p = directions.bottom.shape[1]
     Y = M.transposed_product(torch.cat([directions.bottom, directions.top], dim=1))
     sigma_max = float(torch.linalg.svdvals(Y[:, p:])[0])
@@ -168,7 +172,7 @@ def _read_off(M: Frame, directions: Directions, t: int) -> tuple[Ends, float]:
     S = S.where(sigma_max * noise < S, 0.0)
     cut, following = max(p - max(t, 1), 0), max(p - t - 1, 0)
     U, V = oriented(M, Z[:, p - t :], X[:, p - t :])
-    found = Ends(
+    bottom = Ends(
         U=U,
         S=S[p - t :] * M.scale,
         V=V,
@@ -181,7 +185,7 @@ def _read_off(M: Frame, directions: Directions, t: int) -> tuple[Ends, float]:
         is_squared=directions.is_squared,
     )
     share = float(S[following] / sigma_max) ** 2 if sigma_max else 0.0
-    return found, float(residuals[following]) / share if share else 0.0
+    return bottom, float(residuals[following]) / share if share else 0.0
 
 
 def _residuals(M: Frame, Z: Tensor, S: Tensor, X: Tensor) -> Tensor:
@@ -191,23 +195,23 @@ def _residuals(M: Frame, Z: Tensor, S: Tensor, X: Tensor) -> Tensor:
 
 
 def _noise(S: Tensor, residuals: Tensor, num_long: int, is_squared: bool) -> Tensor:
-    """What each value of a singular weight could be while the true one is zero; all in units of σ_max.
+    """Largest value that roundoff can give each singular value whose true value is zero, in units of σ_max.
 
     A null vector taken from a Gram matrix is off by the residual over the square of the nearest other value,
-    S[0] or above, and the weight makes that value of it. Not asked where the two cannot be told apart.
+    S[0] or above, and that is the value which the weight then gives. Not applied where the two are indistinguishable.
     """
     noise = torch.full_like(S, EPS * num_long)
     if not is_squared:
         return noise
-    seen = 10 * residuals / S[0].clamp_min(torch.finfo(S.dtype).tiny)  # the residual itself is rounded
-    return torch.where(residuals <= ANGLE_TOLERANCE * S[0] ** 2, noise.maximum(seen), noise)
+    apparent = 10 * residuals / S[0].clamp_min(torch.finfo(S.dtype).tiny)  # the residual itself is rounded
+    return torch.where(residuals <= ANGLE_TOLERANCE * S[0] ** 2, noise.maximum(apparent), noise)
 
 
-def _relative_gap(kept: float, cut: float, sigma_max: float, power: int) -> float:
-    """The gap at the cut, of values or of squares, over that of σ_max; TIE at a tie, 1 between zeros."""
-    if kept == 0:
+def _relative_gap(sigma_next: float, sigma_cut: float, sigma_max: float, power: int) -> float:
+    """Gap at the truncation, of values or of squares, relative to σ_max; TIE at a tie, 1 between zeros."""
+    if sigma_next == 0:
         return 1.0
-    high, low = (kept / sigma_max) ** power, (cut / sigma_max) ** power
+    high, low = (sigma_next / sigma_max) ** power, (sigma_cut / sigma_max) ** power
     return max(high - low, TIE * high)
 
 

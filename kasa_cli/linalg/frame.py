@@ -16,16 +16,16 @@ from kasa_cli.errors import NumericalError
 PANEL_BYTES = 4 << 20
 """A panel stays in the cache of one core, so that peak memory does not grow with the weight either."""
 PANEL_WIDTH = 512
-"""At least: each panel costs a pass over the Gram matrix."""
+"""Smallest width of a panel: each panel costs a pass over the Gram matrix."""
 BLOCK_ENTRIES = 1 << 23
-"""Of a weight that is read by rows, looked at together."""
+"""Entries of a block of a weight that is read by rows."""
 LARGEST = 2.0**960
 """Above it singular values may overflow; only float64 weights reach it."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A weight too large to be held: `read(start, stop)` gives some of its rows, anew each time."""
+class StreamedWeight:
+    """A weight too large for memory: `read(start, stop)` reads rows of it, again at each call."""
 
     shape: tuple[int, int]
     read: Callable[[int, int], Float[Tensor, "n i"]]
@@ -42,7 +42,7 @@ class Rows:
 class Frame:
     """`W` or its transpose, whichever is wide, with a power of two taken out.
 
-    `columns(start, stop)` are columns of the wide one. The scale keeps squares of entries near 1e38 and of
+    `columns(start, stop)` are columns of that wide matrix. The scale keeps squares of entries near 1e38 and of
     denormals inside float64; a power of two costs no rounding.
     """
 
@@ -70,7 +70,7 @@ class Frame:
     def panels(self) -> Iterator[tuple[int, Float64[Tensor, "k w"]]]:
         """Yield (first column, scaled float64 columns) over the long side.
 
-        Every panel lies in the same memory: use it before you ask for the next. Fresh memory for each would cost
+        Every panel uses the same memory, so a panel is valid until the next one. Fresh memory for each would cost
         more than the arithmetic (page faults).
         """
         k, width = self.num_short, max(PANEL_WIDTH, PANEL_BYTES // (8 * self.num_short))
@@ -112,8 +112,8 @@ class Frame:
         return R
 
 
-def frame(W: Float[Tensor, "o i"] | Rows) -> Frame:
-    """Turn a weight to its short side and find its scale.
+def frame(W: Float[Tensor, "o i"] | StreamedWeight) -> Frame:
+    """The frame of a weight: its wide orientation and its scale.
 
     Raises:
         NumericalError: an entry is NaN or infinite (LAPACK would answer with NaN and no error), or so large that
@@ -121,14 +121,14 @@ def frame(W: Float[Tensor, "o i"] | Rows) -> Frame:
     """
     largest = largest_entry(W)
     if largest > LARGEST:
-        raise NumericalError(f"an entry of {largest:.3g} leaves no room to sum in float64")
+        raise NumericalError(f"an entry of {largest:.3g} is too large to sum squares in float64")
     exponent = max(math.frexp(largest)[1], -1000) if largest else 0
     is_tall = W.shape[0] > W.shape[1]
-    columns = _columns_of_rows(W) if isinstance(W, Rows) else _columns(W.T if is_tall else W)
+    columns = _columns_of_rows(W) if isinstance(W, StreamedWeight) else _columns(W.T if is_tall else W)
     return Frame(columns, (min(W.shape), max(W.shape)), W.device, is_tall, exponent)
 
 
-def largest_entry(W: Float[Tensor, "o i"] | Rows) -> float:
+def largest_entry(W: Float[Tensor, "o i"] | StreamedWeight) -> float:
     """The largest absolute value of an entry.
 
     Raises:
@@ -138,7 +138,7 @@ def largest_entry(W: Float[Tensor, "o i"] | Rows) -> float:
     3.0
     """
     largest, first = 0.0, 0
-    for block in W.blocks() if isinstance(W, Rows) else [W]:
+    for block in W.blocks() if isinstance(W, StreamedWeight) else [W]:
         largest = max(largest, _largest(block, first))
         first += len(block)
     return largest
@@ -158,8 +158,8 @@ def _columns(matrix: Tensor) -> Callable[[int, int], Tensor]:
     return lambda start, stop: matrix[:, start:stop]
 
 
-def _columns_of_rows(W: Rows) -> Callable[[int, int], Tensor]:
-    """Columns of the wide one are the rows of a tall weight, turned.
+def _columns_of_rows(W: StreamedWeight) -> Callable[[int, int], Tensor]:
+    """Columns of the frame are the transposed rows of a tall weight.
 
     Raises:
         NumericalError: the weight is not tall: a wide one would have to be read again for each panel.

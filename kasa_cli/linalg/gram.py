@@ -1,7 +1,7 @@
-"""The Gram matrix of a frame: summed once, then lent to one solver after another.
+"""The Gram matrix of a frame, summed once and used by one solver after another.
 
 Solvers work in place, for a second matrix of that size would be the largest thing in memory. Only the lower triangle
-of a symmetric matrix is ever read, so what is above it keeps a copy.
+of a symmetric matrix is ever read, so the upper triangle keeps a copy of it.
 
 Shapes: k = short side of the frame, b = block.
 """
@@ -40,8 +40,8 @@ def gram(M: Frame) -> Float64[Tensor, "k k"]:
 class Gram:
     """A frame with its Gram matrix, which is summed when it is first asked for.
 
-    Answers are kept by hand: `functools.cached_property` of Python 3.11 holds one lock for all instances, and several
-    matrices at once would wait for each other.
+    Results are cached by hand: `functools.cached_property` of Python 3.11 holds one lock for all instances, and
+    several matrices at once would wait for each other.
     """
 
     def __init__(self, M: Frame) -> None:
@@ -52,7 +52,7 @@ class Gram:
 
     def lend(self) -> Float64[Tensor, "k k"]:
         """The matrix, for one user to overwrite its lower triangle, diagonal included; the same memory each time."""
-        G, diagonal = self._kept
+        G, diagonal = self._matrix_and_diagonal
         if self._is_spent:
             kernels.restore(G, diagonal)
         self._is_spent = True
@@ -61,7 +61,7 @@ class Gram:
     @property
     def diagonal(self) -> Float64[Tensor, " k"]:
         """Squared norms of the rows of the frame."""
-        return self._kept[1]
+        return self._matrix_and_diagonal[1]
 
     @property
     def trace(self) -> float:
@@ -89,12 +89,12 @@ class Gram:
         self._is_spent = False  # only read
         k = len(half)
         start, steps = start_block(k, TOP_BLOCK, half), max(1, min(TOP_STEPS, k // TOP_BLOCK))
-        found = dominant(lambda X: kernels.symmetric_product(half, X), start, TOP_BLOCK, steps, _value_doubt)
-        Z: Tensor = torch.linalg.qr(found.vectors.to(torch.float64))[0]
+        ritz = dominant(lambda X: kernels.symmetric_product(half, X), start, TOP_BLOCK, steps, _value_doubt)
+        Z: Tensor = torch.linalg.qr(ritz.vectors.to(torch.float64))[0]
         return Z
 
     @property
-    def _kept(self) -> tuple[Tensor, Tensor]:
+    def _matrix_and_diagonal(self) -> tuple[Tensor, Tensor]:
         """The matrix, and its diagonal."""
         if self._matrix is None:
             G = gram(self.frame)

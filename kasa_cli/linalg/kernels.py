@@ -32,7 +32,7 @@ def add_panel(G: Float64[Tensor, "k k"], panel: Float64[Tensor, "k w"]) -> None:
 def factorise(G: Float64[Tensor, "k k"]) -> bool:
     """Overwrite the lower triangle of G by its Cholesky factor; False when G is not positive definite.
 
-    What is above the diagonal stays.
+    The part above the diagonal stays.
     """
     if G.is_cpu:
         return blas.potrf(G) == 0

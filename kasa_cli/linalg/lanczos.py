@@ -15,7 +15,7 @@ from torch import Tensor
 from kasa_cli.linalg import kernels
 
 START_SEED = 20260
-"""The start block is the same for every matrix of a size: same input, same bytes."""
+"""The initial block is the same for every matrix of a size, so that the same input gives the same bytes."""
 
 FIRST_LOOK = 3
 MOST_PASSES = 4
@@ -34,7 +34,7 @@ class Ritz:
 
 Operator = Callable[[Tensor], Tensor]
 Doubt = Callable[[Tensor, Tensor], float]
-"""(values, residuals) → how far the wanted pairs are from settled; at most 1 when they are."""
+"""(values, residuals) → how far the wanted pairs are from convergence; at most 1 once they have converged."""
 
 
 def dominant(
@@ -66,7 +66,7 @@ def dominant(
 
 
 def start_block(k: int, b: int, like: Tensor) -> Float[Tensor, "k b"]:
-    """The fixed random block that every run starts from."""
+    """The fixed random block from which every run starts."""
     generator = torch.Generator().manual_seed(START_SEED)
     return torch.randn(k, b, generator=generator, dtype=torch.float64).to(like)
 
@@ -74,9 +74,9 @@ def start_block(k: int, b: int, like: Tensor) -> Float[Tensor, "k b"]:
 def _orthogonalise(Z: Tensor, basis: Tensor, recent: int) -> tuple[Tensor, Tensor, Tensor]:
     """Z = basis.T @ coefficients + Q R, with Q orthonormal and orthogonal to the basis.
 
-    First against the two last blocks, which is all there is in exact arithmetic (three-term recurrence); then,
-    normalised, against all. That is done again where it took much away (Daniel, Gragg, Kaufman and Stewart): at an
-    invariant subspace the first remainder is nothing but roundoff.
+    First against the last two blocks, which suffices in exact arithmetic (three-term recurrence); then, normalised,
+    against all blocks. The second step repeats where it removed much (Daniel, Gragg, Kaufman and Stewart): at an
+    invariant subspace the first remainder is pure roundoff.
     """
     near = basis[-recent:]
     first = near @ Z
@@ -94,7 +94,7 @@ def _orthogonalise(Z: Tensor, basis: Tensor, recent: int) -> tuple[Tensor, Tenso
 
 
 def _wait(step: int, worry: float, past: tuple[int, float] | None) -> int:
-    """Steps until the next look, from the rate since the last one: a look costs more than a step."""
+    """Steps until the next check, from the rate of convergence since the last: a check costs more than a step."""
     if past is None or worry >= past[1] or not math.isfinite(worry):
         return 3
     rate = math.log(past[1] / worry) / (step - past[0])

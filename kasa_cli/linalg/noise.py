@@ -1,4 +1,4 @@
-"""What random-matrix theory expects of the singular values of a matrix of independent entries of variance 1.
+"""Singular values that random-matrix theory expects of a matrix of independent entries of variance 1.
 
 The law of Marchenko and Pastur (1967), in closed form. With q = √(k/l) and an angle θ from 0 to π, a singular
 value is √l s(θ),  s² = 1 + q² - 2 q cos θ, and its share of smaller ones is

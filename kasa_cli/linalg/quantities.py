@@ -14,7 +14,7 @@ from kasa_cli.linalg.noise import quantiles
 
 EPS = torch.finfo(torch.float64).eps
 SAME = 1e-12
-"""Eigenvalues this close, relatively, are one eigenvalue many times over: what tells them apart is roundoff."""
+"""Eigenvalues this close, relatively, count as one multiple eigenvalue: their difference is roundoff."""
 CHUNK = 64
 """Thresholds tried at once: each costs a row as long as the spectrum."""
 
@@ -101,9 +101,9 @@ def rank_of_energy(S: Float64[Tensor, " k"], share: float) -> int:
 def numerical_rank(S: Float64[Tensor, " k"], shape: tuple[int, int], eps: float = EPS) -> int:
     """How many values exceed σ_max · max(o, i) · eps: the convention of LAPACK's users, numpy's and MATLAB's.
 
-    eps is the roundoff in the entries of the matrix. The default, float64's, takes the stored weight at its word,
-    whatever its dtype: it is exactly that matrix, and its values were computed in float64. The eps of the stored
-    dtype asks instead how many values the rounding of the weight to that dtype could not have made.
+    eps is the roundoff in the entries of the matrix. The default, float64's, takes the stored weight as exact,
+    whatever its dtype, since its values are computed in float64. The eps of the stored dtype counts instead the
+    values that rounding to that dtype cannot have caused.
     """
     return int((S[0] * max(shape) * eps < S).sum())
 
@@ -111,11 +111,11 @@ def numerical_rank(S: Float64[Tensor, " k"], shape: tuple[int, int], eps: float 
 def marchenko_pastur(S: Float64[Tensor, " k"], shape: tuple[int, int]) -> Edge:
     """The Marchenko-Pastur law fitted to the bulk, by its median (Gavish and Donoho 2014), which spikes barely move.
 
-    Fitted is one number, the std of the noise's entries. Values above the upper edge are then taken for signal
-    and the rest for what noise of shape (k - r) x (l - r) leaves, r of them removed (Kritchman and Nadler 2008),
-    and the median of the rest is matched anew, until no more rise above. Right while less than half is signal.
-    The largest value of pure noise strays about the edge by a relative k^(-2/3) (Tracy and Widom): one too many
-    above it is chance.
+    The fit has one parameter, the std of the entries of the noise. The r values above the upper edge count as signal,
+    the rest as the spectrum of noise of shape (k - r) x (l - r) (Kritchman and Nadler 2008), and the median of the
+    rest is fitted again, until no more values lie above the edge. Valid while less than half of the values are
+    signal. The largest value of pure noise varies around the edge by a relative k^(-2/3) (Tracy and Widom), so one
+    value just above it can be chance.
     """
     k, long = min(shape), max(shape)
     above, sigma = 0, _noise_std(S, k, long)

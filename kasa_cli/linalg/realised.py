@@ -1,4 +1,4 @@
-"""What an operation came to, measured on the tensor that was stored.
+"""Figures of a truncation, measured on the tensor as stored.
 
 Shapes: o = out_features, i = in_features, t = components dropped, j = rows of a block.
 """
@@ -11,18 +11,18 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from kasa_cli.linalg.rounding import Target, blocks
+from kasa_cli.linalg.rounding import ExactSum, blocks
 
-Stored = Callable[[int, int], Float[Tensor, "j i"]]
+StoredRows = Callable[[int, int], Float[Tensor, "j i"]]
 """Rows [start, stop) of the stored tensor."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Figures of one stored tensor Q against the original W and the exact target T.
+    """Figures of one stored tensor Q against the original W and the exact sum T.
 
-    `realised` is 1 - ‖Q V_d‖_F / ‖S_d‖₂ over the non-zero dropped components: 1 a complete cut, 0 none; 1 when
-    there was nothing to drop. `changed_fraction` counts the entries whose value differs from W's.
+    `realised` is 1 - ‖Q V_d‖_F / ‖S_d‖₂ over the non-zero dropped components: 1 for a complete truncation, 0 for
+    none; 1 when there is nothing to drop. `changed_fraction` counts the entries whose value differs from W's.
     `relative_error` is ‖Q - W‖_F / ‖W‖_F, `rounding_error` ‖Q - T‖_F / ‖W‖_F, both 0 for a zero weight.
     """
 
@@ -72,15 +72,17 @@ class Sums:
         )
 
 
-def outcome(stored: Stored, target: Target, V: Float64[Tensor, "i t"], S: Float64[Tensor, " t"]) -> Outcome:
-    """Measure what was stored."""
+def outcome(
+    stored: StoredRows, target: ExactSum, V: Float64[Tensor, "i t"], S: Float64[Tensor, " t"]
+) -> Outcome:
+    """Measure the stored tensor."""
     return measured_sums(stored, target, V, S).outcome
 
 
 def measured_sums(
-    stored: Stored, target: Target, V: Float64[Tensor, "i t"], S: Float64[Tensor, " t"]
+    stored: StoredRows, target: ExactSum, V: Float64[Tensor, "i t"], S: Float64[Tensor, " t"]
 ) -> Sums:
-    """Measure rows of what was stored, in float64, a block at a time. `target` holds the same rows."""
+    """Measure stored rows in float64, a block at a time. `target` holds the same rows."""
     live = V[:, S > 0]
     sums = V.new_zeros(5)
     for start, stop in blocks(*target.W.shape):

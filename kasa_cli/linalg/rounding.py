@@ -1,4 +1,4 @@
-"""Rounding a sum to the stored dtype, once: to the nearest, or so that the cut survives.
+"""Rounds an exact sum to the stored dtype once: to the nearest, or so that the truncation survives.
 
 Shapes: o = out_features, i = in_features, t = components dropped, j = columns of a block.
 """
@@ -11,9 +11,9 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 BLOCK_BYTES = 512 << 10
-"""Float64 bytes of the exact target looked at in one go: bounds the memory, and fits the cache of one core."""
+"""Float64 bytes of a block of the exact sum: bounds the memory, and fits the cache of one core."""
 COLUMNS = 128
-"""Columns that `preserve` looks at in one go, whatever their length."""
+"""Columns in a block of `preserve`, whatever their length."""
 BITS: dict[torch.dtype, torch.dtype] = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
@@ -21,10 +21,10 @@ BITS: dict[torch.dtype, torch.dtype] = {
     torch.float64: torch.int64,
 }
 LOOK = 1024
-"""Entries looked over together for one that is halfway."""
+"""Entries searched together for one that is halfway."""
 HALFWAY = torch.iinfo(torch.int16).min
-"""The bits of a float32 beyond those of a bfloat16 where it is halfway between two of these. The others are that
-only in -0 and its next of kin, for which a second look costs time and nothing else."""
+"""The low 16 bits of a float32 that lies halfway between two bfloat16 numbers. The high 16 bits have this value only
+in -0 and the smallest negative denormals, for which the second pass costs time and changes nothing."""
 CAUTION = 1.0
 """Price of rounding error outside the dropped directions, relative to error inside them.
 
@@ -32,11 +32,11 @@ On a 2048 x 2048 Gaussian in bfloat16, t = 16: at 1 the error inside falls 31 ti
 outside; at 0.25, 40 times for 1.7; at 4, 15 times for 1.4 (benchmarks/realised.py --caution).
 """
 
-Rounding = Callable[["Target", Float64[Tensor, "i t"], torch.dtype], Float[Tensor, "o i"]]
+Rounding = Callable[["ExactSum", Float64[Tensor, "i t"], torch.dtype], Float[Tensor, "o i"]]
 
 
-class Target:
-    """The exact sum that is to be stored, W + L R, in float64 and a block of columns at a time."""
+class ExactSum:
+    """The exact sum W + L R before rounding, in float64, a block of rows or columns at a time."""
 
     def __init__(self, W: Float[Tensor, "o i"], L: Float64[Tensor, "o t"], R: Float64[Tensor, "t i"]) -> None:
         self.W, self.L, self.R = W, L, R
@@ -50,7 +50,7 @@ class Target:
         return torch.addmm(self.W[start:stop].to(torch.float64), self.L[start:stop], self.R)
 
 
-def nearest(target: Target, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> Float[Tensor, "o i"]:
+def nearest(target: ExactSum, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> Float[Tensor, "o i"]:
     """Each entry to the nearest representable number, ties to even."""
     Q = torch.empty(target.W.shape, dtype=dtype, device=target.W.device)
     for start, stop in blocks(*Q.shape):
@@ -58,12 +58,12 @@ def nearest(target: Target, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> Fl
     return Q
 
 
-def preserve(target: Target, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> Float[Tensor, "o i"]:
+def preserve(target: ExactSum, V: Float64[Tensor, "i t"], dtype: torch.dtype) -> Float[Tensor, "o i"]:
     """Each entry to one of its two neighbours, so that the rounding error stays out of the directions V.
 
     Column by column, each row carries e = (Q - T) V and takes the neighbour with the smaller
-    |e + δ v|² + λ δ², δ being the error of that entry, v the row of V and λ = CAUTION · t / i. A row for which
-    this ends no better than rounding to nearest keeps the nearest: no row is ever worse in the dropped directions.
+    |e + δ v|² + λ δ², δ being the error of that entry, v the row of V and λ = CAUTION · t / i. A row that
+    does not improve on rounding to nearest keeps the nearest values: no row is worse in the dropped directions.
     """
     Q = nearest(target, V, dtype)
     greedy = torch.empty_like(Q)
@@ -94,10 +94,10 @@ def rounded(T: Float64[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "...
 def on_the_way(
     T: Float64[Tensor, "..."], dtype: torch.dtype, near: Tensor | None = None
 ) -> Float32[Tensor, "..."]:
-    """A float32 near T that torch rounds to half precision as T should be; into `near`, if given.
+    """A float32 near T which torch rounds to half precision as T itself would round; written to `near` if given.
 
     torch casts float64 to half precision by way of float32, and two roundings to nearest can end on the farther
-    neighbour. Rounding to odd on the way keeps what the second one must know (Boldo and Melquiond, 2008).
+    neighbour. Rounding to odd first keeps the bit that the second rounding needs (Boldo and Melquiond, 2008).
     """
     near = torch.empty(T.shape, dtype=torch.float32, device=T.device) if near is None else near
     near.copy_(T)
@@ -112,7 +112,7 @@ def on_the_way(
 
 
 def rounded_to_odd(T: Float64[Tensor, "..."], near: Float32[Tensor, "..."]) -> Float32[Tensor, "..."]:
-    """Of the float32 neighbours of T the one whose last bit is 1, or T itself; `near` is the nearest."""
+    """The float32 neighbour of T whose last bit is 1, or T itself if it is a float32; `near` is the nearest."""
     back = near.to(torch.float64)
     bits = near.view(torch.int32) - (back.abs() > T.abs()).to(torch.int32)
     return (bits | (back != T).to(torch.int32)).view(torch.float32)

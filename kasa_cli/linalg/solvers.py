@@ -1,6 +1,6 @@
-"""Where the small and the large singular vectors of a frame lie: three solvers, exact to their own floor.
+"""Solvers for the subspaces of the smallest and the largest singular vectors of a frame.
 
-Shapes: k, l = short and long side of the frame, t = wanted, p ≥ t = kept with padding, b = block.
+Shapes: k, l = short and long side of the frame, t = wanted components, p ≥ t = with padding, b = block.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,12 @@ from kasa_cli.linalg.lanczos import Doubt, Operator, dominant, start_block
 PADDING = 8
 """Directions kept beyond the wanted ones: the last Rayleigh-Ritz step inside them removes most of the angle."""
 DENSE_SIDE = 512
-"""Below this a full eigendecomposition of the Gram matrix is the cheapest."""
+"""Up to this short side a full eigendecomposition of the Gram matrix is the cheapest."""
 DENSE_EDGE = 1.2
 """From this ratio of sides the small singular values of a random weight lie away from zero, and close together."""
 LONG = 2
-"""From this ratio of sides a triangle is smaller than the frame, with what it takes to make it."""
+"""From this ratio of sides the triangle of a QR decomposition takes less memory than the frame, workspace
+included."""
 SCOUT_STEPS = 7
 BOTTOM_STEPS = 48
 SUBSPACE_TOLERANCE = 1e-8
@@ -32,7 +33,7 @@ NEXT_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Directions:
-    """Orthonormal bases of both ends of the short side, with the name of the solver that found them.
+    """Orthonormal bases of both ends of the short side, and the name of their solver.
 
     `is_squared`: the solver saw squared singular values, so its angle is bound by the squared gap.
     """
@@ -45,11 +46,11 @@ class Directions:
 
 
 Solver = Callable[[Gram, int], Directions | None]
-"""None: this solver cannot handle the matrix, take the next."""
+"""Returns None if it cannot handle the matrix; the next solver of the ladder follows."""
 
 
 def gram_eigh(gram: Gram, t: int) -> Directions:
-    """Eigenvectors of the Gram matrix by LAPACK: all of a small one, the wanted ones of a large one."""
+    """Eigenvectors of the Gram matrix by LAPACK: all of a small matrix, the wanted ones of a large one."""
     k = gram.frame.num_short
     p = min(t + PADDING, k)
     if k <= DENSE_SIDE:
@@ -136,9 +137,10 @@ def ladder(k: int, t: int) -> tuple[str, ...]:
 
 
 def _factored(gram: Gram) -> tuple[Tensor, Tensor] | None:
-    """The Cholesky factor of the Gram matrix, and the diagonal it was made with.
+    """The Cholesky factor of the Gram matrix, and the diagonal of the matrix that was factorised.
 
-    Above the diagonal of the factor is the matrix itself. A singular matrix is shifted: its eigenvectors stay.
+    The matrix itself stands above the diagonal of the factor. A singular matrix is shifted, which leaves its
+    eigenvectors as they are.
     """
     G, diagonal = gram.lend(), gram.diagonal
     if not kernels.factorise(G):
@@ -154,10 +156,11 @@ def _inverse(L: Tensor) -> Operator:
 
 
 def _at_dense_edge(L: Tensor, diagonal: Tensor, t: int) -> Tensor | None:
-    """The padded bottom directions where the spectrum begins away from zero, and densely.
+    """The padded bottom directions where the spectrum begins away from zero, and is dense there.
 
-    Zero is then no good place to invert at. A few steps tell where the spectrum begins; from a factor shifted to just
-    below, and from the directions found, half as many steps are enough (shift and invert, Ericsson and Ruhe, 1980).
+    Inverting at zero then converges slowly. A few steps estimate where the spectrum begins; with a factor shifted to
+    just below it, and from the directions of those steps, half as many steps are enough (shift and invert, Ericsson
+    and Ruhe, 1980).
     """
     k, b = len(L), t + PADDING
     scout = dominant(_inverse(L), start_block(k, b, L), b, SCOUT_STEPS, subspace_doubt(t))
@@ -170,19 +173,19 @@ def _at_dense_edge(L: Tensor, diagonal: Tensor, t: int) -> Tensor | None:
 
 
 def _smallest(inverse: Operator, like: Tensor, t: int, start: Tensor | None = None) -> Tensor | None:
-    """The padded bottom directions, or None when the Krylov space is spent before they settle."""
+    """The padded bottom directions, or None when the Krylov space is exhausted before they converge."""
     k, b = like.shape[0], t + PADDING
     steps = min(BOTTOM_STEPS, 3 * k // (4 * b))
     block = start_block(k, b, like) if start is None else start
-    found = dominant(inverse, block, b, steps, subspace_doubt(t))
-    # One more inverse step: what is left in directions of large σ weighs most in a residual, and it shrinks most.
-    return torch.linalg.qr(inverse(found.vectors))[0] if found.has_settled else None
+    ritz = dominant(inverse, block, b, steps, subspace_doubt(t))
+    # One more inverse step shrinks most the components of large σ, which weigh most in a residual.
+    return torch.linalg.qr(inverse(ritz.vectors))[0] if ritz.has_settled else None
 
 
 def subspace_doubt(t: int) -> Doubt:
     """Angle of the wanted subspace to the padded one (Davis and Kahan), in units of the tolerance.
 
-    The first pair kept must have come along too, its value being part of the answer.
+    The first pair kept must have converged too, since its value is part of the result.
     """
 
     def doubt(values: Tensor, residuals: Tensor) -> float:
@@ -190,8 +193,8 @@ def subspace_doubt(t: int) -> Doubt:
         if float(reach[0]) <= 4 * torch.finfo(values.dtype).eps * float(values[0]):
             return 0.0
         gaps = (values[t - 1] - values[t : t + PADDING + 1]).clamp_min(torch.finfo(values.dtype).tiny)
-        next_one = float(residuals[t] / values[t])
-        return max(float((reach / gaps).min()) / SUBSPACE_TOLERANCE, next_one / NEXT_TOLERANCE)
+        next_residual = float(residuals[t] / values[t])
+        return max(float((reach / gaps).min()) / SUBSPACE_TOLERANCE, next_residual / NEXT_TOLERANCE)
 
     return doubt
 
@@ -202,8 +205,8 @@ def _left_vectors(A: Float64[Tensor, "k l"]) -> Float64[Tensor, "k k"]:
         U: Tensor = torch.linalg.svd(A, full_matrices=False)[0]
     except torch.linalg.LinAlgError:
         try:
-            found = scipy.linalg.svd(A.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+            factors = scipy.linalg.svd(A.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
         except scipy.linalg.LinAlgError as error:
             raise NumericalError("LAPACK did not converge") from error
-        U = torch.from_numpy(found[0]).to(A)
+        U = torch.from_numpy(factors[0]).to(A)
     return U

@@ -1,7 +1,7 @@
 """All singular values of a weight, without its vectors.
 
-Eigenvalues of the Gram matrix are squares: what lies far below σ_max loses digits there. Those few are read off the
-weight itself, by the solver of the small end; where they are many, from the triangle of a QR decomposition.
+Eigenvalues of the Gram matrix are squares, so values far below σ_max lose digits. Where those are few, the solver of
+the smallest triplets computes them from the weight itself; where they are many, a QR decomposition and an SVD do.
 
 Shapes: k = short side.
 """
@@ -17,23 +17,25 @@ from kasa_cli.linalg.bottom import EPS, Ends, ends_of, level
 from kasa_cli.linalg.gram import Gram
 
 SQUARED_FLOOR = 1e-4
-"""Of σ_max: above it an eigenvalue of the Gram matrix gives σ to seven digits (ε (σ_max / σ)² times some tens)."""
+"""Share of σ_max above which an eigenvalue of the Gram matrix gives σ to seven digits (ε (σ_max / σ)² times some
+tens)."""
 MOST_SMALL = 256
-"""So many small values are worth the solver of the small end."""
+"""Up to so many small values the solver of the smallest triplets is the cheaper one."""
 
 
 @dataclass(frozen=True)
 class Values:
-    """All singular values, descending, and how they were found."""
+    """All singular values, descending, and the name of the solver."""
 
     S: Float64[Tensor, " k"]
     solver: str
 
 
-def values_of(gram: Gram, found: Ends) -> Values:
+def values_of(gram: Gram, bottom: Ends) -> Values:
     """All singular values: each to about 1e-7 of itself, or to roundoff of σ_max if that is more.
 
-    `found` are the ends at some level; the extremes are theirs, so that κ is one number whatever was asked.
+    `bottom` has the smallest triplets at some level; both extremes are taken from it, so that κ is the same number
+    everywhere.
 
     Raises:
         NumericalError: LAPACK cannot do it.
@@ -41,33 +43,33 @@ def values_of(gram: Gram, found: Ends) -> Values:
     M = gram.frame
     eigenvalues = kernels.eigenvalues(gram.lend()).clamp_min(0.0)
     S = eigenvalues.sqrt().flip(0) * M.scale
-    num_small = int((SQUARED_FLOOR * found.sigma_max > S).sum())
-    if num_small > len(found.S):
+    num_small = int((SQUARED_FLOOR * bottom.sigma_max > S).sum())
+    if num_small > len(bottom.S):
         if num_small > MOST_SMALL or level(len(S), num_small) < num_small:
-            return Values(_from_triangle(gram, found), "qr-svd")
+            return Values(_from_triangle(gram, bottom), "qr-svd")
         small = ends_of(gram, level(len(S), num_small))
-        return Values(_joined(S, small, found), f"gram-eigh + {small.solver}")
-    return Values(_joined(S, found, found), f"gram-eigh + {found.solver}")
+        return Values(_joined(S, small, bottom), f"gram-eigh + {small.solver}")
+    return Values(_joined(S, bottom, bottom), f"gram-eigh + {bottom.solver}")
 
 
-def _joined(S: Tensor, small: Ends, found: Ends) -> Tensor:
-    """The smallest replaced by what was read off the weight; both extremes as the ends have them."""
+def _joined(S: Tensor, small: Ends, bottom: Ends) -> Tensor:
+    """The smallest values replaced by those computed from the weight; both extremes as in `bottom`."""
     joined = S.clone()
     if len(small.S):
         joined[-len(small.S) :] = small.S
-    return _with_extremes(joined, found)
+    return _with_extremes(joined, bottom)
 
 
-def _from_triangle(gram: Gram, found: Ends) -> Tensor:
-    """By a QR decomposition and an SVD of its triangle: right for every condition number, and slow."""
+def _from_triangle(gram: Gram, bottom: Ends) -> Tensor:
+    """A QR decomposition and an SVD of its triangle: accurate for every condition number, and slow."""
     M = gram.frame
     S = torch.linalg.svdvals(M.triangle())
     S = S.where(EPS * M.num_long * S[0] < S, 0.0)
-    return _with_extremes(S * M.scale, found)
+    return _with_extremes(S * M.scale, bottom)
 
 
-def _with_extremes(S: Tensor, found: Ends) -> Tensor:
-    """Descending, between the largest and the smallest value of the ends."""
-    S = torch.sort(S.clamp(found.sigma_min, found.sigma_max), descending=True)[0]
-    S[-1], S[0] = found.sigma_min, found.sigma_max
+def _with_extremes(S: Tensor, bottom: Ends) -> Tensor:
+    """The values, descending, between the extremes of `bottom`."""
+    S = torch.sort(S.clamp(bottom.sigma_min, bottom.sigma_max), descending=True)[0]
+    S[-1], S[0] = bottom.sigma_min, bottom.sigma_max
     return S

@@ -1,4 +1,4 @@
-"""How far a factor is from orthonormal, and how much of an update lies in given subspaces.
+"""Subspaces: orthogonality defects, shares of an update inside subspaces, and angles between subspaces.
 
 Shapes: o = out_features, i = in_features, n = a factor's long side, r = its columns, p = components of the update,
 t = dimension of the subspaces.
@@ -23,20 +23,20 @@ def defect(X: Float64[Tensor, "n r"]) -> float:
     return float(torch.linalg.matrix_norm(products))
 
 
-def opposite_defect(found: float, n: int, r: int) -> float:
+def opposite_defect(defect_columns: float, n: int, r: int) -> float:
     """‖XXᵀ - I_n‖_F from ‖XᵀX - I_r‖_F, which is its square less n - r: the n x n matrix is never made.
 
     >>> opposite_defect(3.0, 20, 4)
     5.0
     """
-    return math.sqrt(max(0.0, found * found + n - r))
+    return math.sqrt(max(0.0, defect_columns * defect_columns + n - r))
 
 
 @dataclass(frozen=True)
 class Shares:
     """The energy of an update D within the spaces of U (left) and V (right), over ‖D‖².
 
-    `left` is ‖UᵀD‖² and `right` ‖DV‖², `both` ‖UᵀDV‖²: the part that both spaces hold.
+    `left` is ‖UᵀD‖² and `right` ‖DV‖², `both` ‖UᵀDV‖²: the part inside both spaces.
     """
 
     both: float
@@ -55,10 +55,10 @@ class Spaces:
 def spaces(L: Float64[Tensor, "o t"], R: Float64[Tensor, "t i"]) -> Spaces | None:
     """The column and the row space of L R, for L with orthogonal columns and R with orthogonal rows of any length.
 
-    None where a column of L is zero: what direction it had is not known.
+    None where a column of L is zero: its direction is unknown.
 
-    >>> found = spaces(torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[0.0, 4.0]]).double())
-    >>> found and (found.U.flatten().abs().tolist(), found.V.flatten().abs().tolist())
+    >>> basis = spaces(torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[0.0, 4.0]]).double())
+    >>> basis and (basis.U.flatten().abs().tolist(), basis.V.flatten().abs().tolist())
     ([0.0, 1.0], [0.0, 1.0])
     """
     lengths = L.norm(dim=0)

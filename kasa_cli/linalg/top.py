@@ -29,14 +29,14 @@ class Tops:
 
 
 def tops_of(gram: Gram, t: int) -> Tops:
-    """The t largest singular triplets: directions from the Gram matrix, values read off the weight itself.
+    """The t largest singular triplets: directions from the Gram matrix, values from the weight itself.
 
     Raises:
         NumericalError: t is above min(o, i).
     """
     M = gram.frame
     if t > M.num_short:
-        raise NumericalError(f"there are no {t} of {M.num_short} components")
+        raise NumericalError(f"{t} components of {M.num_short}: at most the shorter side")
     Z = _directions(gram, t)
     X, S, Rh = torch.linalg.svd(M.transposed_product(Z), full_matrices=False)
     U, V = oriented(M, (Z @ Rh.T)[:, :t], X[:, :t])
@@ -44,7 +44,7 @@ def tops_of(gram: Gram, t: int) -> Tops:
 
 
 def _directions(gram: Gram, t: int) -> Float64[Tensor, "k p"]:
-    """An orthonormal basis of the dominant directions, with some to spare."""
+    """An orthonormal basis of the dominant directions, with padding."""
     k = gram.frame.num_short
     b, G = min(t + PADDING, k), gram.lend()
     Z: Tensor
@@ -52,10 +52,10 @@ def _directions(gram: Gram, t: int) -> Float64[Tensor, "k p"]:
         Z = torch.linalg.eigh(G)[1]
         return Z[:, -b:].flip(1)
     if b * STEPS <= k:
-        found = dominant(
+        ritz = dominant(
             lambda X: kernels.symmetric_product(G, X), start_block(k, b, G), b, STEPS, subspace_doubt(t)
         )
-        if found.has_settled:
-            Z = torch.linalg.qr(found.vectors)[0]
+        if ritz.has_settled:
+            Z = torch.linalg.qr(ritz.vectors)[0]
             return Z
     return kernels.top_pairs(G, b)[1].flip(1)

@@ -9,14 +9,14 @@ import torch
 from kasa_cli.errors import NumericalError
 from kasa_cli.linalg import frame as frames
 from kasa_cli.linalg.bottom import ends, ends_of, level
-from kasa_cli.linalg.frame import Rows, frame, largest_entry
+from kasa_cli.linalg.frame import StreamedWeight, frame, largest_entry
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.spectrum import values_of
 from kasa_cli.linalg.top import tops_of
 from tests.builders.matrices import FLOATS, cliff, gaussian, linear, log, same_bytes, with_spectrum
 
 
-def by_rows(W: torch.Tensor, asked: list[tuple[int, int]] | None = None) -> Rows:
+def by_rows(W: torch.Tensor, asked: list[tuple[int, int]] | None = None) -> StreamedWeight:
     """A weight that gives away copies of some of its rows, and tells which were asked for."""
 
     def read(start: int, stop: int) -> torch.Tensor:
@@ -24,7 +24,7 @@ def by_rows(W: torch.Tensor, asked: list[tuple[int, int]] | None = None) -> Rows
             asked.append((start, stop))
         return W[start:stop].clone()
 
-    return Rows((W.shape[0], W.shape[1]), read, W.device)
+    return StreamedWeight((W.shape[0], W.shape[1]), read, W.device)
 
 
 WEIGHTS = {
@@ -91,7 +91,7 @@ def test_blocks_are_all_rows_once_and_in_order(step, monkeypatch):
 @pytest.mark.parametrize("columns", [3, 10**9])
 def test_a_row_longer_than_a_block_is_a_block(columns):
     asked = []
-    rows = Rows((3, columns), lambda *bounds: asked.append(bounds), torch.device("cpu"))
+    rows = StreamedWeight((3, columns), lambda *bounds: asked.append(bounds), torch.device("cpu"))
     list(rows.blocks())
     assert asked == ([(0, 3)] if columns == 3 else [(0, 1), (1, 2), (2, 3)])
 
@@ -155,7 +155,7 @@ def test_what_leaves_no_room_to_sum_is_refused():
     W = torch.ones(9, 5, dtype=torch.float64)
     W[8, 4] = 1e300
     for given in (W, by_rows(W)):
-        with pytest.raises(NumericalError, match=r"an entry of 1e\+300 leaves no room"):
+        with pytest.raises(NumericalError, match=r"an entry of 1e\+300 is too large to sum squares"):
             frame(given)
 
 

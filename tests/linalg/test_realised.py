@@ -6,7 +6,7 @@ import torch
 from kasa_cli.linalg import rounding
 from kasa_cli.linalg.bottom import Ends, ends
 from kasa_cli.linalg.realised import Outcome, outcome
-from kasa_cli.linalg.rounding import Target, nearest, preserve
+from kasa_cli.linalg.rounding import ExactSum, nearest, preserve
 from kasa_cli.methods import kasa
 from tests.builders.matrices import SHAPES, deficient, gaussian, linear, log, with_spectrum
 
@@ -15,7 +15,7 @@ T = 8
 
 def measure(Q: torch.Tensor, W: torch.Tensor, found: Ends) -> Outcome:
     L, R = kasa.cut(found)
-    return outcome(lambda start, stop: Q[start:stop], Target(W, L, R), found.V, found.S)
+    return outcome(lambda start, stop: Q[start:stop], ExactSum(W, L, R), found.V, found.S)
 
 
 def part(found: Ends, share: float) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_rows_are_read_in_order_each_once(num_rows, monkeypatch):
         return W[start:stop]
 
     found = ends(W, 0)
-    measured = outcome(stored, Target(W, *kasa.cut(found)), found.V, found.S)
+    measured = outcome(stored, ExactSum(W, *kasa.cut(found)), found.V, found.S)
     assert seen == list(range(num_rows))
     assert measured == Outcome(1.0, 0.0, 0.0, 0.0)
 
@@ -85,7 +85,7 @@ def test_rows_are_read_in_order_each_once(num_rows, monkeypatch):
 def test_half_precision_undoes_a_cut_that_preserve_keeps(dtype):
     W = with_spectrum(256, 256, log(256, 1e3), dtype)
     found = ends(W, T)
-    target = Target(W, *kasa.cut(found))
+    target = ExactSum(W, *kasa.cut(found))
     by = {f.__name__: measure(f(target, found.V, dtype), W, found) for f in (nearest, preserve)}
     assert by["nearest"].realised <= by["preserve"].realised
     assert (by["nearest"].realised < 0.7) == (dtype == torch.bfloat16)

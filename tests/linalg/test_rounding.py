@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kasa_cli.linalg import rounding
 from kasa_cli.linalg.bottom import ends
-from kasa_cli.linalg.rounding import ROUNDINGS, Target, nearest, other_neighbour, preserve, rounded
+from kasa_cli.linalg.rounding import ROUNDINGS, ExactSum, nearest, other_neighbour, preserve, rounded
 from kasa_cli.methods import kasa
 from tests.builders.matrices import gaussian, orthonormal, same_bytes
 
@@ -43,9 +43,9 @@ def neighbours(T: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarra
     return low, high
 
 
-def exact(W: torch.Tensor, t: int = 0) -> Target:
+def exact(W: torch.Tensor, t: int = 0) -> ExactSum:
     """A target that is W itself, whatever the directions."""
-    return Target(W, torch.zeros(len(W), t, dtype=FP64), torch.zeros(t, W.shape[1], dtype=FP64))
+    return ExactSum(W, torch.zeros(len(W), t, dtype=FP64), torch.zeros(t, W.shape[1], dtype=FP64))
 
 
 def left(Q: torch.Tensor, T: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ def test_what_can_be_stored_is_stored(dtype, name):
 
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_in_float64_nothing_is_rounded(name):
-    target = Target(gaussian(30, 40), gaussian(30, 4), gaussian(4, 40))
+    target = ExactSum(gaussian(30, 40), gaussian(30, 4), gaussian(4, 40))
     stored = ROUNDINGS[name](target, orthonormal(40, 4), FP64)
     assert torch.allclose(stored, target.W + target.L @ target.R, atol=1e-14, rtol=0)
 
@@ -184,7 +184,7 @@ def truncation(o, i, dtype, t=8):
     W = gaussian(o, i, dtype)
     found = ends(W, t)
     L, R = kasa.cut(found)
-    return Target(W, L, R), found
+    return ExactSum(W, L, R), found
 
 
 @pytest.mark.parametrize("shape", [(70, 50), (50, 70), (64, 64)], ids=str)

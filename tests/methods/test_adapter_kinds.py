@@ -540,7 +540,7 @@ def test_terms_alone_are_one_term_for_any_rounding():
     first, second = run("kasa", "tall"), run("lora", "tall")
     changes = [*changes_of("kasa", first), *changes_of("lora", second)]
     found = factors(changes)
-    target = rounding.Target(first.W, found.L, found.R)
+    target = rounding.ExactSum(first.W, found.L, found.R)
     assert off(target.rows(0, 40), rows(first.W, changes, 0, 40)) <= 1e-14
     for name in ("dora", "loha", "ia3"):
         assert factors([*changes, *changes_of(name, run(name, "tall"))]) is None

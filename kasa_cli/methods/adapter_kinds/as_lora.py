@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kasa_cli.errors import NumericalError
 from kasa_cli.linalg import kernels
-from kasa_cli.linalg.frame import Rows, frame
+from kasa_cli.linalg.frame import StreamedWeight, frame
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.lowrank import svd_of_product
 from kasa_cli.linalg.top import tops_of
@@ -108,7 +108,7 @@ def _count(gram: Gram, limit: Limit) -> int:
     return limit.count(kernels.eigenvalues(gram.lend()).flip(0).clamp_min(0))
 
 
-def _difference(W: Float[Tensor, "o i"], change: Change) -> Tensor | Rows:
+def _difference(W: Float[Tensor, "o i"], change: Change) -> Tensor | StreamedWeight:
     """W' - W, as far as it can be had by rows."""
     o, i = W.shape
     if o > i:
@@ -118,7 +118,7 @@ def _difference(W: Float[Tensor, "o i"], change: Change) -> Tensor | Rows:
             last = min(o, math.ceil(stop / change.grain) * change.grain)
             return _rows(W, change, first, last)[start - first : stop - first]
 
-        return Rows((o, i), read, W.device)
+        return StreamedWeight((o, i), read, W.device)
     D = torch.empty(o, i, dtype=torch.float32, device=W.device)
     for start, stop in row_blocks(W.shape, (change,)):
         D[start:stop] = _rows(W, change, start, stop)

@@ -165,7 +165,7 @@ def apply_bias(b: Float[Tensor, " o"], changes: Sequence[Change], dtype: torch.d
 
 
 def factors(changes: Sequence[Change]) -> Term | None:
-    """All changes as one low-rank term, for `rounding.Target`; None where one of them is more than that."""
+    """All changes as one low-rank term, for `rounding.ExactSum`; None where one of them is more than that."""
     if not all(change.is_low_rank for change in changes):
         return None
     terms = [term for change in changes for term in change.terms]

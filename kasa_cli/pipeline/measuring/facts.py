@@ -27,7 +27,7 @@ from kasa_cli.errors import NumericalError, UsageError
 from kasa_cli.files.durable import canonical_json
 from kasa_cli.files.store import Store, opened
 from kasa_cli.linalg.bottom import ANGLE_TOLERANCE, Ends, ends_of, level
-from kasa_cli.linalg.frame import Rows, frame
+from kasa_cli.linalg.frame import StreamedWeight, frame
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.spectrum import Values, values_of
 from kasa_cli.linalg.top import Tops, tops_of
@@ -64,7 +64,7 @@ class HashedMatrix:
     shape: tuple[int, int]
     dtype: str
     digest: str
-    read: Callable[[], Tensor | Rows]
+    read: Callable[[], Tensor | StreamedWeight]
 
 
 class Facts:

@@ -10,7 +10,7 @@ from kasa_cli.checkpoint.hashing import digest_of
 from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.checkpoint.safetensors_writer import raw_bytes
 from kasa_cli.checkpoint.tensor_source import TensorSource
-from kasa_cli.linalg.frame import Rows
+from kasa_cli.linalg.frame import StreamedWeight
 from kasa_cli.pipeline.measuring.facts import HashedMatrix, content_hash
 
 
@@ -23,12 +23,12 @@ def weigh(source: TensorSource, matrix: Matrix, device: torch.device) -> HashedM
     return _hashed(matrix, digest_of([raw_bytes(stored)]), lambda: W.to(device))
 
 
-def _hashed(matrix: Matrix, digest: str, read: Callable[[], Tensor | Rows]) -> HashedMatrix:
+def _hashed(matrix: Matrix, digest: str, read: Callable[[], Tensor | StreamedWeight]) -> HashedMatrix:
     is_transposed = matrix.is_transposed
     content = content_hash(matrix.dtype, matrix.stored_shape, digest, is_transposed=is_transposed)
     return HashedMatrix(matrix.name, content, matrix.shape, matrix.dtype, digest, read)
 
 
-def _rows(source: TensorSource, matrix: Matrix, device: torch.device) -> Rows:
+def _rows(source: TensorSource, matrix: Matrix, device: torch.device) -> StreamedWeight:
     name = matrix.pieces[0].name
-    return Rows(matrix.shape, lambda start, stop: source.rows(name, start, stop).to(device), device)
+    return StreamedWeight(matrix.shape, lambda start, stop: source.rows(name, start, stop).to(device), device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
 from kasa_cli.checkpoint.hashing import digest_of
 from kasa_cli.checkpoint.safetensors_writer import raw_bytes
-from kasa_cli.linalg.rounding import ROUNDINGS, Target, rounded
+from kasa_cli.linalg.rounding import ROUNDINGS, ExactSum, rounded
 from kasa_cli.methods.adapter_kinds.change import Change, apply, apply_bias, factors, row_blocks, rows
 from kasa_cli.pipeline.base_writer import RowReader, require_finite
 
@@ -107,4 +107,4 @@ def _rounded(W: Tensor, changes: Sequence[Change], dtype: torch.dtype, round_off
     if term is None or not term.R.shape[0] or dtype.itemsize > 2:
         return apply(W, changes, dtype)
     V = torch.linalg.qr(term.R.T)[0]
-    return ROUNDINGS[round_off](Target(W, term.L, term.R), V, dtype)
+    return ROUNDINGS[round_off](ExactSum(W, term.L, term.R), V, dtype)

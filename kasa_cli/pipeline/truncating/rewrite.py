@@ -42,7 +42,7 @@ class Share:
 class Exact(NamedTuple):
     """The exact new value of a matrix, and the factors that it is made with."""
 
-    value: rounding.Target
+    value: rounding.ExactSum
     factors: Ends
 
 
@@ -101,7 +101,7 @@ class Truncation:
         """Read a target and its factors."""
         factors = read_factors(self.staging, measured)
         W = measured.target.matrix.read(self.checkpoint)
-        return Exact(rounding.Target(W, *kasa.cut(factors)), factors)
+        return Exact(rounding.ExactSum(W, *kasa.cut(factors)), factors)
 
 
 class TruncatedTensor:
@@ -130,7 +130,7 @@ class TruncatedTensor:
             turned = stored(share.start, share.stop).T
             return measured_sums(lambda start, stop: turned[start:stop], exact, factors.V, factors.S)
         part = slice(share.start, share.stop)
-        value = rounding.Target(exact.W[part], exact.L[part], exact.R)
+        value = rounding.ExactSum(exact.W[part], exact.L[part], exact.R)
         return measured_sums(stored, value, factors.V, factors.S)
 
     def _exact(self, share: Share) -> Exact:

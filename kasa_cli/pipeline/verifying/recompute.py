@@ -19,8 +19,7 @@ from kasa_cli.checkpoint.shard_plan import CARD
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files.durable import sha256_file
 from kasa_cli.linalg.bottom import Ends, ends
-from kasa_cli.linalg.rounding import Target as Sum
-from kasa_cli.linalg.rounding import blocks, other_neighbour
+from kasa_cli.linalg.rounding import ExactSum, blocks, other_neighbour
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.verifying.integrity import Manifest, expert_entries
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
@@ -147,7 +146,7 @@ def _ulps(output: _Output, found: Ends, W: Tensor, target: Target) -> float | No
     if output.base is None:
         return None
     L, R = kasa.cut(found)
-    exact = Sum(W, L, R)
+    exact = ExactSum(W, L, R)
     Q = target.matrix.read(output.base)
     allowed = 0.5 if output.options["rounding"] == "nearest" else 1.0
     slack = SLACK * float(W.abs().max())

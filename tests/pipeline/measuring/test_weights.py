@@ -18,7 +18,7 @@ from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
 from kasa_cli.checkpoint.safetensors_file import Reader
 from kasa_cli.checkpoint.safetensors_writer import filling, form
 from kasa_cli.errors import IntegrityError, InvalidInput
-from kasa_cli.linalg.frame import Rows
+from kasa_cli.linalg.frame import StreamedWeight
 from kasa_cli.pipeline.measuring import weights
 from kasa_cli.pipeline.measuring.facts import HashedMatrix
 from tests.builders.matrices import FLOATS, gaussian, same_bytes
@@ -93,7 +93,7 @@ def test_a_large_tall_weight_is_read_by_rows_and_hashed_alike(tmp_path, dtype, m
     read = weigh(checkpoint, whole(), CPU)
     assert (read.content, read.shape, read.dtype) == (held.content, held.shape, held.dtype)
     rows = read.read()
-    assert isinstance(rows, Rows)
+    assert isinstance(rows, StreamedWeight)
     assert rows.shape == (60, 5)
     assert same_bytes(torch.cat([rows.read(n, min(n + 7, 60)) for n in range(0, 60, 7)]), W)
     assert same_bytes(torch.cat(list(rows.blocks())), W)
@@ -116,7 +116,7 @@ def test_what_cannot_be_read_by_rows_is_held(shape, matrix, tmp_path, streaming)
 
 def test_only_above_the_limit_is_a_weight_read_by_rows(tmp_path, monkeypatch):
     checkpoint = opened(tmp_path, w=torch.randn(60, 5))
-    for limit, kind in ((60 * 5 * 4, torch.Tensor), (60 * 5 * 4 - 1, Rows)):
+    for limit, kind in ((60 * 5 * 4, torch.Tensor), (60 * 5 * 4 - 1, StreamedWeight)):
         monkeypatch.setattr(matrices, "STREAMED_BYTES", limit)
         assert isinstance(weigh(checkpoint, whole(), CPU).read(), kind)
 
