@@ -1,14 +1,14 @@
 """An adapter on its base: read, led to the tensors that it changes, and compared with what manifests know of both."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kasa_cli.adapters.adapter import Adapter, consumed, unconsumed
 from kasa_cli.adapters.parameter_placement import PlacedValue, placed_values
 from kasa_cli.adapters.placement import Placed, placed
 from kasa_cli.adapters.reading import open_adapter
+from kasa_cli.checkpoint.manifest import Manifest
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapter_kinds.kind import BaseChange
 from kasa_cli.methods.adapter_kinds.table import initialisation_of
@@ -27,7 +27,7 @@ class Fitted:
     adapter: Adapter
     places: tuple[Placed, ...]
     values: tuple[PlacedValue, ...]
-    made_by: Mapping[str, Any] | None
+    made_by: Manifest | None
 
     @property
     def targets(self) -> list[str]:
@@ -60,10 +60,10 @@ class Fitted:
         if BaseChange.RECOMPUTED in changes and self.adapter.row.truncates_base:
             what = "PEFT truncates a base without its initialisation, and adds that without the diagonal"
             raise InvalidInput(what, str(self.adapter.path), "merge it with PEFT")
-        records = base.manifest["tensors"] if base.manifest else {}
+        records = base.manifest.tensors if base.manifest else {}
         recomputed = (place for place in self.places if place.patch.base_change is BaseChange.RECOMPUTED)
         for name in targets_of(recomputed):
-            if records.get(name, {}).get("role") == RESIDUAL:
+            if name in records and records[name].role == RESIDUAL:
                 what = "a residual base: the initialisation of an adapter was subtracted from it already"
                 raise InvalidInput(what, name, f"take the original for {self.adapter.path.name}")
 

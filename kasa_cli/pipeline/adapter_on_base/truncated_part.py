@@ -8,13 +8,13 @@ it is there or not, whatever was asked before, so that the result does not depen
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kasa_cli.adapters import peft
 from kasa_cli.checkpoint.hashing import hash_tensor
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.manifest import TruncateManifest
 from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.checkpoint.safetensors_file import Container, read_header
 from kasa_cli.errors import IntegrityError
@@ -79,21 +79,20 @@ def known_cuts(adapter: Path, base: Origin | None) -> Cuts:
     """
     beside_base = [(base.checkpoint.root, base.manifest)] if base else []
     for folder, known in ((adapter, adapter_manifest(adapter)), *beside_base):
-        if known and known.get("command") == "truncate":
-            cut = {name: one for name, one in known["tensors"].items() if "truncation_rank" in one}
+        if isinstance(known, TruncateManifest):
             return Cuts(
-                {name: int(one["truncation_rank"]) for name, one in cut.items()},
-                {name: str(one["input_blake3"]) for name, one in cut.items()},
+                {name: truncation.truncation_rank for name, (_, truncation) in known.truncations.items()},
+                {name: str(known.tensors[name].input_blake3) for name in known.truncations},
                 _tail(folder.parent, known),
             )
     return Cuts()
 
 
-def _tail(output: Path, known: Mapping[str, Any]) -> Container | None:
+def _tail(output: Path, known: TruncateManifest) -> Container | None:
     """The tail of an output, if it was written and is there."""
-    record, path = known["files"].get(TAIL), output / TAIL
+    record, path = known.files.get(TAIL), output / TAIL
     if record is None or not path.is_file():
         return None
-    if sha256_file(path) != record["sha256"]:
+    if sha256_file(path) != record.sha256:
         raise IntegrityError("altered since kasa wrote it", str(path), "restore it, or remove the folder")
     return read_header(path)

@@ -1,14 +1,14 @@
 """What `kasa convert` is asked for: the options, checked, and an adapter on its base that a plain LoRA can say."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kasa_cli.adapters.adapter import Adapter
 from kasa_cli.adapters.placement import Placed
 from kasa_cli.adapters.writing import FLAVOURS
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.manifest import TruncateManifest
 from kasa_cli.checkpoint.source import Source
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.files.staging import check_apart
@@ -141,10 +141,10 @@ class Case:
         return self.told == self.on
 
     @property
-    def truncations(self) -> list[Mapping[str, Any]]:
+    def truncations(self) -> list[TruncateManifest]:
         """The manifests of `kasa truncate` that know of the two bases."""
         manifests = (self.fitted.made_by, self.base.manifest)
-        return [one for one in manifests if one and one["command"] == "truncate"]
+        return [manifest for manifest in manifests if isinstance(manifest, TruncateManifest)]
 
     @property
     def model_it_fits(self) -> tuple[str | None, str | None]:
@@ -153,16 +153,17 @@ class Case:
             return self.source.repo, self.source.commit
         if self.on == TRUNCATED or not self.truncations:
             return None, None
-        source = self.truncations[0]["source"]
-        return source.get("repo"), source.get("commit")
+        source = self.truncations[0].source
+        return source.repo, source.commit
 
     def hash_in_other_base(self, name: str) -> str | None:
         """The hash of a tensor in the other one of KaSA's two bases, where a manifest knows it."""
-        found = (one["tensors"].get(name) for one in self.truncations)
-        known: Mapping[str, Any] = next((one for one in found if one), {})
+        records = [manifest.tensors[name] for manifest in self.truncations if name in manifest.tensors]
+        if not records:
+            return None
         if self.on == ORIGINAL:
-            return known.get("input_blake3")
-        return known.get("blake3") if known.get("role") == "truncated" else None
+            return records[0].input_blake3
+        return records[0].blake3 if records[0].truncated else None
 
 
 def check(options: Options) -> None:

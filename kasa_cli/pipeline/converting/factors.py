@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -22,6 +21,7 @@ from kasa_cli.adapters.writing import Entry
 from kasa_cli.checkpoint.dtypes import BITS
 from kasa_cli.checkpoint.hashing import hash_tensor
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.manifest import FactorRecord
 from kasa_cli.checkpoint.matrix import measuring_bytes
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.safetensors_file import read_header
@@ -110,7 +110,7 @@ def write_factors(
     rank: int,
     staging: Staging,
     run_on: tuple[int, Watcher],
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, FactorRecord]:
     """Write all factors at one rank; dtype, shape and hash of every tensor, by name. `run_on`: workers, watcher."""
     num_workers, watcher = run_on
     layout = form(
@@ -121,7 +121,7 @@ def write_factors(
         run_stage("write", task, items, num_workers, watcher)
     container = read_header(path)
     return {
-        name: {"dtype": entry.dtype, "shape": list(entry.shape), "blake3": hash_tensor(container, name)}
+        name: FactorRecord(entry.dtype, entry.shape, hash_tensor(container, name))
         for name, entry in container.tensors.items()
     }
 

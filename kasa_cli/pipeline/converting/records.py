@@ -1,14 +1,23 @@
-"""What stands beside the factors of a conversion: names and config, the card, and the manifest, written last."""
+"""Names, config, model card and manifest of a conversion. The manifest is written last."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kasa_cli.adapters import peft, writing
 from kasa_cli.adapters.base import Base
 from kasa_cli.adapters.writing import FLAVOURS, Entry, Flavour, Said
-from kasa_cli.checkpoint import manifest, model_card
+from kasa_cli.checkpoint import model_card
+from kasa_cli.checkpoint.manifest import (
+    ConvertedAdapter,
+    ConvertManifest,
+    ConvertOptions,
+    InputTensor,
+    SourceRecord,
+    TensorRecord,
+    fingerprint,
+    numeric_environment,
+)
 from kasa_cli.checkpoint.shard_plan import CARD
 from kasa_cli.files.durable import sha256_file, write_file
 from kasa_cli.files.staging import MANIFEST
@@ -19,21 +28,21 @@ from kasa_cli.pipeline.file_records import file_records
 from kasa_cli.pipeline.workers import Running
 
 
-def recorded(case: Case, running: Running) -> dict[str, Any]:
-    """What the bytes depend on beside the base: no path."""
-    tail = case.cuts.tail if case.cutting else None
-    options = {name: getattr(case.options, name) for name in ("to", "names", "rank", "energy", "pad_rank")}
+def recorded(case: Case, running: Running) -> ConvertManifest:
+    """What the bytes depend on besides the base. It holds no path."""
+    tail, options = case.cuts.tail if case.cutting else None, case.options
     sha256 = provenance.digest(case.adapter.path, case.adapter.container.path)
-    return {
-        "adapter": {"kind": case.adapter.kind, "sha256": sha256},
-        "base_is": case.told,
-        "command": "convert",
-        "environment": manifest.numeric_environment(running.threads_per_worker, "cpu"),
-        "model_class": case.names.model_class,
-        "options": {**options, "on": case.on},
-        "source": {"commit": case.source.commit, "repo": case.source.repo},
-        "tail_sha256": sha256_file(tail.path) if tail else None,
-    }
+    return ConvertManifest(
+        adapter=ConvertedAdapter(case.adapter.kind, sha256),
+        base_is=case.told,
+        environment=numeric_environment(running.threads_per_worker, "cpu"),
+        model_class=case.names.model_class,
+        options=ConvertOptions(
+            options.to, options.names, options.rank, options.energy, options.pad_rank, case.on
+        ),
+        source=SourceRecord(case.source.commit, case.source.repo),
+        tail_sha256=sha256_file(tail.path) if tail else None,
+    )
 
 
 def entries_of(case: Case) -> list[list[Entry]]:
@@ -70,47 +79,44 @@ def write_config(
     return peft.WEIGHTS, ("format", "pt")
 
 
-def write_papers(
-    case: Case, folder: Path, record: Mapping[str, Any], done: Sequence[Converted], words: Said
+def write_records(
+    case: Case, folder: Path, record: ConvertManifest, done: Sequence[Converted], words: Said
 ) -> bytes:
-    """The card, then the manifest, which is last: whoever finds it finds all else."""
+    """Write the model card, then the manifest; returns its bytes. A manifest is there only once all else is."""
     base = case.checkpoint
     carried = model_card.source_facts(base.root, base.companions)
-    text = model_card.card(
-        words.base[0], carried, "A LoRA", _card_body(case, record, done, words), is_adapter=True
-    )
+    body = _card_body(case, record.adapter.file, done, words)
+    text = model_card.card(words.base[0], carried, "A LoRA", body, is_adapter=True)
     write_file(folder / CARD, [text])
     tensors = _tensor_records(case, done)
-    content = {
-        **record,
-        "base_fingerprint": manifest.fingerprint(tensors),
-        "files": file_records(folder, 1),
-        "schema": manifest.SCHEMA,
-        "tensors": tensors,
-        "weights": [asdict(one.row) for one in done],
-    }
-    sealed = manifest.seal(content)
+    manifest = replace(
+        record,
+        base_fingerprint=fingerprint(tensors),
+        files=file_records(folder, 1),
+        tensors=tensors,
+        weights=tuple(one.row for one in done),
+    )
+    sealed = manifest.sealed()
     write_file(folder / MANIFEST, [sealed])
     return sealed
 
 
-def _tensor_records(case: Case, done: Sequence[Converted]) -> dict[str, Any]:
-    """Every tensor of the base that the LoRA is for, with the hash that it has there, if that is known."""
-    tensors = case.checkpoint.tensors
+def _tensor_records(case: Case, done: Sequence[Converted]) -> dict[str, TensorRecord]:
+    """Every tensor of the base that the LoRA is for, with its hash in that base if that is known."""
     return {
-        name: {
-            "dtype": tensors[name].dtype,
-            "input_blake3": digest if case.fits_given else case.hash_in_other_base(name),
-            "module": one.place.patch.module,
-            "role": "reference",
-            "shape": list(tensors[name].shape),
-        }
+        name: TensorRecord(
+            role="reference",
+            dtype=case.checkpoint.tensors[name].dtype,
+            shape=case.checkpoint.tensors[name].shape,
+            before=InputTensor(digest if case.fits_given else case.hash_in_other_base(name)),
+            module=one.place.patch.module,
+        )
         for one in done
         for name, digest in one.hashes.items()
     }
 
 
-def _card_body(case: Case, record: Mapping[str, Any], done: Sequence[Converted], words: Said) -> str:
+def _card_body(case: Case, file: str, done: Sequence[Converted], words: Said) -> str:
     loss, kind = loss_of_all(done), case.adapter.kind
     base = f" It is for the {case.on} base." if case.on else ""
     lost = f" Of the norm of its updates {loss:.2%} is missing." if case.options.limit.is_set else ""
@@ -118,7 +124,7 @@ def _card_body(case: Case, record: Mapping[str, Any], done: Sequence[Converted],
     lines = [
         f"Made by kasa from an adapter of kind {kind}: a plain LoRA of rank {words.rank} and scaling 1.{base}{lost}",
         "",
-        f"- `{record['adapter']['file']}`: {case.options.to}, modules named as {where}.",
+        f"- `{file}`: {case.options.to}, modules named as {where}.",
         f"- `{MANIFEST}`: what it was made from, with hashes; `kasa verify` checks it.",
     ]
     return "\n".join(lines)

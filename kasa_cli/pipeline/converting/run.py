@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kasa_cli.pipeline.converting.factors import (
     working_room,
     write_factors,
 )
-from kasa_cli.pipeline.converting.records import entries_of, recorded, said, write_config, write_papers
+from kasa_cli.pipeline.converting.records import entries_of, recorded, said, write_config, write_records
 from kasa_cli.pipeline.costs import decomposition_cost
 from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
 from kasa_cli.pipeline.opening import Where
@@ -93,7 +94,10 @@ def convert(
     case = opened_case(adapter, where, output, options, facts)
     checkpoint, entries = case.checkpoint, entries_of(case)
     record = recorded(case, running)
-    job = {**record, "inputs": [[file, shard.identity.size] for file, shard in checkpoint.shards.items()]}
+    job = {
+        **record.content(),
+        "inputs": [[file, shard.identity.size] for file, shard in checkpoint.shards.items()],
+    }
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(running.threads_per_worker), OpenFiles() as files:
         converter = Converter(case.adapter, files, checkpoint, facts, staging, options.limit, case.cutting)
@@ -102,8 +106,8 @@ def convert(
         file, metadata = write_config(case, staging.out, entries, words)
         items, run_on = list(zip(done, entries, strict=True)), (running.num_workers, watcher)
         held = write_factors(staging.out / file, metadata, items, words.rank, staging, run_on)
-        record["adapter"] |= {"file": file, "tensors": held}
-        sealed = write_papers(case, staging.out, record, done, words)
+        record = replace(record, adapter=replace(record.adapter, file=file, tensors=held))
+        sealed = write_records(case, staging.out, record, done, words)
         staging.publish()
     output_facts = {"file": file, "manifest_sha256": hashlib.sha256(sealed).hexdigest()}
     return ConvertReport(

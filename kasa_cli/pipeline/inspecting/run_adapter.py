@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa_cli.adapters.adapter import Adapter
+from kasa_cli.checkpoint.manifest import TruncateManifest
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.errors import UsageError
 from kasa_cli.methods.penalties import Layer, penalties
@@ -102,9 +103,9 @@ def _base_is(asked: str, base: Base) -> str | None:
 def _cuts(path: Path, base: Base | None, told: str | None) -> Dropped:
     cuts = known_cuts(path, base.origin if base else None)
     if base is None:
-        made_by = provenance.adapter_manifest(path) or {}
-        known = made_by["tensors"] if made_by.get("command") == "truncate" else {}
-        names = {one["module"]: name for name, one in known.items() if "truncation_rank" in one}
+        made_by = provenance.adapter_manifest(path)
+        known = made_by.truncations if isinstance(made_by, TruncateManifest) else {}
+        names = {module: name for name, (module, _) in known.items()}
         return Dropped(cuts, names, None, NO_BASE)
     if told == ORIGINAL:
         return Dropped(cuts, {}, (base.origin.checkpoint, base.facts))

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint.manifest import Manifest, TruncateManifest
 from kasa_cli.checkpoint.matrix import Matrix
 from kasa_cli.errors import IntegrityError
 from kasa_cli.linalg.subspaces import Shares, random_shares, shares, spaces
@@ -79,13 +79,13 @@ class Dropped:
         return _measured(term, cut.shape, update, IN_BASE) if term else (None, ZERO_CUT)
 
 
-def what_base_is(asked: str, base: Origin, made_by: Mapping[str, Any] | None, names: list[str]) -> str | None:
+def what_base_is(asked: str, base: Origin, made_by: Manifest | None, names: list[str]) -> str | None:
     """Whether a base is truncated already; None where nothing says so.
 
     Raises:
         IntegrityError: a manifest knows the adapter's base, and this is another.
     """
-    knows = any(known and known.get("command") == "truncate" for known in (base.manifest, made_by))
+    knows = any(isinstance(known, TruncateManifest) for known in (base.manifest, made_by))
     try:
         return provenance.base_is(asked, base, made_by, names)
     except IntegrityError:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -228,7 +228,7 @@ def open_facts(running: Running) -> Facts:
     """What earlier runs found in the same numerical environment; or nothing, without a store."""
     store = opened(running.store) if running.use_store else None
     environment = numeric_environment(running.threads_per_worker, pick_device(running.device).type)
-    return Facts(store, environment)
+    return Facts(store, asdict(environment))
 
 
 def store_notes(facts: Facts) -> list[str]:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
 from kasa_cli.checkpoint.hashing import blake3
+from kasa_cli.checkpoint.manifest import Merged
 from kasa_cli.checkpoint.safetensors_file import Container, Reader
 from kasa_cli.checkpoint.safetensors_writer import raw_bytes
 from kasa_cli.errors import InvalidInput
 from kasa_cli.linalg.add_and_round import Sum
 from kasa_cli.methods.adapter_kinds.change import Change, carried_out, factors, grain_of
 from kasa_cli.pipeline.base_writer import RowReader, too_large
-from kasa_cli.pipeline.merging.whole_tensor import Merged
 
 BLOCK_ENTRIES = 1 << 18
 """Entries added and rounded in one go: enough for the product to be fast, few enough to stay in the cache."""

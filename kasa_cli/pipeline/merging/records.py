@@ -1,11 +1,21 @@
-"""The papers of a merge: the card, and the manifest, which is written last."""
+"""Model card and manifest of a merge. The manifest is written last."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from kasa_cli.checkpoint import manifest, model_card
+from kasa_cli.checkpoint import model_card
+from kasa_cli.checkpoint.manifest import (
+    InputTensor,
+    Merged,
+    MergedAdapter,
+    MergeManifest,
+    MergeOptions,
+    SourceRecord,
+    StoredTensor,
+    TensorRecord,
+    numeric_environment,
+)
 from kasa_cli.checkpoint.shard_plan import CARD, Sheet
 from kasa_cli.files.durable import write_file
 from kasa_cli.files.staging import MANIFEST
@@ -13,68 +23,67 @@ from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.base_writer import WrittenBase, WrittenTensor
 from kasa_cli.pipeline.file_records import file_records
 from kasa_cli.pipeline.merging.case import Case
-from kasa_cli.pipeline.merging.whole_tensor import Merged
 from kasa_cli.pipeline.workers import Running
 from kasa_cli.report import AdapterRow
 
 
-def recorded(case: Case, running: Running) -> dict[str, Any]:
-    """What the bytes depend on beside the base: no path."""
-    options = ("dtype", "max_shard_size", "rounding", "untie")
+def recorded(case: Case, running: Running) -> MergeManifest:
+    """What the bytes depend on besides the base. It holds no path."""
+    options = case.options
     adapters = [
-        {name: value for name, value in asdict(row).items() if name != "path"} for row in case.adapters
+        MergedAdapter(row.kind, row.weight, row.sha256, row.tensors_consumed, row.tensors_total)
+        for row in case.adapters
     ]
-    return {
-        "adapters": adapters,
-        "base_is": case.told,
-        "command": "merge",
-        "environment": manifest.numeric_environment(running.threads_per_worker, "cpu"),
-        "merged_before": sorted(provenance.merged_before(case.base)),
-        "options": {name: getattr(case.options, name) for name in options},
-        "source": {"commit": case.source.commit, "repo": case.source.repo},
-    }
+    return MergeManifest(
+        adapters=tuple(adapters),
+        base_is=case.told,
+        environment=numeric_environment(running.threads_per_worker, "cpu"),
+        merged_before=tuple(sorted(provenance.merged_before(case.base))),
+        model_class=case.names.model_class,
+        options=MergeOptions(options.dtype, options.max_shard_size, options.rounding, options.untie),
+        source=SourceRecord(case.source.commit, case.source.repo),
+    )
 
 
-def write_papers(
+def write_records(
     case: Case,
     folder: Path,
-    record: Mapping[str, Any],
+    record: MergeManifest,
     sheets: Sequence[Sheet],
     written: WrittenBase[Merged],
     num_workers: int,
 ) -> bytes:
-    """The card, then the manifest, which is last: whoever finds it finds all else."""
+    """Write the model card, then the manifest; returns its bytes. A manifest is there only once all else is."""
     base = case.checkpoint
     carried = model_card.source_facts(base.root, base.companions)
     text = model_card.card(case.source.repo, carried, "A merged model", _card_body(case.adapters))
     write_file(folder / CARD, [text])
-    content = {
-        **record,
-        "files": file_records(folder, num_workers, written.header_sha256),
-        "left_out": {left.name: left.reason for left in base.left_out},
-        "model_class": case.names.model_class,
-        "schema": manifest.SCHEMA,
-        "tensors": _tensor_records(sheets, written.tensors),
-    }
-    sealed = manifest.seal(content)
+    manifest = replace(
+        record,
+        files=file_records(folder, num_workers, written.header_sha256),
+        left_out={left.name: left.reason for left in base.left_out},
+        tensors=_tensor_records(sheets, written.tensors),
+    )
+    sealed = manifest.sealed()
     write_file(folder / MANIFEST, [sealed])
     return sealed
 
 
-def _tensor_records(sheets: Sequence[Sheet], written: Sequence[WrittenTensor[Merged]]) -> dict[str, Any]:
+def _tensor_records(
+    sheets: Sequence[Sheet], written: Sequence[WrittenTensor[Merged]]
+) -> dict[str, TensorRecord]:
     shapes = {name: entry.shape for sheet in sheets for name, entry in sheet.form.tensors.items()}
     sources = {name: source for sheet in sheets for name, source in sheet.sources.items()}
     return {
-        one.name: {
-            "file": one.file,
-            "dtype": one.dtype,
-            "blake3": one.blake3,
-            "shape": list(shapes[one.name]),
-            "role": "merged" if one.checks else "copied",
-            **({"made_from": sources[one.name]} if one.name in sources else {}),
-            **(asdict(one.checks) if one.checks else {}),
-        }
-        for one in written
+        tensor.name: TensorRecord(
+            role="merged" if tensor.checks else "copied",
+            dtype=tensor.dtype,
+            shape=shapes[tensor.name],
+            stored=StoredTensor(tensor.file, tensor.blake3, sources.get(tensor.name)),
+            before=InputTensor(tensor.checks.input_blake3) if tensor.checks else None,
+            merged=tensor.checks,
+        )
+        for tensor in written
     }
 
 

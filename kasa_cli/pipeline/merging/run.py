@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa_cli.checkpoint.dtypes import DTYPES
+from kasa_cli.checkpoint.manifest import Merged
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.shard_plan import Sheet, base_sheets, copy_companions, write_index
 from kasa_cli.files.staging import Staging, require_space
@@ -16,8 +17,7 @@ from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
 from kasa_cli.pipeline.merging.case import Case, Options, check, opened_case
 from kasa_cli.pipeline.merging.edits import Orders
 from kasa_cli.pipeline.merging.merger import Merger
-from kasa_cli.pipeline.merging.records import recorded, write_papers
-from kasa_cli.pipeline.merging.whole_tensor import Merged
+from kasa_cli.pipeline.merging.records import recorded, write_records
 from kasa_cli.pipeline.opening import Where
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
 from kasa_cli.report import MergedRow, MergePlan, MergeReport, ToChange
@@ -88,14 +88,17 @@ def merge(
     sheets = _sheets(case)
     require_space(output.parent, sum(sheet.form.size for sheet in sheets))
     record = recorded(case, running)
-    job = {**record, "inputs": [[file, shard.identity.size] for file, shard in checkpoint.shards.items()]}
+    job = {
+        **record.content(),
+        "inputs": [[file, shard.identity.size] for file, shard in checkpoint.shards.items()],
+    }
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(running.threads_per_worker), OpenFiles() as files:
         merger = Merger(checkpoint, orders, facts, files, options.rounding, made.sources)
         written = write_base(checkpoint, merger, sheets, staging.out, running.num_workers, watcher)
         copy_companions(checkpoint, staging.out, options.dtype, made.config)
         write_index(checkpoint, sheets, staging.out)
-        sealed = write_papers(case, staging.out, record, sheets, written, running.num_workers)
+        sealed = write_records(case, staging.out, record, sheets, written, running.num_workers)
         staging.publish()
     return MergeReport(
         command="merge",

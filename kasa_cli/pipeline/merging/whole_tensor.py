@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
 from kasa_cli.checkpoint.hashing import digest_of
+from kasa_cli.checkpoint.manifest import Merged
 from kasa_cli.checkpoint.safetensors_writer import raw_bytes
 from kasa_cli.linalg.rounding import ROUNDINGS, ExactSum, rounded
 from kasa_cli.methods.adapter_kinds.change import Change, apply, apply_bias, factors, row_blocks, rows
@@ -15,19 +16,6 @@ from kasa_cli.pipeline.base_writer import RowReader, require_finite
 
 PART = 1 << 20
 """Entries measured in one go."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What was measured on a merged tensor as stored.
-
-    `max_abs_change` is over the rows that it had before and still has: a vocabulary may have been resized.
-    `input_blake3` is the hash of the tensor of the base.
-    """
-
-    max_abs_change: float
-    rounding_error: float
-    input_blake3: str
 
 
 @dataclass(frozen=True)

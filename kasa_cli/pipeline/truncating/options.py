@@ -4,9 +4,9 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kasa_cli.checkpoint.dtypes import DTYPES
+from kasa_cli.checkpoint.manifest import TruncateOptions
 from kasa_cli.errors import UsageError
 from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods import kasa
@@ -93,23 +93,23 @@ def check(options: Options) -> None:
     _check_names(options)
 
 
-def recorded(options: Options) -> dict[str, Any]:
-    """The options that bytes depend on, as data."""
-    return {
-        "alpha": options.lora_alpha,
-        "beta": options.beta,
-        "compat": options.compat,
-        "diag_init": options.diag_init,
-        "dtype": options.dtype,
-        "emit": sorted(options.emit),
-        "gamma": options.gamma,
-        "max_shard_size": options.max_shard_size,
-        "rank": options.rank,
-        "rounding": options.rounding,
-        "seed": options.seed,
-        "truncation_rank": options.dropped,
-        "use_rslora": options.use_rslora,
-    }
+def recorded(options: Options) -> TruncateOptions:
+    """The options that bytes depend on."""
+    return TruncateOptions(
+        alpha=options.lora_alpha,
+        beta=options.beta,
+        compat=options.compat,
+        diag_init=options.diag_init,
+        dtype=options.dtype,
+        emit=tuple(sorted(options.emit)),
+        gamma=options.gamma,
+        max_shard_size=options.max_shard_size,
+        rank=options.rank,
+        rounding=options.rounding,
+        seed=options.seed,
+        truncation_rank=options.dropped,
+        use_rslora=options.use_rslora,
+    )
 
 
 def _check_names(options: Options) -> None:

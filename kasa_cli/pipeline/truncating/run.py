@@ -2,7 +2,7 @@
 
 import hashlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from kasa_cli.pipeline.truncating.adapter_and_tail import write_adapter, write_t
 from kasa_cli.pipeline.truncating.factors import Measured, Measurer, measure
 from kasa_cli.pipeline.truncating.options import PARTS, Options, check, recorded
 from kasa_cli.pipeline.truncating.plan import Plan, make_plan, require_rank
-from kasa_cli.pipeline.truncating.records import write_papers
+from kasa_cli.pipeline.truncating.records import write_records
 from kasa_cli.pipeline.truncating.rewrite import SumsByTarget, Truncated, Truncation, shares_of
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
 from kasa_cli.report import PlanReport, TensorRow, ToTruncate, TruncateReport
@@ -86,7 +86,7 @@ def truncate(
         measurer = Measurer(made.checkpoint, staging, facts, device)
         measured = measure(measurer, made.selection.targets, options.num_workers, watcher)
         done = Truncated(measured, _write_parts(made, options, sheets, staging, measured, watcher))
-        sealed = write_papers(made, options, staging, environment, done)
+        sealed = write_records(made, options, staging, environment, done)
         staging.publish()
     report = _report(where, output, options, made, done, sealed)
     return replace(report, notes=(*report.notes, *store_notes(facts)))
@@ -131,14 +131,14 @@ def _bytes_to_write(made: Plan, options: Options, sheets: Sequence[Sheet]) -> in
     return parts + base + adapter + tail
 
 
-def _job(made: Plan, options: Options, environment: Mapping[str, Any]) -> dict[str, Any]:
+def _job(made: Plan, options: Options, environment: manifest.Environment) -> dict[str, Any]:
     """What the bytes of the output depend on: a run continues only the same job."""
     headers = [[file, shard.identity.size] for file, shard in made.checkpoint.shards.items()]
     return {
         "command": "truncate",
-        "environment": dict(environment),
+        "environment": asdict(environment),
         "inputs": headers,
-        "options": recorded(options),
+        "options": asdict(recorded(options)),
         "source": {"commit": made.source.commit, "repo": made.source.repo},
         "targets": [asdict(target) for target in made.selection.targets],
     }

@@ -1,19 +1,26 @@
-"""VERIFY: is an output what its manifest says? Files, hashes, and the shapes in every header."""
+"""Checks an output against its manifest: files, hashes, and the shapes in every header."""
 
 import hashlib
 import os
 import stat
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from kasa_cli.adapters import peft
 from kasa_cli.adapters.fused_experts import stack_entry
 from kasa_cli.adapters.writing import Entry
 from kasa_cli.checkpoint.hashing import hash_tensor
 from kasa_cli.checkpoint.layout import open_checkpoint
+from kasa_cli.checkpoint.manifest import (
+    ConvertManifest,
+    ExpertRecord,
+    FactorRecord,
+    Manifest,
+    TensorRecord,
+    TruncateManifest,
+    TruncationRecord,
+)
 from kasa_cli.checkpoint.safetensors_file import Container, read_header
 from kasa_cli.errors import IntegrityError, InvalidInput, UnsafeInput
 from kasa_cli.files.durable import sha256_file
@@ -21,19 +28,20 @@ from kasa_cli.files.staging import MANIFEST
 from kasa_cli.files.untrusted import open_regular, read_exactly
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 
-Manifest = Mapping[str, Any]
 Form = tuple[str, list[int]]
 """Dtype and shape of a tensor on disk."""
+SmallTarget = tuple[tuple[int, ...], str, TruncationRecord]
+"""Shape, module and truncation of a tensor that adapter and tail are for."""
 HEADER = " (its header)"
 
 
 def check_files(output: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is there with its size, and no other.
+    """The output holds the files of the manifest at their sizes, and no others.
 
     Raises:
-        IntegrityError: naming every missing, extra, resized or replaced file.
+        IntegrityError: a file is missing, extra, resized or not a regular file; all are named.
     """
-    expected = manifest["files"]
+    expected = manifest.files
     found = {
         path.relative_to(output).as_posix(): path.lstat()
         for path in sorted(output.rglob("*"))
@@ -43,7 +51,7 @@ def check_files(output: Path, manifest: Manifest) -> None:
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"extra {name}" for name in found if name not in expected]
     for name, state in found.items():
-        if name in expected and not _fits(state, expected[name]["size"]):
+        if name in expected and not _fits(state, expected[name].size):
             problems.append(f"{'resized' if stat.S_ISREG(state.st_mode) else 'not a regular file'} {name}")
     if problems:
         rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -52,56 +60,64 @@ def check_files(output: Path, manifest: Manifest) -> None:
 
 
 def check_hashes(output: Path, manifest: Manifest, num_workers: int, watcher: Watcher) -> int:
-    """Hash every byte; the number of bytes hashed.
+    """Hash every byte; returns the number of bytes.
 
     Raises:
-        IntegrityError: naming the file, and in a shard of the base the tensor.
+        IntegrityError: a file is altered; it is named, and in a shard of the base the tensor too.
     """
-    records = manifest["files"]
-    task = Task(partial(_check_hash, output, manifest), name=str, work=lambda name: records[name]["size"])
+    records = manifest.files
+    check = partial(_check_hash, output, manifest)
+    task: Task[str, None] = Task(check, name=str, work=lambda name: records[name].size)
     run_stage("hash", task, list(records), num_workers, watcher)
-    return sum(record["size"] for record in records.values())
+    return sum(record.size for record in records.values())
 
 
 def check_structure(output: Path, manifest: Manifest) -> None:
-    """Headers, index and shapes are what the manifest says, without reading a weight.
+    """Headers, index and shapes agree with the manifest. No weight is read.
 
     Raises:
-        IntegrityError: naming the first tensor that is not.
+        IntegrityError: a tensor differs; it is named.
     """
-    tensors, base = manifest["tensors"], base_of(output, manifest)
+    base = manifest.checkpoint(output)
     if base.is_dir():
-        recorded = {name: (one["dtype"], one["shape"]) for name, one in tensors.items()}
-        _require_equal(_base_forms(base), recorded, str(base))
-    targets = [one for one in tensors.values() if "module" in one]
-    if manifest["command"] == "convert":
-        _check_converted(output / manifest["adapter"]["file"], manifest["adapter"]["tensors"])
+        _require_equal(_base_forms(base), _recorded(manifest.tensors), str(base))
+    if isinstance(manifest, ConvertManifest):
+        path = output / manifest.adapter.file
+        _require_equal(_small_forms(path), _recorded(manifest.adapter.tensors), str(path))
+    if isinstance(manifest, TruncateManifest):
+        _check_parts(output, manifest)
+
+
+def _recorded(tensors: Mapping[str, TensorRecord] | Mapping[str, FactorRecord]) -> dict[str, Form]:
+    return {name: (record.dtype, list(record.shape)) for name, record in tensors.items()}
+
+
+def _check_parts(output: Path, manifest: TruncateManifest) -> None:
+    """Adapter and tail hold the tensors of the targets."""
+    targets = [(manifest.tensors[name].shape, *target) for name, target in manifest.truncations.items()]
     if (output / "adapter").is_dir():
-        rank = manifest["options"]["rank"]
-        _check_small(output / "adapter", targets, rank, with_diag=True)
+        rank = manifest.options.rank
+        _require_small(output / "adapter", _small_tensors(targets, rank, with_diag=True))
     if (output / "tail").is_dir():
-        cut = [one for one in targets if one["truncation_rank"]]
-        stacks = expert_entries(manifest)
-        ranks = [one["truncation_rank"] for one in (*cut, *manifest.get("experts", {}).values())]
-        _check_small(
-            output / "tail", cut, max(ranks, default=0), with_diag=False, stacks=tuple(stacks.values())
-        )
+        truncated = [target for target in targets if target[2].truncation_rank]
+        ranks = [truncation.truncation_rank for *_, truncation in truncated]
+        ranks += [record.truncation.truncation_rank for record in manifest.experts.values()]
+        rank = max(ranks, default=0)
+        stacks = [shapes for entry in expert_entries(manifest).values() for shapes in entry.shapes(rank)]
+        experts = {name: (dtype, list(shape)) for name, dtype, shape in stacks}
+        _require_small(output / "tail", _small_tensors(truncated, rank, with_diag=False) | experts)
 
 
-def expert_entries(manifest: Manifest) -> dict[str, Entry]:
+def expert_entries(manifest: TruncateManifest) -> dict[str, Entry]:
     """The tensors in the tail of each parameter of fused experts."""
-    experts = [one for one in manifest.get("experts", {}).values() if one["wrapper"] is not None]
-    counts = Counter(one["module"] for one in experts)
-    first = {one["module"]: one for one in experts}
+    stacks: dict[str, list[ExpertRecord]] = {}
+    for record in manifest.experts.values():
+        stacks.setdefault(record.module, []).append(record)
     return {
-        name: stack_entry(name, one["wrapper"], counts[name], tuple(one["shape"]), manifest["model_class"])
-        for name, one in first.items()
+        name: stack_entry(name, first.wrapper, len(stack), first.shape, manifest.model_class)
+        for name, stack in stacks.items()
+        if (first := stack[0]).wrapper is not None
     }
-
-
-def base_of(output: Path, manifest: Manifest) -> Path:
-    """Where the checkpoint of an output is: a merged model is the output itself."""
-    return output if manifest["command"] == "merge" else output / "base"
 
 
 def _fits(state: os.stat_result, size: int) -> bool:
@@ -109,11 +125,11 @@ def _fits(state: os.stat_result, size: int) -> bool:
 
 
 def _check_hash(output: Path, manifest: Manifest, name: str) -> None:
-    """A file by its hash, or by that of its header and those of its tensors."""
-    record, path = manifest["files"][name], output / name
-    if "header_sha256" in record:
-        altered = _altered_part(path, record["header_sha256"], manifest["tensors"])
-    elif sha256_file(path) == record["sha256"]:
+    """Compare the hash of a file, or the hashes of its header and its tensors."""
+    record, path = manifest.files[name], output / name
+    if record.header_sha256 is not None:
+        altered = _altered_part(path, record.header_sha256, _hashes(manifest.tensors))
+    elif sha256_file(path) == record.sha256:
         altered = None
     else:
         altered = _altered_tensor(output, manifest, name)
@@ -121,8 +137,8 @@ def _check_hash(output: Path, manifest: Manifest, name: str) -> None:
         raise IntegrityError("altered", f"{path}{altered}")
 
 
-def _altered_part(path: Path, header_sha256: str, tensors: Mapping[str, Any]) -> str | None:
-    """What is not as recorded in a shard, whose bytes are those of header and tensors; None if all is."""
+def _altered_part(path: Path, header_sha256: str, hashes: Mapping[str, str | None]) -> str | None:
+    """The altered part of a shard, its header or a tensor; None if none is."""
     try:
         container = read_header(path)
     except (InvalidInput, UnsafeInput):
@@ -131,46 +147,44 @@ def _altered_part(path: Path, header_sha256: str, tensors: Mapping[str, Any]) ->
         header = read_exactly(file, path, container.data_start, 0)
     if hashlib.sha256(header).hexdigest() != header_sha256:
         return HEADER
-    return _first_other(container, tensors)
+    return _first_altered(container, hashes)
 
 
 def _altered_tensor(output: Path, manifest: Manifest, name: str) -> str:
-    """Where a file is altered, for the message, if more than that is known of it."""
-    if manifest["command"] != "convert" or name != manifest["adapter"]["file"]:
+    """The altered part of a file, for the message; empty where the manifest knows only the whole file."""
+    if not isinstance(manifest, ConvertManifest) or name != manifest.adapter.file:
         return ""
     try:
         container = read_header(output / name)
     except (InvalidInput, UnsafeInput):
         return HEADER
-    return _first_other(container, manifest["adapter"]["tensors"]) or HEADER
+    return _first_altered(container, _hashes(manifest.adapter.tensors)) or HEADER
 
 
-def _first_other(container: Container, tensors: Mapping[str, Any]) -> str | None:
-    """The first tensor whose bytes are not those recorded."""
+def _hashes(tensors: Mapping[str, TensorRecord] | Mapping[str, FactorRecord]) -> dict[str, str | None]:
+    return {name: record.blake3 for name, record in tensors.items()}
+
+
+def _first_altered(container: Container, hashes: Mapping[str, str | None]) -> str | None:
+    """The first tensor whose hash differs from the one recorded."""
     for tensor in container.tensors:
-        if hash_tensor(container, tensor) != tensors.get(tensor, {}).get("blake3"):
+        if hash_tensor(container, tensor) != hashes.get(tensor):
             return f" (tensor {tensor})"
     return None
 
 
-def _check_converted(path: Path, tensors: Mapping[str, Any]) -> None:
-    """The header of a converted adapter is the one that was written."""
-    recorded = {name: (one["dtype"], one["shape"]) for name, one in tensors.items()}
-    _require_equal(_small_forms(path), recorded, str(path))
-
-
-def _check_small(
-    folder: Path, targets: list[dict[str, Any]], rank: int, *, with_diag: bool, stacks: Sequence[Entry] = ()
-) -> None:
-    """The small tensors are those of the targets, and fit the weights they belong to."""
+def _small_tensors(targets: Sequence[SmallTarget], rank: int, *, with_diag: bool) -> dict[str, Form]:
+    """The tensors of an adapter on these targets."""
     expected: dict[str, Form] = {}
-    for one in targets:
-        outs, ins = reversed(one["shape"]) if one["is_transposed"] else one["shape"]
-        names = peft.tensor_names(one["module"])
+    for shape, module, truncation in targets:
+        outs, ins = reversed(shape) if truncation.is_transposed else shape
+        names = peft.tensor_names(module)
         expected |= {names["A"]: ("F32", [rank, ins]), names["B"]: ("F32", [outs, rank])}
         expected |= {names["diag"]: ("F32", [rank])} if with_diag else {}
-    for stack in stacks:
-        expected |= {name: (dtype, list(shape)) for name, dtype, shape in stack.shapes(rank)}
+    return expected
+
+
+def _require_small(folder: Path, expected: Mapping[str, Form]) -> None:
     path = folder / peft.WEIGHTS
     _require_equal(_small_forms(path), expected, str(path))
 

@@ -1,10 +1,9 @@
-"""VERIFY: is an output what the base it was made from gives? Every number of it, computed once more."""
+"""Recomputes every number of an output from its base and compares."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from kasa_cli.adapters import peft
 from kasa_cli.adapters.fused_experts import expert_factors
 from kasa_cli.checkpoint.hashing import hash_tensor
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
+from kasa_cli.checkpoint.manifest import ExpertRecord, TensorRecord, TruncateManifest, TruncationRecord
 from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
 from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.checkpoint.shard_plan import CARD
@@ -21,7 +21,7 @@ from kasa_cli.files.durable import sha256_file
 from kasa_cli.linalg.bottom import Ends, ends
 from kasa_cli.linalg.rounding import ExactSum, blocks, other_neighbour
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.verifying.integrity import Manifest, expert_entries
+from kasa_cli.pipeline.verifying.integrity import expert_entries
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 from kasa_cli.targets.selection import Target
 
@@ -42,21 +42,21 @@ class Comparison:
 
 
 def compare(
-    output: Path, manifest: Manifest, base: Checkpoint, num_workers: int, watcher: Watcher
+    output: Path, manifest: TruncateManifest, base: Checkpoint, num_workers: int, watcher: Watcher
 ) -> list[Comparison]:
     """Recompute everything from the base; the largest target first.
 
     Raises:
         IntegrityError: naming the first tensor that differs from what the base gives.
     """
-    tensors = manifest["tensors"]
+    tensors = manifest.tensors
     opened = _Output(output, manifest)
     _check_names(opened, tensors, base)
     _check_companions(opened, base)
-    targets = [_target(name, one) for name, one in tensors.items() if "module" in one]
+    targets = [_target(name, tensors[name], *target) for name, target in manifest.truncations.items()]
     targets += [_expert(name, one) for name, one in opened.experts.items()]
     targets.sort(key=lambda target: -target.matrix.work)
-    copied = [name for name, one in tensors.items() if one["role"] == "copied"]
+    copied = [name for name, one in tensors.items() if one.role == "copied"]
     run_stage("copies", Task(partial(_check_copied, opened, base), name=str), copied, num_workers, watcher)
     task = Task(
         partial(_compare_one, opened, base),
@@ -69,9 +69,9 @@ def compare(
 class _Output:
     """An output being read: its base and its small files."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.options, self.tensors = manifest["options"], manifest["tensors"]
-        self.experts: Mapping[str, Any] = manifest.get("experts", {})
+    def __init__(self, folder: Path, manifest: TruncateManifest) -> None:
+        self.options, self.tensors = manifest.options, manifest.tensors
+        self.experts = manifest.experts
         self.stacks = expert_entries(manifest)
         self.base = open_checkpoint(folder / "base") if (folder / "base").is_dir() else None
         self.small = {
@@ -83,7 +83,7 @@ class _Output:
     def input_blake3(self, name: str) -> str:
         """The hash of the original of a target."""
         record = self.experts[name] if name in self.experts else self.tensors[name]
-        return str(record["input_blake3"])
+        return str(record.input_blake3)
 
     def tail_factors(self, target: Target) -> tuple[Tensor, Tensor] | None:
         """The factors of a target in the tail, (left, right); None if there are none."""
@@ -105,14 +105,14 @@ class _Output:
         return {key: container.tensor(name) for key, name in names.items() if name in container.tensors}
 
 
-def _check_names(output: _Output, tensors: Mapping[str, Any], base: Checkpoint) -> None:
+def _check_names(output: _Output, tensors: Mapping[str, TensorRecord], base: Checkpoint) -> None:
     """The base has the tensors of the output, in their shapes, and a whole output has all of the base's."""
     for name, one in tensors.items():
         if name not in base.tensors:
             raise IntegrityError("not a tensor of the base", name, REMEDY)
-        if list(base.tensors[name].shape) != one["shape"]:
+        if base.tensors[name].shape != one.shape:
             raise IntegrityError(
-                f"of shape {one['shape']}, in the base {base.tensors[name].shape}", name, REMEDY
+                f"of shape {list(one.shape)}, in the base {base.tensors[name].shape}", name, REMEDY
             )
     absent = [name for name in base.tensors if name not in tensors]
     if output.base and absent:
@@ -125,7 +125,7 @@ def _check_companions(output: _Output, base: Checkpoint) -> None:
         return
     for name in base.companions:
         theirs, ours = base.root / name, output.base.root / name
-        if name == CARD or (name == "config.json" and output.options["dtype"] != "auto"):
+        if name == CARD or (name == "config.json" and output.options.dtype != "auto"):
             continue
         if not ours.is_file() or sha256_file(ours) != sha256_file(theirs):
             raise IntegrityError("not the bytes of the base", f"{ours}", REMEDY)
@@ -148,7 +148,7 @@ def _ulps(output: _Output, found: Ends, W: Tensor, target: Target) -> float | No
     L, R = kasa.cut(found)
     exact = ExactSum(W, L, R)
     Q = target.matrix.read(output.base)
-    allowed = 0.5 if output.options["rounding"] == "nearest" else 1.0
+    allowed = 0.5 if output.options.rounding == "nearest" else 1.0
     slack = SLACK * float(W.abs().max())
     worst = 0.0
     for start, stop in blocks(*Q.shape):
@@ -180,12 +180,12 @@ def _check_start(output: _Output, found: Ends, target: Target) -> None:
     if not tensors:
         return
     options = output.options
-    scaling = kasa.scaling(float(options["alpha"]), options["rank"], options["use_rslora"])
-    recipe = kasa.Recipe(options["rank"], scaling, options["seed"])
-    start = kasa.start(found, recipe, options["diag_init"], target.module)
+    scaling = kasa.scaling(float(options.alpha), options.rank, options.use_rslora)
+    recipe = kasa.Recipe(options.rank, scaling, options.seed)
+    start = kasa.start(found, recipe, options.diag_init, target.module)
     given = (tensors["B"] * tensors["diag"]) @ tensors["A"]
     wanted = (start.B * start.diag) @ start.A
-    is_random = options["diag_init"] != "residual"
+    is_random = options.diag_init != "residual"
     is_same = torch.equal(tensors["A"], start.A) and torch.equal(tensors["diag"], start.diag)
     is_close = bool(((given - wanted).abs() <= TAIL_TOLERANCE * (found.sigma_max or 1.0)).all())
     if not is_close or (is_random and not is_same):
@@ -195,19 +195,19 @@ def _check_start(output: _Output, found: Ends, target: Target) -> None:
 def _check_copied(output: _Output, base: Checkpoint, name: str) -> None:
     copies = [checkpoint for checkpoint in (base, output.base) if checkpoint]
     hashes = {hash_tensor(one, name) for one in copies}
-    if hashes != {output.tensors[name]["blake3"]}:
+    if hashes != {output.tensors[name].blake3}:
         raise IntegrityError("not the bytes of the base", name, REMEDY)
 
 
-def _target(name: str, one: Mapping[str, Any]) -> Target:
-    rows, columns = one["shape"]
-    orientation = Orientation.of(one["is_transposed"])
-    matrix = Matrix(name, (Piece(name),), orientation.sides((rows, columns)), one["dtype"], orientation)
-    return Target(matrix, one["module"], (rows, columns), one["truncation_rank"])
+def _target(name: str, record: TensorRecord, module: str, truncation: TruncationRecord) -> Target:
+    rows, columns = record.shape
+    orientation = Orientation.of(truncation.is_transposed)
+    matrix = Matrix(name, (Piece(name),), orientation.sides((rows, columns)), record.dtype, orientation)
+    return Target(matrix, module, (rows, columns), truncation.truncation_rank)
 
 
-def _expert(name: str, one: Mapping[str, Any]) -> Target:
-    pieces = tuple(Piece(tensor, index) for tensor, index in one["pieces"])
-    rows, columns = one["shape"]
-    matrix = Matrix(name, pieces, (rows, columns), one["dtype"], Orientation.of(one["is_transposed"]))
-    return Target(matrix, one["module"], (rows, columns), one["truncation_rank"], one["expert"])
+def _expert(name: str, record: ExpertRecord) -> Target:
+    pieces = tuple(Piece(tensor, index) for tensor, index in record.pieces)
+    orientation = Orientation.of(record.truncation.is_transposed)
+    matrix = Matrix(name, pieces, record.shape, record.dtype, orientation)
+    return Target(matrix, record.module, record.shape, record.truncation.truncation_rank, record.expert)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from kasa_cli.checkpoint import manifest
+from kasa_cli.checkpoint.manifest import TruncateManifest
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.pipeline.opening import Where, find
 from kasa_cli.pipeline.verifying import integrity, recompute
@@ -29,22 +30,22 @@ def verify(
         raise InvalidInput("no such directory", str(output))
     watcher, num_workers = watcher or Silent(), workers or num_cores()
     found = manifest.load(output)
-    if against and found["command"] != "truncate":
+    if against and not isinstance(found, TruncateManifest):
         raise UsageError("--against recomputes truncations only", str(output), "use --read-data")
     integrity.check_files(output, found)
     num_bytes = integrity.check_hashes(output, found, num_workers, watcher) if read_data else 0
     integrity.check_structure(output, found)
     compared: list[recompute.Comparison] = []
-    if against:
-        with blas_threads(found["environment"]["threads_per_worker"]):
+    if against and isinstance(found, TruncateManifest):
+        with blas_threads(found.environment.threads_per_worker):
             _, base = find(against)
             compared = recompute.compare(output, found, base, num_workers, watcher)
     return VerifyReport(
         command="verify",
         output=str(output),
         depth=("manifest", "files", "structure", *["data"] * read_data, *["base"] * bool(against)),
-        files=len(found["files"]) + 1,
-        tensors=len(found["tensors"]),
+        files=len(found.files) + 1,
+        tensors=len(found.tensors),
         bytes_hashed=num_bytes,
         compared=tuple(vars(one) for one in compared),
     )

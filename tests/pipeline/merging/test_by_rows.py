@@ -65,11 +65,11 @@ def require_hashes_of_the_base(base, manifest):
     """A merge has on record what it changed, tensor by tensor."""
     container = read_header(base / MODEL)
     content = container.path.read_bytes()
-    for name, one in manifest["tensors"].items():
-        entry = container.tensors[one.get("made_from", name)]
-        key = "input_blake3" if one["role"] == "merged" else "blake3"
-        assert one[key] == blake3(content[entry.begin : entry.end]).hexdigest(), name
-        assert (one["role"] == "merged") == ("input_blake3" in one)
+    for name, record in manifest.tensors.items():
+        entry = container.tensors[record.stored.made_from or name]
+        digest = record.input_blake3 if record.role == "merged" else record.blake3
+        assert digest == blake3(content[entry.begin : entry.end]).hexdigest(), name
+        assert (record.role == "merged") == (record.input_blake3 is not None)
 
 
 WHOLE = {"lora-bias", "dora-conv1d", "ia3-conv1d", "dora-embedding", "hira-embedding", "oft-embedding"}

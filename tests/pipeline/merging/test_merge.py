@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,12 +265,14 @@ def test_a_cut_that_rounding_brought_back_in_one_weight_leaves_the_base_known(pr
     from kasa_cli.pipeline.adapter_on_base.provenance import Origin, adapter_manifest, base_is
 
     model, out, _ = pretruncated
-    known = copy.deepcopy(dict(adapter_manifest(out / "adapter")))
-    names = [name for name, one in known["tensors"].items() if one["role"] == "truncated"]
+    known = adapter_manifest(out / "adapter")
+    names = [name for name, record in known.tensors.items() if record.role == "truncated"]
     for place, expected in ((model, "original"), (out / "base", "truncated")):
         base = Origin(open_checkpoint(place), None)
-        same = known["tensors"][names[0]]
-        same["blake3"] = same["input_blake3"] = base.digest(names[0])
+        record, digest = known.tensors[names[0]], base.digest(names[0])
+        record = replace(record, stored=replace(record.stored, blake3=digest))
+        record = replace(record, before=replace(record.before, input_blake3=digest))
+        known = replace(known, tensors={**known.tensors, names[0]: record})
         assert base_is("auto", base, known, names) == expected
 
 

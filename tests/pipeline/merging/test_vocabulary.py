@@ -125,10 +125,10 @@ def test_the_hash_on_record_is_that_of_all_rows_of_the_base(rows, folder, tmp_pa
     base = base_of("llama", folder)
     trained(base, tmp_path / "adapter", rows, **QV)
     merged(tmp_path / "adapter", base, tmp_path / "OUT")
-    before, records = load_file(base / "model.safetensors"), load_manifest(tmp_path / "OUT")["tensors"]
+    before, records = load_file(base / "model.safetensors"), load_manifest(tmp_path / "OUT").tensors
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert records[name]["shape"][0] == rows
-        assert records[name]["input_blake3"] == blake3(before[name].numpy().tobytes()).hexdigest()
+        assert records[name].shape[0] == rows
+        assert records[name].input_blake3 == blake3(before[name].numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", sorted(UNTIED))

@@ -10,6 +10,7 @@ from kasa_cli.checkpoint import manifest
 from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files.staging import MANIFEST
+from kasa_cli.files.typed_json import to_json
 from kasa_cli.pipeline.file_records import file_records
 from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from kasa_cli.pipeline.verifying.run import verify
@@ -43,7 +44,7 @@ def reseal(output, **tensors):
     content = json.loads(path.read_text())
     content.pop("digest")
     path.unlink()
-    content["files"] = file_records(output, 1)
+    content["files"] = to_json(file_records(output, 1))
     base = read_header(output / "base" / "model.safetensors")
     for name, one in content["tensors"].items():
         entry = base.tensors[name]
