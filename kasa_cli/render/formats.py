@@ -6,10 +6,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from html import escape
 from typing import Any
 
+from kasa_cli.errors import printable
 from kasa_cli.render import tables
-from kasa_cli.report import AdapterReport, DemoReport, Report, SelectReport, StoreReport, VerifyReport
+from kasa_cli.render.tables import as_dict
+from kasa_cli.report import Report
 
 
 def as_json(report: Report) -> str:
@@ -21,7 +24,7 @@ def as_json(report: Report) -> str:
 
 def as_csv(report: Report) -> str:
     """One line a tensor, with a header."""
-    rows = [_flat(finite(row)) for row in _rows(report)]
+    rows = [_flat(finite(as_dict(row))) for row in report.rows()]
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(out, columns, lineterminator="\n")
@@ -33,6 +36,11 @@ def as_csv(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     """The summary as a Markdown table."""
     return "\n\n".join(_markdown_table(*table) for table in tables.summary(report) if table[2])
+
+
+def as_html(report: Report) -> str:
+    """The summary as HTML tables, for a notebook."""
+    return "".join(_html_table(*table) for table in tables.summary(report) if table[2])
 
 
 def finite(value: Any) -> Any:
@@ -60,21 +68,6 @@ def is_odd(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _rows(report: Report) -> list[dict[str, Any]]:
-    """What a report is a list of: tensors, or what was recomputed of them; else the report itself."""
-    if isinstance(report, VerifyReport):
-        figures = {**asdict(report), "depth": " ".join(report.depth)}
-        return [dict(one) for one in report.compared] or [figures | {"compared": 0}]
-    if isinstance(report, SelectReport):
-        return [asdict(row) for row in report.candidates]
-    if isinstance(report, AdapterReport):
-        return [asdict(row) for row in report.modules]
-    if isinstance(report, StoreReport):
-        return [dict(row) for row in report.tensors]
-    rows = report.truncated.tensors if isinstance(report, DemoReport) else report.tensors
-    return [asdict(row) for row in rows]
-
-
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose fields are cells: those of a map stand by themselves.
 
@@ -98,6 +91,15 @@ def _cell(key: str, value: Any) -> Any:
 def _markdown_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"**{title}**", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
     return "\n".join(lines)
+
+
+def _html_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [_html_row("th", columns), *(_html_row("td", row) for row in rows)]
+    return f"<table><caption>{escape(printable(title))}</caption>{''.join(lines)}</table>"
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(printable(cell))}</{tag}>' for cell in cells)}</tr>"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -55,7 +56,19 @@ PIPED_WIDTH = 120
 
 def summary(report: Report) -> list[Summary]:
     """The tables of a report, as text."""
-    return SUMMARIES[type(report)](report)
+    return SUMMARIES.get(type(report), listed)(report)
+
+
+def listed(report: Report) -> list[Summary]:
+    """The rows of a report that has no summary of its own, field by field."""
+    rows = [as_dict(row) for row in report.rows()]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [("result", columns, [[str(row.get(name, "–")) for name in columns] for row in rows])]
+
+
+def as_dict(row: Any) -> dict[str, Any]:
+    """The fields of a row."""
+    return dict(row) if isinstance(row, Mapping) else asdict(row)
 
 
 def as_text(report: Report) -> str:

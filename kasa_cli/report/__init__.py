@@ -1,6 +1,7 @@
 """What a run planned, saw and did: frozen plain data, for any renderer and for Python."""
 
 from kasa_cli.report.adapter import AdapterReport, InCut, ModuleRow, ValueRow
+from kasa_cli.report.base import Report
 from kasa_cli.report.convert import ConvertedRow, ConvertPlan, ConvertReport
 from kasa_cli.report.demo import DemoReport
 from kasa_cli.report.diff import DiffReport, DiffRow
@@ -50,20 +51,3 @@ __all__ = [
     "VerifyReport",
     "module_type",
 ]
-
-Report = (
-    PlanReport
-    | MeasurePlan
-    | MergePlan
-    | ConvertPlan
-    | TruncateReport
-    | VerifyReport
-    | DemoReport
-    | MergeReport
-    | ConvertReport
-    | SelectReport
-    | SpectrumReport
-    | DiffReport
-    | AdapterReport
-    | StoreReport
-)

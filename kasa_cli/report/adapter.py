@@ -6,6 +6,8 @@ Norms and singular values are in the units of the weight. Figures that are not k
 from dataclasses import dataclass, field
 from typing import Any
 
+from kasa_cli.report.base import Report
+
 
 @dataclass(frozen=True)
 class InCut:
@@ -72,7 +74,7 @@ class ValueRow:
 
 
 @dataclass(frozen=True)
-class AdapterReport:
+class AdapterReport(Report):
     """What `kasa inspect adapter` found. `base_is` is what a base was taken for, None where nobody had to know.
 
     `penalties` are KaSA's of the whole adapter: `beta`, `gamma` and by convention `l2`, `l3` and the `loss` they add.
@@ -88,3 +90,7 @@ class AdapterReport:
     penalties: dict[str, Any] | None
     totals: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[Any]:
+        """The weights that the adapter changes."""
+        return list(self.modules)

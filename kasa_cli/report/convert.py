@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kasa_cli.report.base import Report
 from kasa_cli.report.weights import ToChange
 
 
@@ -20,7 +21,7 @@ class ConvertedRow:
 
 
 @dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(Report):
     """What `kasa convert` did. `on` and `base_is` are about KaSA, None for other kinds.
 
     `names` is None for lora-lite. `rank` is the largest of the rows, `padded_rank` that of the file.
@@ -43,7 +44,7 @@ class ConvertReport:
 
 
 @dataclass(frozen=True)
-class ConvertPlan:
+class ConvertPlan(Report):
     """What `--dry-run` of a conversion prints: nothing was written.
 
     Of the base only headers were read, but for weights that a manifest had to be compared with. Memory and time are

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kasa_cli.report.base import Report
 from kasa_cli.report.merge import MergeReport
 from kasa_cli.report.select import SelectReport
 from kasa_cli.report.spectrum import SpectrumReport
@@ -11,7 +12,7 @@ from kasa_cli.report.verify import VerifyReport
 
 
 @dataclass(frozen=True)
-class DemoReport:
+class DemoReport(Report):
     """What `kasa demo` measured. `rounding` is by (dtype, rule): the least and median share of the cut left.
 
     `similarity` is the cosine between the last hidden states of the original and of the truncated model, loaded
@@ -31,3 +32,7 @@ class DemoReport:
     similarity: float
     tail_difference: float | None
     merge_difference: float
+
+    def rows(self) -> list[Any]:
+        """The truncated tensors."""
+        return list(self.truncated.tensors)

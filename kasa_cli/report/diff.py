@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kasa_cli.report.base import Report
 from kasa_cli.report.weights import Skipped
 
 
@@ -34,7 +35,7 @@ class DiffRow:
 
 
 @dataclass(frozen=True)
-class DiffReport:
+class DiffReport(Report):
     """What `kasa inspect diff` found. `rank_correlation` is Spearman's, of the two orders by κ."""
 
     command: str

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kasa_cli.report.base import Report
 from kasa_cli.report.weights import Skipped
 
 
@@ -17,7 +18,7 @@ class ToMeasure:
 
 
 @dataclass(frozen=True)
-class MeasurePlan:
+class MeasurePlan(Report):
     """What `--dry-run` prints of a verb that looks: nothing was read but headers."""
 
     command: str

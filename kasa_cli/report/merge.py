@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kasa_cli.report.base import Report
 from kasa_cli.report.weights import ToChange
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(Report):
     """What `--dry-run` of a merge prints: nothing was written.
 
     Of the base only headers were read, but for weights that a manifest had to be compared with. `base_is` as in
@@ -49,7 +50,7 @@ class AdapterRow:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Report):
     """What `kasa merge` did. `base_is` is what a KaSA adapter was told of its base, None without one."""
 
     command: str

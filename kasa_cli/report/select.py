@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kasa_cli.report.base import Report
 from kasa_cli.report.weights import Skipped
 
 
@@ -37,7 +38,7 @@ class Emission:
 
 
 @dataclass(frozen=True)
-class SelectReport:
+class SelectReport(Report):
     """What `kasa select-targets` chose. `comparison` has one row a compared criterion."""
 
     command: str
@@ -55,3 +56,7 @@ class SelectReport:
     totals: dict[str, Any]
     emission: Emission | None = None
     notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[Any]:
+        """The candidates."""
+        return list(self.candidates)

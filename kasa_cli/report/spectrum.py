@@ -6,6 +6,7 @@ Singular values are in the units of the weight. Figures that could not be measur
 from dataclasses import dataclass, field
 from typing import Any
 
+from kasa_cli.report.base import Report
 from kasa_cli.report.weights import Skipped
 
 
@@ -54,7 +55,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class SpectrumReport:
+class SpectrumReport(Report):
     """What `kasa inspect spectrum` measured. `curves` are for pictures, and in no JSON."""
 
     command: str

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kasa_cli.report.base import Report
+
 
 @dataclass(frozen=True)
-class StoreReport:
+class StoreReport(Report):
     """What the store of facts holds, or what was removed of it: one row a tensor measured."""
 
     command: str

@@ -6,11 +6,12 @@ Singular values are in the units of the weight. Figures that could not be measur
 from dataclasses import dataclass
 from typing import Any
 
+from kasa_cli.report.base import Report
 from kasa_cli.report.weights import Skipped, ToTruncate
 
 
 @dataclass(frozen=True)
-class PlanReport:
+class PlanReport(Report):
     """What `--dry-run` prints: nothing was read but headers, nothing was written."""
 
     command: str
@@ -67,7 +68,7 @@ class TensorRow:
 
 
 @dataclass(frozen=True)
-class TruncateReport:
+class TruncateReport(Report):
     """What `kasa truncate` did. `model_class` is the class whose module names the adapters use, if known."""
 
     command: str

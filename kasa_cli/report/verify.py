@@ -1,11 +1,13 @@
 """Result of `kasa verify`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from kasa_cli.report.base import Report
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """What `kasa verify` checked; it raises on the first class of problem, so a report means all is well."""
 
     command: str
@@ -15,3 +17,8 @@ class VerifyReport:
     tensors: int
     bytes_hashed: int
     compared: tuple[dict[str, Any], ...] = field(default=())
+
+    def rows(self) -> list[Any]:
+        """The tensors that were recomputed; the figures of the report where none was."""
+        figures = {item.name: getattr(self, item.name) for item in fields(self)}
+        return list(self.compared) or [figures | {"depth": " ".join(self.depth), "compared": 0}]
