@@ -1,8 +1,11 @@
 """`import kasa_cli as kasa`: every verb is a function that takes the flags of its command."""
 
+import doctest
 import gc
 import inspect
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +21,7 @@ import torch
 import kasa_cli as kasa
 from kasa_cli.cli.output import ONLY_OF_COMMANDS
 from kasa_cli.errors import ExitCode
-from tests.builders.runs import environment, inside, plain_model
+from tests.builders.runs import ROOT, environment, inside, plain_model
 
 ONLY_OF_FUNCTIONS = {"progress"}
 HEAVY = {
@@ -189,6 +192,41 @@ def test_strict_raises_and_holds_the_report(tmp_path):
         kasa.truncate(model, tmp_path / "out", rank=1, strict=True, min_realised=0.999)
     assert caught.value.exit_code == 11
     assert caught.value.report.totals["below_min_realised"] and (tmp_path / "out" / "base").is_dir()
+
+
+def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
+    plain_model(tmp_path / "org" / "model", dim=64)
+    plain_model(tmp_path / "org" / "chat", dim=64, seed=1)
+    monkeypatch.chdir(tmp_path)
+    kasa.truncate("org/model", "first", rank=8)
+    shutil.copytree("first/adapter", "my-adapter")
+    blocks = re.findall(r"^```python\n(>>>.*?)^```", (ROOT / "docs" / "cli.md").read_text(), re.M | re.S)
+    documented = doctest.DocTestParser().get_doctest("".join(blocks), {}, "cli.md", "cli.md", 0)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    assert runner.run(documented) == (0, len(documented.examples))
+    shown = {kasa.function_name(verb) for verb in kasa.VERBS} - {"demo"}
+    assert shown <= set(re.findall(r"kasa\.(\w+)\(", "".join(blocks)))
+
+
+def test_a_report_prints_as_its_table(model):
+    report = kasa.inspect_spectrum(model, targets="q_proj")
+    assert "q_proj" in str(report) and "╭" not in repr(report)
+    assert report._repr_html_().startswith("<table><caption>") and "q_proj" in report._repr_html_()
+    assert repr(report).startswith("SpectrumReport(command='inspect spectrum'")
+
+
+def test_names_in_a_notebook_are_text():
+    row = {
+        "name": "<script>",
+        "shape": [1, 1],
+        "dtype": "F32",
+        "facts": [],
+        "bytes": 1,
+        "last_used": "",
+        "content": "",
+    }
+    report = kasa.StoreReport("store ls", "x", (row,), {"tensors": 1, "models": 0, "bytes": 1})
+    assert "<script>" not in report._repr_html_() and "&lt;script&gt;" in report._repr_html_()
 
 
 def global_state():
