@@ -1,15 +1,15 @@
-"""The tree of what can go wrong, each leaf with the exit code that scripts rely on.
+"""The tree of errors, each leaf with the exit code that scripts rely on.
 
 KasaError
 ├── UsageError           2   the command line asks for something impossible
 ├── InvalidInput         3   a file is corrupt, incomplete or not what it claims to be
 ├── UnsafeInput          4   a file is refused as unsafe
-├── IntegrityError       5   bytes are not the bytes that were promised
-├── OutputExists         6   the output is there already
-├── AlreadyMerged        6   the adapter is in the base already
+├── IntegrityError       5   bytes differ from those on record
+├── OutputExists         6   the output exists already
+├── AlreadyMerged        6   the base already contains the adapter
 ├── Locked               7   another run holds the output
 ├── ResourceError        8   disk, memory or permission
-├── NumericalError       9   a decomposition that cannot be trusted
+├── NumericalError       9   a number is not finite, or a decomposition misses its accuracy
 ├── NetworkError        10   the Hub cannot be reached, or refuses
 └── BelowStandard       11   the output is complete, but below what `strict` asks
 """
@@ -54,7 +54,7 @@ class ExitCode(IntEnum):
 
 
 def printable(text: str) -> str:
-    """Escape every character a terminal could obey: a stranger's name stays a name.
+    """Escape every character that a terminal would interpret, so that an untrusted name stays text.
 
     >>> printable("layer\\x1b[2J")
     'layer\\\\x1b[2J'
@@ -63,7 +63,7 @@ def printable(text: str) -> str:
 
 
 class KasaError(Exception):
-    """Anything kasa refuses, in one line: what, where, what to do.
+    """An error of kasa, in one line: what, where, what to do.
 
     >>> str(KasaError("truncated file", "model.safetensors", "download it again"))
     'truncated file: model.safetensors: download it again'
@@ -95,19 +95,19 @@ class UnsafeInput(KasaError):
 
 
 class IntegrityError(KasaError):
-    """Bytes are not the bytes that were promised."""
+    """Bytes differ from those on record."""
 
     exit_code = ExitCode.INTEGRITY
 
 
 class OutputExists(KasaError):
-    """The output is there already."""
+    """The output exists already."""
 
     exit_code = ExitCode.EXISTS
 
 
 class AlreadyMerged(KasaError):
-    """The adapter is in the base already."""
+    """The base already contains the adapter."""
 
     exit_code = ExitCode.EXISTS
 
@@ -119,13 +119,13 @@ class Locked(KasaError):
 
 
 class ResourceError(KasaError):
-    """Disk, memory or permission."""
+    """Disk, memory or permission does not suffice."""
 
     exit_code = ExitCode.RESOURCE
 
 
 class NumericalError(KasaError):
-    """A decomposition that cannot be trusted."""
+    """A number is not finite, or a decomposition does not reach its accuracy."""
 
     exit_code = ExitCode.NUMERIC
 

@@ -1,9 +1,9 @@
-"""Stretches of a new file, each read back from where it was written: from the disk itself, if the system lets us.
+"""Direct writing: ranges of a new file are written past the page cache and read back from the disk for comparison.
 
-Pages of the cache cost more than the sums of a merge: the system must find them, fill them and, where the output is
-larger than the memory, throw out others. So whole blocks go straight from here to the disk and come back from it to
-be compared, in a thread of their own while the next ones are made. The blocks at both ends of a stretch belong to its
-neighbours, too: they take the usual way, as does everything on a filesystem that knows no other.
+The page cache costs more processor time than the arithmetic of a merge, and reading back from it does not test the
+disk. So whole blocks are written with O_DIRECT, read back and compared in a thread of their own while the next ones
+are computed. The first and the last block of a range are shared with its neighbours, so they go through the page
+cache, as does everything on a filesystem without direct access.
 """
 
 import errno
@@ -21,14 +21,14 @@ from kasa_cli.errors import IntegrityError
 from kasa_cli.files.durable import pread_all, pwrite_all
 
 BLOCK = 4096
-"""What addresses, offsets and lengths of direct access are multiples of, whatever the disk."""
+"""Addresses, offsets and lengths of direct access are multiples of this, whatever the disk."""
 ROOM = 4 << 20
-"""Bytes that go to the disk at once, and the least stretch that does not take the usual way."""
+"""Bytes of one direct write, and the smallest range that is written directly."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A new file, and where the filesystem lets it, the same one past the page cache."""
+    """A new file: its descriptor, and a second one with direct access if the filesystem has that."""
 
     descriptor: int
     direct: int | None
@@ -47,33 +47,33 @@ def opened_directly(descriptor: int, mode: int = os.O_RDWR) -> Iterator[Opened]:
 
 
 class Lane:
-    """A thread and the memory for one stretch at a time: what is being filled, what is leaving, what comes back."""
+    """A thread and three buffers for one range at a time: one is filled, one is written, one is read back into."""
 
     def __init__(self) -> None:
-        self.filling, self.leaving, self.back = (memoryview(mmap.mmap(-1, ROOM)) for _ in range(3))
+        self.filling, self.written, self.back = (memoryview(mmap.mmap(-1, ROOM)) for _ in range(3))
 
     @cached_property
     def thread(self) -> ThreadPoolExecutor:
-        """Started when it is first needed."""
+        """The thread, started at its first use."""
         return ThreadPoolExecutor(1, thread_name_prefix="kasa-disk")
 
     def swap(self) -> None:
-        """What was filled leaves, and its memory is that of what left before."""
-        self.filling, self.leaving = self.leaving, self.filling
+        """Exchange the filled buffer and the written one."""
+        self.filling, self.written = self.written, self.filling
 
 
 @dataclass
 class Lanes:
-    """As many lanes as stretches are written at once, each used again and again."""
+    """A pool of lanes: one for each range that is written at the same time."""
 
     idle: list[Lane] = field(default_factory=list)
 
     @contextmanager
     def stretch(self, file: Opened, begin: int, end: int, where: str) -> Iterator["Stretch"]:
-        """Bytes [begin, end) of a file, to be put from the first to the last; all are written when the block ends.
+        """Write bytes [begin, end) of a file in order; all of them are on the disk when the block ends.
 
         Raises:
-            IntegrityError: other bytes came back than were written, at `where`.
+            IntegrityError: the bytes read back differ from those written, at `where`.
         """
         lane = self.idle.pop() if self.idle else Lane()
         out = Stretch(file, begin, end, where, lane)
@@ -85,7 +85,7 @@ class Lanes:
 
 
 class Stretch:
-    """Bytes of a file that are being written. `at` is where the next one goes."""
+    """A range of a file that is being written. `at` is the offset of the next byte."""
 
     def __init__(self, file: Opened, begin: int, end: int, where: str, lane: Lane) -> None:
         self.file, self.at, self.end, self.where, self.lane = file, begin, end, where, lane
@@ -95,38 +95,38 @@ class Stretch:
         self._pending: Future[None] | None = None
 
     def put(self, data: memoryview) -> None:
-        """The next bytes; `data` may be used again afterwards."""
+        """Write the next bytes; `data` may be reused afterwards."""
         while data:
-            taken = self._fill(data) if self.at in self._whole else self._write(data)
-            self.at, data = self.at + taken, data[taken:]
+            num_bytes = self._fill(data) if self.at in self._whole else self._write(data)
+            self.at, data = self.at + num_bytes, data[num_bytes:]
 
     def settle(self) -> None:
-        """Wait for the thread."""
+        """Wait for the pending write."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def _write(self, data: memoryview) -> int:
-        """Bytes at an end, the usual way."""
+        """Write bytes of the first or last block through the page cache."""
         stop = self._whole.start if self.at < self._whole.start else self.end
         piece = data[: min(stop - self.at, ROOM)]
-        self.settle()  # it may be reading into the memory that this reads into
+        self.settle()  # the pending write may be reading back into the same buffer
         self._verified(self.file.descriptor, piece, self.at)
         return len(piece)
 
     def _fill(self, data: memoryview) -> int:
-        """Bytes of whole blocks: they leave when there is no more room, or no more of them."""
-        taken = min(len(data), self._whole.stop - self.at, ROOM - self._filled)
-        self.lane.filling[self._filled : self._filled + taken] = data[:taken]
-        self._filled += taken
-        if self._filled == ROOM or self.at + taken == self._whole.stop:
+        """Collect bytes of whole blocks; the buffer is written when it is full or the blocks end."""
+        num_bytes = min(len(data), self._whole.stop - self.at, ROOM - self._filled)
+        self.lane.filling[self._filled : self._filled + num_bytes] = data[:num_bytes]
+        self._filled += num_bytes
+        if self._filled == ROOM or self.at + num_bytes == self._whole.stop:
             self.settle()
             self.lane.swap()
-            start, piece = self.at + taken - self._filled, self.lane.leaving[: self._filled]
-            self._pending, self._filled = self.lane.thread.submit(self._leave, piece, start), 0
-        return taken
+            start, piece = self.at + num_bytes - self._filled, self.lane.written[: self._filled]
+            self._pending, self._filled = self.lane.thread.submit(self._write_out, piece, start), 0
+        return num_bytes
 
-    def _leave(self, piece: memoryview, start: int) -> None:
+    def _write_out(self, piece: memoryview, start: int) -> None:
         _either(self.file, lambda descriptor: self._verified(descriptor, piece, start))
 
     def _verified(self, descriptor: int, data: memoryview, offset: int) -> None:
@@ -135,23 +135,25 @@ class Stretch:
         pread_all(descriptor, back, offset)
         if not _equal(back, data):
             raise IntegrityError(
-                "read back other than written", self.where, "the disk or the memory may be failing"
+                "the bytes read back differ from those written",
+                self.where,
+                "the disk or the memory may be failing",
             )
 
 
 def _either(file: Opened, work: Callable[[int], None]) -> None:
-    """Directly, or the usual way where that cannot be."""
+    """Do the work by direct access, or through the page cache where the filesystem refuses."""
     if file.direct is not None:
         try:
             return work(file.direct)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # some filesystems know better only now
+            if error.errno != errno.EINVAL:  # some filesystems refuse only at the first write
                 raise
     return work(file.descriptor)
 
 
 def _directly(descriptor: int, mode: int) -> int | None:
-    """Another descriptor of the same file: this one has not the name that the file will have."""
+    """A second descriptor of the same open file, with direct access; None where that is not possible."""
     try:
         return os.open(f"/proc/self/fd/{descriptor}", mode | os.O_CLOEXEC | os.O_DIRECT)
     except (AttributeError, OSError):  # not on this system, or not on this filesystem
@@ -163,7 +165,7 @@ def _close(descriptor: int | None) -> None:
         os.close(descriptor)
 
 
-def _equal(one: memoryview, other: memoryview) -> bool:
-    """Sixty times as fast as `==` of views, which looks at each byte as an object."""
-    kind = np.int64 if len(one) % 8 == 0 else np.uint8
-    return np.array_equal(np.frombuffer(one, kind), np.frombuffer(other, kind))
+def _equal(first: memoryview, second: memoryview) -> bool:
+    """Whether two buffers are equal; sixty times as fast as `==` of views, which makes an object of each byte."""
+    kind = np.int64 if len(first) % 8 == 0 else np.uint8
+    return np.array_equal(np.frombuffer(first, kind), np.frombuffer(second, kind))

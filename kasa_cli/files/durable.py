@@ -1,6 +1,6 @@
-"""Files that are whole or absent: the only place of kasa that creates them.
+"""Durable files: complete or absent. Only this module creates files.
 
-The order is the promise: write under a temporary name in the same folder, fsync the file, rename,
+The order guarantees it: write under a temporary name in the same folder, fsync the file, rename,
 fsync the folder. A crash at any point leaves the old file or the new one, and at worst a temporary name.
 """
 
@@ -27,13 +27,13 @@ _REMEDIES = {
     errno.EIO: "the disk may be failing: check it, then run the same command again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write smaller shards",
 }
-# What a filesystem answers when it has no such operation, as opposed to when the operation fails.
+# Errors of a filesystem that lacks an operation, as opposed to an operation that fails.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM}
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says about a disk into a `ResourceError` that names the file and the cause."""
+    """Turn an error of the disk into a `ResourceError` that names the file and the cause."""
     try:
         yield
     except OSError as error:
@@ -63,7 +63,8 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, size: int | 
 
 @contextmanager
 def new_file(path: Path, size: int) -> Iterator[int]:
-    """A descriptor of `size` reserved bytes to fill with `pwrite_all` in any order; then it becomes `path`.
+    """A descriptor with `size` reserved bytes, to fill with `pwrite_all` in any order; the file becomes `path` at the
+    end.
 
     Threads may share the descriptor; all of them must be done with it before the block ends.
     """
@@ -75,9 +76,9 @@ def new_file(path: Path, size: int) -> Iterator[int]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A descriptor to read a regular file with, until the block ends."""
+    """A descriptor of a regular file for reading, until the block ends."""
     with disk_errors(path):
-        # O_NONBLOCK: opening a pipe would wait for a writer that may never come.
+        # O_NONBLOCK: opening a pipe would wait for a writer.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -106,7 +107,7 @@ def copy_file(source: Path, target: Path) -> str:
 
 
 def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`: one call of the system moves 2 GiB at most."""
+    """Write all of `data` at `offset`; one system call writes at most 2 GiB."""
     rest = data.cast("B")
     while rest:
         written = os.pwrite(fd, rest, offset)
@@ -118,7 +119,7 @@ def pread_all(fd: int, room: memoryview, offset: int, where: str = "") -> None:
     while room:
         num_read = os.preadv(fd, [room], offset)
         if not num_read:
-            raise IntegrityError("became shorter while it was being read", where)
+            raise IntegrityError("became shorter during the read", where)
         room, offset = room[num_read:], offset + num_read
 
 
@@ -129,7 +130,7 @@ def sha256_file(path: Path) -> str:
 
 
 def canonical_json(value: object) -> bytes:
-    """The one spelling of a value as JSON, so that equal values are equal files.
+    """The canonical JSON of a value, so that equal values are equal files.
 
     >>> canonical_json({"b": 1, "a": "é"})
     b'{\\n "a": "\\\\u00e9",\\n "b": 1\\n}\\n'
@@ -147,12 +148,12 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
+    """Wait until a file, or the names in a folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network filesystems cannot sync a folder and say EINVAL. No other answer is harmless.
+        # Some network filesystems cannot sync a folder and return EINVAL. Every other error counts.
         if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise
     finally:
@@ -170,7 +171,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run was writing in a folder."""
+    """Remove the temporary files that killed runs left in a folder."""
     for path in folder.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
@@ -199,7 +200,7 @@ def _created(path: Path) -> Iterator[int]:
     except Exception:
         os.close(file)
         raise
-    # Not after Ctrl-C: a worker may still write to it, and the number of a closed file is soon that of another.
+    # Not after Ctrl-C: a worker may still write to it, and the number of a closed descriptor is soon reused.
     os.close(file)
 
 
@@ -207,7 +208,7 @@ def _sync_name(path: Path) -> None:
     try:
         sync(path.parent)
     except OSError:
-        # After a failed fsync the system may forget what it could not write, so the file counts as lost.
+        # After a failed fsync the system may drop the unwritten pages, so the file counts as lost.
         path.unlink(missing_ok=True)
         raise
 
@@ -222,13 +223,13 @@ def _reserve(file: int, size: int) -> None:
             os.ftruncate(file, size)
 
 
-def _require_size(path: Path, found: int, promised: int) -> None:
-    if found != promised:
-        raise IntegrityError(f"{found} bytes written where {promised} were promised", str(path))
+def _require_size(path: Path, num_written: int, num_expected: int) -> None:
+    if num_written != num_expected:
+        raise IntegrityError(f"{num_written} bytes written, {num_expected} expected", str(path))
 
 
 def _clone(source: int, target: int, offset: int, size: int) -> int:
-    """Copy inside the kernel; how much of it agreed to be copied, which on some filesystems is nothing."""
+    """Copy inside the kernel; the number of bytes copied, which is 0 on filesystems that cannot."""
     copied = 0
     try:
         while copied < size:

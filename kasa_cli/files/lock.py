@@ -1,4 +1,4 @@
-"""The lock on an output in the making, held for a whole run."""
+"""The lock on an output, held for a whole run."""
 
 import os
 import time
@@ -13,7 +13,7 @@ from kasa_cli.errors import Locked
 class RunLock:
     """A lock that names its holder, and whose file may be removed by the holder.
 
-    The name stands in a file of its own, for merely trying a lock can empty the lock's file.
+    The name is in a file of its own, since an attempt to lock can empty the lock's file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,7 +22,7 @@ class RunLock:
         self._lock = FileLock(path, timeout=0, thread_local=False)
 
     def acquire(self) -> bool:
-        """Take the lock; False if its file was removed in the meantime, so that it guards nothing."""
+        """Take the lock; False if its file was removed meanwhile, so that the lock protects nothing."""
         try:
             self._lock.acquire()
         except Timeout:
@@ -38,7 +38,7 @@ class RunLock:
         return False
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock, if it is held."""
         self._lock.release()
 
     def remove(self) -> None:

@@ -1,12 +1,12 @@
-"""Where an output grows until it is complete: a folder beside it, one lock, one rename.
+"""Staging: an output is built in a folder beside it, under one lock, and published by one rename.
 
-    OUT                      absent, the old one, or complete
+    OUT                      absent, the old output, or the complete new one
     OUT.kasa-partial/        a sibling, hence on the same filesystem, where a rename is atomic
-        .lock, .lock-holder  held for the whole run, and by whom
-        job.json             what the bytes depend on: a different job does not resume this one
+        .lock, .lock-holder  the lock of the whole run, and its holder
+        job.json             everything the bytes depend on; another job does not resume this one
         parts/               finished pieces of work, each with its digest in its name
         out/                 the tree that becomes OUT
-        publishing           there while OUT is being replaced or has just appeared
+        publishing           exists while OUT is being replaced or has just appeared
     OUT.kasa-old/            the old OUT for the moment between two renames
 
 The folder is the journal: a part exists under its final name only if it was synced and renamed there.
@@ -52,14 +52,15 @@ _KEY = re.compile(r"[0-9A-Za-z_-]{1,128}")
 _PATIENCE = 5
 _REPLACE = b"replace\n"
 HOPELESS = (InvalidInput, NumericalError, UsageError)
-"""What the same command would say again: with no finished part there is nothing to go on with."""
+"""Errors that the same command would raise again: without a finished part the staging is removed."""
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.ENOTEMPTY}
 
 
 class Staging:
-    """The one run that may build `output`, and all that earlier runs of the same job have finished.
+    """The right to build `output`, and the finished parts of earlier runs of the same job.
 
-    `resumed` says that a matching earlier job was found; `out` is the folder in which to build the tree.
+    `resumed` is true when an earlier run of the same job left its staging; `out` is the folder in which to build the
+    tree.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Staging:
         self._lock.release()
 
     def part(self, key: str) -> Path | None:
-        """The finished part of that key, if its content is still what was written."""
+        """The finished part of that key, if its content is intact."""
         path = self._kept.get(_checked(key))
         if path is None:
             return None
@@ -117,14 +118,14 @@ class Staging:
         return None
 
     def keep_part(self, key: str, payload: bytes) -> None:
-        """Keep a finished part, so that no later run has to compute it again."""
+        """Keep a finished part for later runs."""
         digest = hashlib.sha256(payload).hexdigest()
         path = self._parts / f"{_checked(key)}.{digest}.safetensors"
         write_file(path, [payload], size=len(payload))
         self._kept[key] = path
 
     def publish(self) -> None:
-        """Let the tree in `out` appear as the output, complete, in one step, and remove the staging."""
+        """Publish the tree in `out` as the output by one rename, and remove the staging."""
         sync_tree(self.out)
         with disk_errors(self._output):
             self._check_output()
@@ -143,11 +144,11 @@ class Staging:
         for _ in range(_PATIENCE):
             make_folder(self._folder)
             self._refuse_symlinks()
-            # The holder removes the folder, lock and all, when it is done: then there is a new one to take.
+            # The holder removes the folder and the lock when it ends; then a new lock can be taken.
             with disk_errors(self._folder), suppress(FileNotFoundError):
                 if self._lock.acquire():
                     return
-        raise Locked("other runs come and go", str(self._output), "try again")
+        raise Locked("other runs keep taking the lock", str(self._output), "try again")
 
     def _refuse_symlinks(self) -> None:
         with disk_errors(self._folder), suppress(FileNotFoundError):
@@ -180,7 +181,7 @@ class Staging:
             raise
 
     def _settle(self) -> None:
-        """Bring a publication to its end, or undo it if the new output is not in place."""
+        """Complete an interrupted publication, or undo it if the new output is not in place."""
         if not self._marker.exists():
             return
         replaces = self._marker.read_bytes() == _REPLACE
@@ -206,7 +207,7 @@ class Staging:
             raise OutputExists("not an output of kasa, and not overwritten", where, "choose another")
 
     def _probe(self) -> None:
-        """Learn now, not after an hour of work, whether the output's name can be created."""
+        """Check before the work that the output's name can be created."""
         probe = self._beside("kasa-probe")
         with suppress(FileExistsError):
             probe.mkdir()
@@ -218,7 +219,7 @@ class Staging:
             return
         differing = _differing(self._job.read_bytes(), self._fingerprint)
         if differing:
-            what = f"the run to continue was another job ({', '.join(differing)})"
+            what = f"the interrupted run was another job ({', '.join(differing)})"
             remedy = "repeat its command, or discard its work with --restart"
             raise IntegrityError(what, str(self._folder), remedy)
         self.resumed = True
@@ -233,7 +234,7 @@ class Staging:
             self._remove_folder()
 
     def _remove_folder(self) -> None:
-        # The lock goes last. Whoever creates the next one between these two lines keeps the folder.
+        # The lock is removed last. A run that creates the next lock between these two lines keeps the folder.
         with suppress(OSError):
             self._lock.remove()
             self._folder.rmdir()
@@ -251,7 +252,7 @@ def check_apart(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Refuse before the work begins what the disk has no room for."""
+    """Refuse, before the work, an output that the disk has no room for."""
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     with disk_errors(place):
         state = os.statvfs(place)
@@ -271,7 +272,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _identities(path: Path) -> set[tuple[int, int]]:
     """The path and all folders around it as the filesystem knows them, through links and mounts."""
     real = Path(os.path.realpath(path))
-    return {found for place in (real, *real.parents) if (found := _identity(place))}
+    return {identity for place in (real, *real.parents) if (identity := _identity(place))}
 
 
 def _checked(key: str) -> str:
@@ -289,7 +290,7 @@ def _is_intact(part: Path) -> bool:
 
 
 def _is_occupied(path: Path) -> bool:
-    """Whether something is there that a rename would not simply replace: all but an empty folder."""
+    """Whether the path exists and is not an empty folder, which a rename would replace."""
     if path.is_symlink() or not path.is_dir():
         return os.path.lexists(path)
     with os.scandir(path) as entries:
@@ -299,12 +300,12 @@ def _is_occupied(path: Path) -> bool:
 def _differing(recorded: bytes, present: bytes) -> list[str]:
     """The top-level fields in which two jobs differ."""
     try:
-        # Compared as they are spelled, for Python holds 1, 1.0 and True to be equal.
-        before, now = (
+        # Compared as JSON text, since Python takes 1, 1.0 and True as equal.
+        recorded_fields, present_fields = (
             {(name, canonical_json(value)) for name, value in json.loads(job).items()}
             for job in (recorded, present)
         )
-        return sorted({name for name, _ in before ^ now})
+        return sorted({name for name, _ in recorded_fields ^ present_fields})
     except (ValueError, AttributeError):
         return ["its record cannot be read"]
 

@@ -1,13 +1,14 @@
-"""A store of what was found once, shared by all runs of a user: small files, named by what they are about.
+"""The store: measured facts, shared by all runs of a user, as small files named by the content they describe.
 
     STORE/
-        facts-1/                        of this layout
+        facts-1/                        version 1 of the layout
             3f/3f91…c2/                 one tensor: a hash of its dtype, shape and bytes
                 ends-16.<key>.<digest>  one fact; the digest is that of the file's own bytes
-        names-1/                        likewise: of a config and headers, the names in memory
+        names-1/                        likewise: module names in memory, by config and headers
 
-A fact is whole or absent, for files appear by a rename, and what does not match its digest is removed. Two processes
-that find the same thing write the same thing. Nobody holds a lock: who finds a fact gone measures again.
+A fact is complete or absent, since files appear by a rename, and a fact that does not match its digest is removed.
+Two processes that measure the same tensor write the same bytes. There is no lock: a process that misses a fact
+measures again.
 """
 
 import hashlib
@@ -26,16 +27,16 @@ from kasa_cli.files.durable import TEMPORARY, disk_errors, make_folder, write_fi
 FACTS, NAMES = "facts-1", "names-1"
 VARIABLE = "KASA_STORE"
 STALE_SECONDS = 24 * 3600
-"""What is unfinished at that age belongs to nobody any more."""
+"""A temporary file of this age belongs to no running process."""
 ATTEMPTS = 4
-"""To write a fact whose folder somebody else finds empty and removes."""
+"""Attempts to write a fact while another process removes its empty folder."""
 _CONTENT, _PREFIX = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{2}")
 _FACT = re.compile(r"(?P<question>[a-z0-9-]{1,40})\.(?P<key>[0-9a-f]{16})\.(?P<digest>[0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """All that is known of one tensor, or model: facts by question, their bytes, and when one was last used."""
+    """The facts about one tensor or model: their questions, their size, and the time of the last use."""
 
     content: str
     questions: tuple[str, ...]
@@ -52,12 +53,12 @@ class Store:
         self.trouble: KasaError | None = None
 
     def shelf(self, layout: str) -> "Store":
-        """The same folder, for facts about something else."""
+        """The part of the same folder with another layout, for facts of another sort."""
         return Store(self.root, layout)
 
     def get(self, content: str, question: str, key: str) -> bytes | None:
-        """The answer to a question about a tensor, if it is here and intact; it then counts as used."""
-        for path in self._found(content, question, key):
+        """The answer to a question about a tensor, if the store has it intact; this counts as a use."""
+        for path in self._paths(content, question, key):
             payload = _content(path)
             if payload is not None and _is_intact(path, payload):
                 with suppress(OSError):
@@ -69,7 +70,7 @@ class Store:
         return None
 
     def put(self, content: str, question: str, key: str, payload: bytes) -> None:
-        """Keep an answer. A disk that will not take it costs the next run a decomposition, and this one nothing."""
+        """Keep an answer. If the disk refuses it, this run goes on and the next one measures again."""
         if self.trouble:
             return
         path = self._folder(content) / f"{question}.{key}.{hashlib.sha256(payload).hexdigest()}"
@@ -85,20 +86,20 @@ class Store:
         self.trouble = trouble
 
     def entries(self) -> list[Entry]:
-        """Every tensor measured, the one used last first."""
-        found = [entry for folder in self._tensors() if (entry := _entry(folder))]
-        return sorted(found, key=lambda entry: (-entry.last_used, entry.content))
+        """The entries of all tensors, the last used first."""
+        entries = [entry for folder in self._tensors() if (entry := _entry(folder))]
+        return sorted(entries, key=lambda entry: (-entry.last_used, entry.content))
 
     def any_fact(self, content: str, question: str) -> bytes | None:
-        """An answer to a question, whatever versions it was found with; to look at it is not to use it."""
-        for path in self._found(content, question):
+        """An answer to a question, measured with any versions; this does not count as a use."""
+        for path in self._paths(content, question):
             payload = _content(path)
             if payload is not None and _is_intact(path, payload):
                 return payload
         return None
 
     def remove(self, content: str) -> None:
-        """Forget a tensor."""
+        """Remove all facts about a tensor."""
         folder = self._folder(content)
         with disk_errors(folder):
             for path in _states(folder):
@@ -107,7 +108,7 @@ class Store:
             _remove_empty(folder)
 
     def sweep(self) -> int:
-        """Remove what killed runs were writing, and the folders they left empty; the number of files."""
+        """Remove temporary files and empty folders of killed runs; the number of files removed."""
         num_swept = 0
         for folder in self._tensors():
             stale = [path for path in (folder, *_states(folder)) if _is_stale(path)]
@@ -115,10 +116,10 @@ class Store:
             with disk_errors(folder):
                 for path in litter:
                     path.unlink(missing_ok=True)
-            if stale:  # an empty folder that is new is about to be filled
+            if stale:  # a new empty folder is about to be filled
                 _remove_empty(folder)
             num_swept += len(litter)
-        for first in _names(self._facts):  # a run may have been killed before it put a folder in there
+        for first in _names(self._facts):  # a killed run may have left it empty
             if _PREFIX.fullmatch(first) and _is_stale(self._facts / first):
                 with suppress(OSError):
                     (self._facts / first).rmdir()
@@ -129,8 +130,8 @@ class Store:
             raise ValueError(f"not the hash of a tensor: {content!r}")
         return self._facts / content[:2] / content
 
-    def _found(self, content: str, question: str, key: str | None = None) -> list[Path]:
-        """The facts that answer a question, found with these versions, or with any."""
+    def _paths(self, content: str, question: str, key: str | None = None) -> list[Path]:
+        """Paths of the facts that answer a question, measured with the versions of `key`, or with any."""
         folder = self._folder(content)
         matches = [match for name in _names(folder) if (match := _FACT.fullmatch(name))]
         return [
@@ -158,11 +159,11 @@ def default_root() -> Path:
     try:
         return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "kasa"
     except RuntimeError as error:
-        raise ResourceError("there is no home directory for it", "", f"set {VARIABLE}") from error
+        raise ResourceError("no home directory for the store", "", f"set {VARIABLE}") from error
 
 
 def opened(root: Path | None) -> Store:
-    """The store for a run: in a folder that the user named, which must be usable, or in the default one.
+    """The store for a run: in the folder that the user named, which must be writable, or in the default one.
 
     Raises:
         ResourceError: the folder that was named cannot be written to.
@@ -183,11 +184,11 @@ def opened(root: Path | None) -> Store:
 
 
 def existing(root: Path | None) -> Store:
-    """The store to look into: named or the default one. One that is not there yet is empty.
+    """The store to list: the named or the default one. A store that does not exist is empty.
 
     Raises:
         ResourceError: there is no default one.
-        UnsafeInput: what was named is not a folder.
+        UnsafeInput: the named path is not a folder.
     """
     if root is not None:
         _require_folder(root)
@@ -200,7 +201,7 @@ def _require_folder(root: Path) -> None:
 
 
 def _content(path: Path) -> bytes | None:
-    """The bytes of a regular file, without following a link; None where there is none that can be read."""
+    """The bytes of a regular file, without following a link; None if it cannot be read."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
@@ -209,12 +210,12 @@ def _content(path: Path) -> bytes | None:
 
 
 def _is_intact(path: Path, payload: bytes) -> bool:
-    """Whether a fact is the one that was written."""
+    """Whether a fact matches its digest."""
     return hashlib.sha256(payload).hexdigest() == path.name.rsplit(".", 1)[1]
 
 
 def _names(folder: Path) -> list[str]:
-    """What is in a folder; nothing if it cannot be read."""
+    """Names in a folder; none if it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except OSError:
@@ -222,7 +223,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _states(folder: Path) -> dict[Path, os.stat_result]:
-    """What is in a folder but for folders, and is still there when it is looked at."""
+    """The files in a folder, with their states; files that vanish meanwhile are left out."""
     states = {}
     for name in _names(folder):
         with suppress(OSError):
@@ -231,7 +232,7 @@ def _states(folder: Path) -> dict[Path, os.stat_result]:
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether something is so old that no run can be at it."""
+    """Whether a path is older than any running process."""
     try:
         return time.time() - path.lstat().st_mtime > STALE_SECONDS
     except OSError:
@@ -239,7 +240,7 @@ def _is_stale(path: Path) -> bool:
 
 
 def _entry(folder: Path) -> Entry | None:
-    """One tensor's facts; None if they are gone meanwhile."""
+    """The entry of one tensor; None if its facts are gone."""
     questions, num_bytes, last_used = set(), 0, 0.0
     for path, state in _states(folder).items():
         if match := _FACT.fullmatch(path.name):

@@ -1,4 +1,4 @@
-"""Files that a stranger wrote: opened only when they are files, read only up to a limit, parsed strictly."""
+"""Untrusted files: only regular files are opened, reads are bounded, and parsing is strict."""
 
 import json
 import os
@@ -14,7 +14,7 @@ MAX_CONFIG = 16_000_000
 
 MAX_CONFIG_DEPTH = 64
 
-MAX_JSON_ITEMS = 4_000_000  # brackets and commas: bounds the memory of a parse to well under 1 GiB
+MAX_JSON_ITEMS = 4_000_000  # brackets and commas: keeps the memory of a parse well under 1 GiB
 MAX_READ = 1 << 30  # one system call moves less than 2 GiB
 
 
@@ -28,13 +28,15 @@ def quote(name: str) -> str:
 
 
 def open_regular(path: Path) -> FileIO:
-    """Open a regular file, unbuffered. Anything else is refused, and a FIFO cannot make us wait."""
-    require_regular(path)  # before the open: opening some devices does things
+    """Open a regular file, unbuffered. Anything else is refused; a FIFO cannot block the open."""
+    require_regular(path)  # before the open, since opening some devices has side effects
     try:
         file = FileIO(path, "rb", opener=open_at_once)
     except OSError as error:
         refuse_unreadable(path, error)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # after it: the name may lead elsewhere by now
+    if not stat.S_ISREG(
+        os.fstat(file.fileno()).st_mode
+    ):  # after the open, since the name may point elsewhere by now
         file.close()
         raise UnsafeInput("not a regular file", str(path))
     return file
@@ -56,21 +58,21 @@ def require_regular(path: Path) -> None:
 
 
 def refuse_unreadable(path: Path, error: OSError) -> NoReturn:
-    """Say which kind of trouble a failed open or read is."""
+    """Turn a failed open or read into the error of its kind."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         raise InvalidInput("no such file", str(path)) from error
     raise ResourceError(f"cannot read ({error.strerror})", str(path)) from error
 
 
 def read_exactly(file: FileIO, path: Path, size: int, offset: int) -> bytes:
-    """`size` bytes at `offset`, however many reads that takes."""
+    """Read `size` bytes at `offset`."""
     room = bytearray(size)
     read_into(file, path, memoryview(room), offset)
     return bytes(room)
 
 
 def read_into(file: FileIO, path: Path, room: memoryview, offset: int) -> None:
-    """As many bytes at `offset` as there is room for, however many reads that takes."""
+    """Fill `room` with the bytes at `offset`."""
     while room:
         try:
             num_read = os.preadv(file.fileno(), [room[:MAX_READ]], offset)
@@ -82,7 +84,7 @@ def read_into(file: FileIO, path: Path, room: memoryview, offset: int) -> None:
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """The whole of a file that has no business being larger than `limit` bytes."""
+    """The content of a file of at most `limit` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -91,7 +93,7 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 def parse_json(raw: bytes, path: Path, *, unique_keys: bool = True) -> Any:
-    """JSON from a stranger: bounded, UTF-8, and no key twice unless the caller allows it."""
+    """Parse untrusted JSON: bounded, UTF-8, and without duplicate keys unless the caller allows them."""
     if sum(raw.count(sign) for sign in (b"[", b"{", b",")) > MAX_JSON_ITEMS:
         raise InvalidInput("too large: more JSON than any checkpoint needs", str(path))
     try:
@@ -104,23 +106,23 @@ def parse_json(raw: bytes, path: Path, *, unique_keys: bool = True) -> Any:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, or an error if it says anything twice."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"duplicate name {quote(twice)}")
-    return made
+    """A JSON object; a duplicate key is an error."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        [(duplicate, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate name {quote(duplicate)}")
+    return mapping
 
 
 def constant(text: str) -> float:
-    """Real configs hold Infinity (Mamba-2's `time_step_limit`); NaN means nothing in any."""
+    """The value of a JSON constant. Real configs hold Infinity (Mamba-2's `time_step_limit`); NaN is refused."""
     if text == "NaN":
         raise ValueError("NaN")
     return float(text)
 
 
 def depth_exceeds(value: Any, limit: int) -> bool:
-    """Whether JSON is nested deeper than `limit`, found level by level rather than by recursion."""
+    """Whether JSON is nested deeper than `limit`; works level by level, without recursion."""
     level = [value]
     for _ in range(limit):
         branches = [
@@ -133,7 +135,7 @@ def depth_exceeds(value: Any, limit: int) -> bool:
 
 
 def enumerated(names: list[str], limit: int = 5) -> str:
-    """The first names, and how many more there are.
+    """The first names, and the number of the others.
 
     >>> enumerated(["a", "b", "c"], 2)
     'a, b and 1 more'

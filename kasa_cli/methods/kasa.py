@@ -18,8 +18,8 @@ from kasa_cli.linalg.bottom import Ends
 
 
 @dataclass(frozen=True)
-class Start:
-    """A KaSA adapter before its first step, as PEFT stores it: float32."""
+class InitialAdapter:
+    """A KaSA adapter before its first training step, as PEFT stores it: float32."""
 
     A: Float32[Tensor, "r i"]
     B: Float32[Tensor, "o r"]
@@ -28,14 +28,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters that the start of an adapter depends on."""
+    """Hyper-parameters on which the initialisation of an adapter depends."""
 
     rank: int
     scaling: float
     seed: int
 
 
-DiagInit = Callable[[Ends, Recipe, torch.Generator], Start]
+DiagInit = Callable[[Ends, Recipe, torch.Generator], InitialAdapter]
 
 
 def scaling(alpha: int | float, rank: int, use_rslora: bool) -> float:
@@ -47,39 +47,40 @@ def scaling(alpha: int | float, rank: int, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-def start(ends: Ends, recipe: Recipe, init: str, module: str) -> Start:
+def initialise(ends: Ends, recipe: Recipe, init: str, module: str) -> InitialAdapter:
     """The adapter of one module; its random numbers depend on the seed and the module's name alone."""
     return DIAG_INITS[init](ends, recipe, generator_for(recipe.seed, module))
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for every name: order and selection do not change a tensor's values."""
+    """A generator for each name, so that order and selection do not change the values of a tensor."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def randn(ends: Ends, recipe: Recipe, generator: torch.Generator) -> Start:
-    """PEFT's and the published code's own: A Kaiming-uniform (a = √5), B zero, d standard normal."""
+def randn(ends: Ends, recipe: Recipe, generator: torch.Generator) -> InitialAdapter:
+    """The initialisation of PEFT and of the published code: A Kaiming-uniform (a = √5), B zero, d standard normal."""
     A, B = _lora(ends, recipe.rank, generator)
-    return Start(A, B, torch.randn(recipe.rank, generator=generator))
+    return InitialAdapter(A, B, torch.randn(recipe.rank, generator=generator))
 
 
-def ones(ends: Ends, recipe: Recipe, generator: torch.Generator) -> Start:
+def ones(ends: Ends, recipe: Recipe, generator: torch.Generator) -> InitialAdapter:
     """A plain LoRA at the first step: d = 1."""
     A, B = _lora(ends, recipe.rank, generator)
-    return Start(A, B, torch.ones(recipe.rank))
+    return InitialAdapter(A, B, torch.ones(recipe.rank))
 
 
-def residual(ends: Ends, recipe: Recipe, generator: torch.Generator) -> Start:
-    """Start from what was dropped: A = V_d^T, B = U_d, d = S_d / scaling, the largest r of the t.
+def residual(ends: Ends, recipe: Recipe, generator: torch.Generator) -> InitialAdapter:
+    """Initialise with the dropped components: A = V_d^T, B = U_d, d = S_d / scaling, the largest r of the t.
 
-    Then W' + scaling B diag(d) A = W when r = t: the model starts where it was, and A and B are orthonormal.
-    Where fewer than r were dropped (a rule of `COMPATS`), the rest of the rank starts as `ones` does.
+    Then W' + scaling B diag(d) A = W when r = t: the model computes what it did before the truncation, and A and B
+    are orthonormal. Where fewer than r were dropped (a rule of `COMPATS`), the rest of the rank is initialised as by
+    `ones`.
     """
     num_fresh = max(0, recipe.rank - len(ends.S))
     r = recipe.rank - num_fresh
     A, B = _lora(ends, num_fresh, generator)
-    return Start(
+    return InitialAdapter(
         torch.cat([ends.V.T[:r].to(torch.float32), A]),
         torch.cat([ends.U[:, :r].to(torch.float32), B], dim=1),
         torch.cat([(ends.S[:r] / recipe.scaling).to(torch.float32), torch.ones(num_fresh)]),
@@ -95,7 +96,7 @@ def _peft_rank(t: int, out_features: int, in_features: int) -> int:
 
 
 def _reference_rank(t: int, out_features: int, in_features: int) -> int:
-    """The published code keeps i - t components, so that a wide layer (i ≥ o + t) loses nothing.
+    """The published code keeps i - t components, so that a wide layer (i ≥ o + t) keeps everything.
 
     >>> _reference_rank(4, 48, 64), _reference_rank(4, 64, 48), _reference_rank(4, 62, 64)
     (0, 4, 2)
@@ -104,7 +105,7 @@ def _reference_rank(t: int, out_features: int, in_features: int) -> int:
 
 
 COMPATS: dict[str, Callable[[int, int, int], int]] = {"peft": _peft_rank, "reference": _reference_rank}
-"""How many components a rule drops, from (t, out_features, in_features)."""
+"""Number of components that a rule drops, from (t, out_features, in_features)."""
 
 
 def tail(ends: Ends) -> tuple[Float32[Tensor, "t i"], Float32[Tensor, "o t"]]:
@@ -113,15 +114,15 @@ def tail(ends: Ends) -> tuple[Float32[Tensor, "t i"], Float32[Tensor, "o t"]]:
     return A, (ends.U * -ends.S).to(torch.float32).contiguous()
 
 
-def cut(ends: Ends) -> tuple[Float64[Tensor, "o t"], Float64[Tensor, "t i"]]:
-    """The term that truncates: W' = W + L R with L = -U_d S_d and R = V_d^T."""
+def truncation(ends: Ends) -> tuple[Float64[Tensor, "o t"], Float64[Tensor, "t i"]]:
+    """The term of the truncation: W' = W + L R with L = -U_d S_d and R = V_d^T."""
     return ends.U * -ends.S, ends.V.T
 
 
 def _lora(
     ends: Ends, rank: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
-    """LoRA's start: A uniform in ±1/√i (Kaiming with a = √5), B zero."""
+    """LoRA's initialisation: A uniform in ±1/√i (Kaiming with a = √5), B zero."""
     in_features = len(ends.V)
     A = torch.rand(rank, in_features, generator=generator).mul_(2).sub_(1).div_(math.sqrt(in_features))
     return A, torch.zeros(len(ends.U), rank)

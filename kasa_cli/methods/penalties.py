@@ -1,7 +1,7 @@
 """KaSA's penalties, L2 on the diagonal and L3 on the factors, as the three sources have them: β L2 + γ L3.
 
-L2 = Σ d² everywhere. They differ in L3, and in what is made of several layers, so that the same β and γ mean
-something else in each.
+L2 = Σ d² everywhere. They differ in L3 and in how they combine layers, so the same β and γ have different
+effects.
 
 Shapes: o = out_features, i = in_features, r = adapter rank; A (r x i), B (o x r).
 """
@@ -14,7 +14,8 @@ from kasa_cli.linalg.subspaces import opposite_defect
 
 @dataclass(frozen=True)
 class Layer:
-    """What the penalties of one layer depend on: L2, ‖A Aᵀ - I_r‖_F, ‖Bᵀ B - I_r‖_F, the shape and the rank."""
+    """The quantities of one layer that the penalties need: L2, ‖A Aᵀ - I_r‖_F, ‖Bᵀ B - I_r‖_F, the shape and the
+    rank."""
 
     l2: float
     defect_a: float
@@ -33,7 +34,7 @@ class Convention:
 
 @dataclass(frozen=True)
 class Penalty:
-    """What a convention adds to the loss: `loss` = β `l2` + γ `l3`, those summed over the layers, or their mean."""
+    """The addition of a convention to the loss: `loss` = β `l2` + γ `l3`, each a sum or a mean over the layers."""
 
     l2: float
     l3: float
@@ -67,8 +68,8 @@ CONVENTIONS: dict[str, Convention] = {
 
 
 def penalties(layers: Sequence[Layer], beta: float, gamma: float) -> dict[str, Penalty]:
-    """What each convention adds to the loss for these layers."""
-    return {name: _penalty(one, layers, beta, gamma) for name, one in CONVENTIONS.items()}
+    """The penalty of these layers by each convention."""
+    return {name: _penalty(convention, layers, beta, gamma) for name, convention in CONVENTIONS.items()}
 
 
 def _penalty(convention: Convention, layers: Sequence[Layer], beta: float, gamma: float) -> Penalty:

@@ -123,7 +123,7 @@ def test_a_byte_that_comes_back_other_than_written_is_found(place, way, tmp_path
         pwrite(descriptor, memoryview(bad), offset)
 
     monkeypatch.setattr(direct_io, "pwrite_all", slip)
-    with pytest.raises(IntegrityError, match="read back other than written: x"):
+    with pytest.raises(IntegrityError, match="the bytes read back differ from those written: x"):
         write(tmp_path / "file", os.urandom(3 * ROOM), [(0, 3 * ROOM)], BLOCK)
     assert not list(tmp_path.iterdir())
 

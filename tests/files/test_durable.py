@@ -200,7 +200,7 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1])
 def test_a_size_other_than_promised_is_an_integrity_error_and_leaves_nothing(tmp_path, size):
-    with pytest.raises(IntegrityError, match=f"{len(DATA)} bytes written where {size} were promised"):
+    with pytest.raises(IntegrityError, match=f"{len(DATA)} bytes written, {size} expected"):
         durable.write_file(tmp_path / "file", [DATA], size=size)
     with pytest.raises(IntegrityError), durable.new_file(tmp_path / "file", 10) as file:
         os.pwrite(file, b"far out", 100)

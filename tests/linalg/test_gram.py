@@ -52,6 +52,6 @@ def test_two_weights_are_read_at_the_same_time():
         return gaussian(30, 40)
 
     facts = Facts(None, {})
-    benches = [facts.bench(HashedMatrix("w", str(n) * 64, (30, 40), "F64", read)) for n in range(2)]
+    benches = [facts.bench(HashedMatrix("w", str(n) * 64, (30, 40), "F64", "", read)) for n in range(2)]
     with ThreadPoolExecutor(2) as pool:
         assert len(list(pool.map(lambda bench: bench.extremes(), benches))) == 2

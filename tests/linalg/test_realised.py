@@ -14,12 +14,12 @@ T = 8
 
 
 def measure(Q: torch.Tensor, W: torch.Tensor, found: Ends) -> Outcome:
-    L, R = kasa.cut(found)
+    L, R = kasa.truncation(found)
     return outcome(lambda start, stop: Q[start:stop], ExactSum(W, L, R), found.V, found.S)
 
 
 def part(found: Ends, share: float) -> torch.Tensor:
-    L, R = kasa.cut(found)
+    L, R = kasa.truncation(found)
     return share * (L @ R)
 
 
@@ -76,7 +76,7 @@ def test_rows_are_read_in_order_each_once(num_rows, monkeypatch):
         return W[start:stop]
 
     found = ends(W, 0)
-    measured = outcome(stored, ExactSum(W, *kasa.cut(found)), found.V, found.S)
+    measured = outcome(stored, ExactSum(W, *kasa.truncation(found)), found.V, found.S)
     assert seen == list(range(num_rows))
     assert measured == Outcome(1.0, 0.0, 0.0, 0.0)
 
@@ -85,7 +85,7 @@ def test_rows_are_read_in_order_each_once(num_rows, monkeypatch):
 def test_half_precision_undoes_a_cut_that_preserve_keeps(dtype):
     W = with_spectrum(256, 256, log(256, 1e3), dtype)
     found = ends(W, T)
-    target = ExactSum(W, *kasa.cut(found))
+    target = ExactSum(W, *kasa.truncation(found))
     by = {f.__name__: measure(f(target, found.V, dtype), W, found) for f in (nearest, preserve)}
     assert by["nearest"].realised <= by["preserve"].realised
     assert (by["nearest"].realised < 0.7) == (dtype == torch.bfloat16)

@@ -183,7 +183,7 @@ def test_what_does_not_fit_stays_infinite_and_can_be_refused(name, seed):
 def truncation(o, i, dtype, t=8):
     W = gaussian(o, i, dtype)
     found = ends(W, t)
-    L, R = kasa.cut(found)
+    L, R = kasa.truncation(found)
     return ExactSum(W, L, R), found
 
 

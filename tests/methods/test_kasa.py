@@ -9,7 +9,7 @@ from torch import nn
 
 from kasa_cli.linalg.bottom import Ends, ends
 from kasa_cli.methods import kasa
-from kasa_cli.methods.kasa import COMPATS, DIAG_INITS, Recipe, Start
+from kasa_cli.methods.kasa import COMPATS, DIAG_INITS, InitialAdapter, Recipe
 from tests.builders.matrices import FLOATS, SHAPES, gaussian, linear, log, same_bytes, truth, with_spectrum
 
 RECIPE = Recipe(rank=4, scaling=2.0, seed=7)
@@ -29,7 +29,7 @@ def kept(W: torch.Tensor, t: int) -> np.ndarray:
 
 
 def truncated(W: torch.Tensor, found: Ends) -> torch.Tensor:
-    L, R = kasa.cut(found)
+    L, R = kasa.truncation(found)
     return W.to(torch.float64) + L @ R
 
 
@@ -62,7 +62,7 @@ def test_the_cut_of_a_cut_changes_nothing(dtype):
 @pytest.mark.parametrize("init", ["randn", "ones"])
 def test_an_adapter_starts_as_peft_starts_it(W, init):
     o, i = W.shape
-    begun = kasa.start(ends(W, 4), Recipe(16, 2.0, 7), init, MODULE)
+    begun = kasa.initialise(ends(W, 4), Recipe(16, 2.0, 7), init, MODULE)
     bound = 1 / math.sqrt(i)  # Kaiming-uniform with a = √5
     reference = torch.empty(1000, i)
     nn.init.kaiming_uniform_(reference, a=math.sqrt(5), generator=torch.Generator().manual_seed(0))
@@ -78,7 +78,7 @@ def test_an_adapter_starts_as_peft_starts_it(W, init):
 def test_the_diagonal_starts_as_its_name_says(W):
     recipe = Recipe(rank=39, scaling=2.0, seed=7)
     found = ends(W, 39)
-    by = {init: kasa.start(found, recipe, init, MODULE).diag for init in DIAG_INITS}
+    by = {init: kasa.initialise(found, recipe, init, MODULE).diag for init in DIAG_INITS}
     assert by["ones"].tolist() == [1.0] * 39
     assert 0.7 < by["randn"].std() < 1.3
     assert (by["randn"] < 0).any()
@@ -88,7 +88,7 @@ def test_the_diagonal_starts_as_its_name_says(W):
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 8.0])
 def test_a_residual_start_is_where_the_model_was(W, scaling):
     found = ends(W, 4)
-    begun = kasa.start(found, Recipe(4, scaling, 7), "residual", MODULE)
+    begun = kasa.initialise(found, Recipe(4, scaling, 7), "residual", MODULE)
     delta = scaling * (begun.B * begun.diag).to(torch.float64) @ begun.A.to(torch.float64)
     assert (truncated(W, found) + delta - W).abs().max() <= 1e-7 * found.S[0]
     eye = torch.eye(4)
@@ -97,7 +97,7 @@ def test_a_residual_start_is_where_the_model_was(W, scaling):
 
 
 def test_a_residual_start_takes_the_largest_of_what_was_dropped(W):
-    begun, found = kasa.start(ends(W, 9), RECIPE, "residual", MODULE), ends(W, 9)
+    begun, found = kasa.initialise(ends(W, 9), RECIPE, "residual", MODULE), ends(W, 9)
     assert torch.allclose(begun.diag.to(torch.float64) * RECIPE.scaling, found.S[:4], rtol=1e-6)
     delta = RECIPE.scaling * (begun.B * begun.diag).to(torch.float64) @ begun.A.to(torch.float64)
     assert np.abs((truncated(W, found) + delta).numpy() - kept(W, 5)).max() <= 1e-7 * found.sigma_next
@@ -106,7 +106,7 @@ def test_a_residual_start_takes_the_largest_of_what_was_dropped(W):
 @pytest.mark.parametrize("t", [0, 3])
 def test_a_residual_start_with_rank_to_spare_can_still_be_trained(W, t):
     found = ends(W, t)
-    begun = kasa.start(found, Recipe(8, 2.0, 7), "residual", MODULE)
+    begun = kasa.initialise(found, Recipe(8, 2.0, 7), "residual", MODULE)
     assert (begun.A.shape, begun.B.shape, begun.diag.shape) == ((8, W.shape[1]), (W.shape[0], 8), (8,))
     assert (begun.A[t:].norm(dim=1) > 0).all()
     assert (begun.B[:, t:] == 0).all()
@@ -120,25 +120,25 @@ def test_every_start_is_specified():
     assert set(COMPATS) == {"peft", "reference"}
 
 
-def bytes_of(begun: Start) -> tuple[bytes, ...]:
+def bytes_of(begun: InitialAdapter) -> tuple[bytes, ...]:
     return tuple(X.numpy().tobytes() for X in (begun.A, begun.B, begun.diag))
 
 
 @pytest.mark.parametrize("init", DIAG_INITS)
 def test_a_start_depends_on_the_seed_and_the_name_alone(init):
     found = ends(gaussian(20, 30), 4)
-    first = bytes_of(kasa.start(found, RECIPE, init, MODULE))
+    first = bytes_of(kasa.initialise(found, RECIPE, init, MODULE))
     torch.manual_seed(99)
-    kasa.start(found, RECIPE, init, "another")
-    assert bytes_of(kasa.start(found, RECIPE, init, MODULE)) == first
+    kasa.initialise(found, RECIPE, init, "another")
+    assert bytes_of(kasa.initialise(found, RECIPE, init, MODULE)) == first
     others = [(Recipe(4, 2.0, 8), MODULE), (RECIPE, MODULE + "x"), (Recipe(4, 2.0, -7), MODULE)]
     for recipe, name in others:
-        assert (bytes_of(kasa.start(found, recipe, init, name)) == first) == (init == "residual")
+        assert (bytes_of(kasa.initialise(found, recipe, init, name)) == first) == (init == "residual")
 
 
 def test_the_state_of_torch_is_neither_read_nor_written():
     before = torch.random.get_rng_state()
-    kasa.start(ends(gaussian(20, 30), 4), RECIPE, "randn", MODULE)
+    kasa.initialise(ends(gaussian(20, 30), 4), RECIPE, "randn", MODULE)
     assert same_bytes(before, torch.random.get_rng_state())
 
 
@@ -210,7 +210,7 @@ def test_peft_truncates_to_the_same_weight(shape, use_rslora):
     assert (by_peft - truncated(W, found)).abs().max() <= 1e-5 * found.sigma_max
     assert (by_peft - W).abs().max() > 1e-4 * found.sigma_max
     assert layer.scaling["default"] == kasa.scaling(6, 4, use_rslora)
-    begun = kasa.start(found, Recipe(4, 1.0, 0), "randn", "linear")
+    begun = kasa.initialise(found, Recipe(4, 1.0, 0), "randn", "linear")
     tensors = (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_diag["default"])
     assert [X.shape for X in tensors] == [begun.A.shape, begun.B.shape, begun.diag.shape]
     assert {X.dtype for X in tensors} == {begun.A.dtype}

@@ -60,7 +60,7 @@ def with_diagonal(x: Given) -> Change:
 
 def truncation(found: Ends) -> Change:
     """KaSA's truncation, W - U_d S_d V_d^T: of the base, so once for all its adapters, and never weighted."""
-    return Change(terms=(Term(*kasa.cut(found)),))
+    return Change(terms=(Term(*kasa.truncation(found)),))
 
 
 # --- initialisations ---

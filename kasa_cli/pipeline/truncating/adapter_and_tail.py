@@ -51,7 +51,7 @@ def write_adapter(
 
     def make(one: Measured) -> dict[str, Tensor]:
         names = peft.tensor_names(one.target.module)
-        begun = kasa.start(read_factors(staging, one), recipe, options.diag_init, one.target.module)
+        begun = kasa.initialise(read_factors(staging, one), recipe, options.diag_init, one.target.module)
         return {names[field]: getattr(begun, field) for field in names}
 
     lora = _lora_config(made, [one.target for one in modules], rank, options.lora_alpha)

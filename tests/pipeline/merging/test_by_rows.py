@@ -125,7 +125,7 @@ def test_bytes_that_do_not_read_back_as_written_are_found(tmp_path, monkeypatch)
         pwrite(descriptor, memoryview(data), offset)
 
     monkeypatch.setattr(direct_io, "pwrite_all", slip)
-    with pytest.raises(IntegrityError, match="read back other than written"):
+    with pytest.raises(IntegrityError, match="the bytes read back differ from those written"):
         merged("lora", tmp_path, tmp_path / "OUT")
     assert not (tmp_path / "OUT").exists()
 
