@@ -235,7 +235,7 @@ def osf(x: Given) -> Change:
     n = x.tensors["S"].shape[0]
     if n >= min(x.W.shape):
         raise InvalidInput(f"{n} of {min(x.W.shape)} components trained", "osf_svd_params.S_low")
-    return Change(terms=(Term(*kasa.cut(ends(x.W, n))), Term(x["U"] * x["S"], x["V"])))
+    return Change(terms=(Term(*kasa.truncation(ends(x.W, n))), Term(x["U"] * x["S"], x["V"])))
 
 
 def _osf_rule(sizes: Sizes, _settings: Settings) -> str | None:

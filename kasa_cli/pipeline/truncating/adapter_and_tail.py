@@ -109,7 +109,7 @@ def _stack_member(stack: Entry, rank: int, staging: Staging, measured: list[Meas
     experts = [one for one in measured if one.target.module == stack.target]
 
     def make() -> dict[str, Tensor]:
-        terms = [kasa.cut(read_factors(staging, one)) for one in experts]
+        terms = [kasa.truncation(read_factors(staging, one)) for one in experts]
         left, right = (torch.stack(side).to(torch.float32) for side in zip(*terms, strict=True))
         return stack.tensors(left, right, rank)
 

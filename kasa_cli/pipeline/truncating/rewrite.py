@@ -101,7 +101,7 @@ class Truncation:
         """Read a target and its factors."""
         factors = read_factors(self.staging, measured)
         W = measured.target.matrix.read(self.checkpoint)
-        return Exact(rounding.ExactSum(W, *kasa.cut(factors)), factors)
+        return Exact(rounding.ExactSum(W, *kasa.truncation(factors)), factors)
 
 
 class TruncatedTensor:

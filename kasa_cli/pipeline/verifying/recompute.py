@@ -145,7 +145,7 @@ def _ulps(output: _Output, found: Ends, W: Tensor, target: Target) -> float | No
     """How far the stored base is from the exact result, in units in the last place."""
     if output.base is None:
         return None
-    L, R = kasa.cut(found)
+    L, R = kasa.truncation(found)
     exact = ExactSum(W, L, R)
     Q = target.matrix.read(output.base)
     allowed = 0.5 if output.options.rounding == "nearest" else 1.0
@@ -166,7 +166,7 @@ def _tail_error(output: _Output, found: Ends, target: Target) -> float | None:
     factors = output.tail_factors(target)
     if factors is None:
         return None
-    L, R = kasa.cut(found)
+    L, R = kasa.truncation(found)
     left, right = (factor.to(torch.float64) for factor in factors)
     error = float(torch.linalg.matrix_norm(left @ (right @ R.T) - L)) / (found.sigma_max or 1.0)
     if error > TAIL_TOLERANCE:
@@ -182,7 +182,7 @@ def _check_start(output: _Output, found: Ends, target: Target) -> None:
     options = output.options
     scaling = kasa.scaling(float(options.alpha), options.rank, options.use_rslora)
     recipe = kasa.Recipe(options.rank, scaling, options.seed)
-    start = kasa.start(found, recipe, options.diag_init, target.module)
+    start = kasa.initialise(found, recipe, options.diag_init, target.module)
     given = (tensors["B"] * tensors["diag"]) @ tensors["A"]
     wanted = (start.B * start.diag) @ start.A
     is_random = options.diag_init != "residual"
