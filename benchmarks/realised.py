@@ -91,7 +91,7 @@ def cautions() -> None:
     """What λ buys: the left-over inside the dropped directions against the rounding error as a whole."""
     W = (torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
     found = ends(W, 16)
-    target = rounding.Target(W, *kasa.truncation(found))
+    target = rounding.ExactSum(W, *kasa.truncation(found))
 
     def look(name: str) -> tuple[float, float]:
         Q = rounding.ROUNDINGS[name](target, found.V, torch.bfloat16)
