@@ -26,14 +26,14 @@ class Part:
     stop: int
 
 
-class Landed(NamedTuple):
+class StoredPieces(NamedTuple):
     """The pieces of a weight in memory."""
 
     matrices: tuple[tuple[Part, ...], ...]
     is_turned: bool
 
 
-class Base:
+class BaseIndex:
     """The base's names, asked by what is in memory."""
 
     def __init__(self, names: NameMap, tensors: Tensors) -> None:
@@ -45,11 +45,11 @@ class Base:
             if not weight.is_module:
                 self.stacks[split_name(weight.label)[0]].append(weight)
         self.holders: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-        self.by_way_of: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        self.tied_holders: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         for name, slot in names.slots.items():
             self.holders[slot.module, slot.parameter].append(name)
             if slot.tied_with is not None:
-                self.by_way_of[slot.tied_with, slot.parameter].append(name)
+                self.tied_holders[slot.tied_with, slot.parameter].append(name)
 
     def memory_name(self, module: str) -> str:
         """A module by its name in memory. An adapter of an older transformers may have the one on disk."""
@@ -66,9 +66,9 @@ class Base:
             return self.weights[module]
         name = self.holder(module, "weight")
         if name is not None and self.names.slots[name].kind is Kind.ROUTER and len(self.shapes[name]) == 2:
-            return self.lone(module, name, Kind.ROUTER)
+            return self.single_tensor(module, name, Kind.ROUTER)
         name = f"{module}.weight"
-        return self.lone(module, name, Kind.LINEAR) if len(self.shapes.get(name, ())) == 2 else None
+        return self.single_tensor(module, name, Kind.LINEAR) if len(self.shapes.get(name, ())) == 2 else None
 
     def holder(self, module: str, parameter: str) -> str | None:
         """The one tensor on disk that fills a parameter; None if there are none or several."""
@@ -77,17 +77,17 @@ class Base:
 
     def tied(self, module: str, parameter: str) -> str | None:
         """The one tensor on disk that fills a parameter by way of another module: they are one in memory."""
-        held = self.by_way_of.get((module, parameter), [])
+        held = self.tied_holders.get((module, parameter), [])
         return held[0] if len(held) == 1 else None
 
-    def lone(self, module: str, name: str, kind: Kind) -> Weight:
+    def single_tensor(self, module: str, name: str, kind: Kind) -> Weight:
         """A weight that one tensor on disk holds as it is."""
         slot = self.names.slots[name]
         made_of = Origin(((name,),))
         return Weight(module, self.shapes[name], kind, True, False, slot.in_block, slot.tied_with, made_of)
 
 
-def pieces_of(base: Base, weight: Weight) -> Landed:
+def pieces_of(base: BaseIndex, weight: Weight) -> StoredPieces:
     """The pieces of a weight, and which rows of it each holds."""
     try:
         require_known_rows(weight)
@@ -96,7 +96,7 @@ def pieces_of(base: Base, weight: Weight) -> Landed:
         raise InvalidInput(str(reason), weight.label) from reason
     check_dtypes(base, weight)
     turned = is_turned(found[0], weight.shape[-2:], base.shapes)
-    return Landed(tuple(parts_of(pieces, base, turned) for pieces in found), turned)
+    return StoredPieces(tuple(parts_of(pieces, base, turned) for pieces in found), turned)
 
 
 def require_known_rows(weight: Weight) -> None:
@@ -109,7 +109,7 @@ def require_known_rows(weight: Weight) -> None:
         raise NotAssembled("square, and transformers may turn it when it loads: which way is not known")
 
 
-def check_dtypes(base: Base, weight: Weight) -> None:
+def check_dtypes(base: BaseIndex, weight: Weight) -> None:
     """Refuse what cannot be added to."""
     for name in weight.made_of.names:
         dtype = base.tensors[name].dtype
@@ -117,7 +117,7 @@ def check_dtypes(base: Base, weight: Weight) -> None:
             raise InvalidInput(f"dtype {dtype} in the base", name, "dequantize the base first")
 
 
-def parts_of(pieces: Sequence[Piece], base: Base, turned: bool) -> tuple[Part, ...]:
+def parts_of(pieces: Sequence[Piece], base: BaseIndex, turned: bool) -> tuple[Part, ...]:
     """Pieces with the rows that they hold."""
     parts, start = [], 0
     for piece, shape in zip(pieces, shapes_of(tuple(pieces), base.shapes), strict=True):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from kasa_cli.adapters.adapter import Adapter, Replacement, TokenRows
-from kasa_cli.adapters.base import Base, Landed, Part, Tensors, pieces_of
+from kasa_cli.adapters.base import BaseIndex, Part, StoredPieces, Tensors, pieces_of
 from kasa_cli.checkpoint.matrix import Piece
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files.untrusted import quote
@@ -34,15 +34,15 @@ def placed_values(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[P
     Raises:
         InvalidInput: the base has no such parameter, or one of another shape.
     """
-    base = Base(names, tensors)
+    base = BaseIndex(names, tensors)
     values: tuple[Replacement | TokenRows, ...] = (*adapter.replacements, *adapter.token_rows)
     return tuple(place_value(adapter, base, value) for value in values)
 
 
-def place_value(adapter: Adapter, base: Base, value: Replacement | TokenRows) -> PlacedValue:
+def place_value(adapter: Adapter, base: BaseIndex, value: Replacement | TokenRows) -> PlacedValue:
     """One parameter held anew, its shape checked. Only an embedding, or a head, may have another number of rows."""
     weight, touched = parameter_of(base, value), adapter.touched
-    landed = pieces_of(base, weight) if len(weight.shape) in (2, 3) else whole(weight)
+    stored = pieces_of(base, weight) if len(weight.shape) in (2, 3) else whole(weight)
     new = adapter.container.tensors[value.tensor].shape
     old = weight.shape
     vocabulary = None
@@ -59,11 +59,11 @@ def place_value(adapter: Adapter, base: Base, value: Replacement | TokenRows) ->
         isinstance(value, Replacement) and weight.tied_with is not None and weight.tied_with not in touched
     )
     return PlacedValue(
-        value, weight.kind, old, landed.matrices, landed.is_turned, vocabulary, weight.tied_with, is_alone
+        value, weight.kind, old, stored.matrices, stored.is_turned, vocabulary, weight.tied_with, is_alone
     )
 
 
-def parameter_of(base: Base, value: Replacement | TokenRows) -> Weight:
+def parameter_of(base: BaseIndex, value: Replacement | TokenRows) -> Weight:
     """The parameter in memory that a value is for."""
     module, parameter = split_name(value.parameter)
     weight = base.weights.get(value.parameter)
@@ -71,9 +71,9 @@ def parameter_of(base: Base, value: Replacement | TokenRows) -> Weight:
         weight = base.weight(module)
     name = base.holder(module, parameter) or (value.parameter if value.parameter in base.shapes else None)
     if weight is None and name is not None:
-        weight = base.lone(value.parameter, name, base.names.slots[name].kind)
+        weight = base.single_tensor(value.parameter, name, base.names.slots[name].kind)
     if weight is None and (other := base.tied(module, parameter)):
-        found = base.lone(
+        found = base.single_tensor(
             value.parameter, other, base.weights[module].kind if module in base.weights else Kind.OTHER
         )
         weight = replace(found, tied_with=base.names.slots[other].module)
@@ -83,9 +83,9 @@ def parameter_of(base: Base, value: Replacement | TokenRows) -> Weight:
     return weight
 
 
-def whole(weight: Weight) -> Landed:
+def whole(weight: Weight) -> StoredPieces:
     """A parameter that is no matrix: one tensor on disk is all of it."""
-    return Landed(
+    return StoredPieces(
         ((Part(Piece(weight.made_of.names[0]), 0, weight.shape[0] if weight.shape else 1),),), False
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from kasa_cli.adapters.adapter import UNKNOWN_PARAMETER, Adapter, Patch
-from kasa_cli.adapters.base import Base, Landed, Part, Tensors, pieces_of
+from kasa_cli.adapters.base import BaseIndex, Part, StoredPieces, Tensors, pieces_of
 from kasa_cli.adapters.module_settings import Resolver, resolver_of
 from kasa_cli.adapters.peft import CONFIG
 from kasa_cli.adapters.saved_parameters import declared, ends_with_name
@@ -71,7 +71,7 @@ def placed(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[Placed, 
     Raises:
         InvalidInput: the base has no such module, or one that does not fit; a target of the base has no tensors.
     """
-    base = Base(names, tensors)
+    base = BaseIndex(names, tensors)
     settled = settle(adapter, base)
     touched = adapter.touched | {patch.module for patch in settled}
     require_complete(adapter, base, touched)
@@ -87,41 +87,41 @@ def placed(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[Placed, 
 
 
 def place(
-    adapter: Adapter, base: Base, patch: Patch, resized: tuple[int, ...] | None, touched: frozenset[str]
+    adapter: Adapter, base: BaseIndex, patch: Patch, resized: tuple[int, ...] | None, touched: frozenset[str]
 ) -> Placed:
     """One patch on its weight, every shape checked."""
     weight = weight_of(base, patch)
-    landed = pieces_of(base, weight)
+    stored = pieces_of(base, weight)
     shape = (weight.shape[-2], weight.shape[-1])
     if resized is not None and len(resized) == 2:
         shape = (resized[0], resized[1])
-        landed = Landed(((Part(landed.matrices[0][0].piece, 0, shape[0]),),), landed.is_turned)
+        stored = StoredPieces(((Part(stored.matrices[0][0].piece, 0, shape[0]),),), stored.is_turned)
     is_transposed = is_in_out(adapter, base, patch, weight, shape)
     found = Placed(
         patch,
         shape,
-        landed.matrices,
+        stored.matrices,
         is_transposed,
-        landed.is_turned,
+        stored.is_turned,
         bias_of(base, patch),
         weight.tied_with,
         weight.tied_with is not None and weight.tied_with not in touched,
-        one_matrix(base, landed, is_transposed),
+        one_matrix(base, stored, is_transposed),
     )
     check_shapes(adapter, found)
     return found
 
 
-def one_matrix(base: Base, landed: Landed, is_transposed: bool) -> Matrix | None:
+def one_matrix(base: BaseIndex, stored: StoredPieces, is_transposed: bool) -> Matrix | None:
     """The weight as (out, in); None for several experts."""
-    if len(landed.matrices) > 1:
+    if len(stored.matrices) > 1:
         return None
-    pieces = tuple(part.piece for part in landed.matrices[0])
-    orientation = Orientation.of(landed.is_turned != is_transposed)
+    pieces = tuple(part.piece for part in stored.matrices[0])
+    orientation = Orientation.of(stored.is_turned != is_transposed)
     return Matrix.of(base.tensors, pieces[0].name, pieces, orientation)
 
 
-def weight_of(base: Base, patch: Patch) -> Weight:
+def weight_of(base: BaseIndex, patch: Patch) -> Weight:
     """The weight in memory that a patch is about."""
     weight = base.weights.get(f"{patch.module}.{patch.parameter}") if patch.parameter != "weight" else None
     weight = weight or base.weight(patch.module)
@@ -133,7 +133,9 @@ def weight_of(base: Base, patch: Patch) -> Weight:
     return weight
 
 
-def is_in_out(adapter: Adapter, base: Base, patch: Patch, weight: Weight, shape: tuple[int, int]) -> bool:
+def is_in_out(
+    adapter: Adapter, base: BaseIndex, patch: Patch, weight: Weight, shape: tuple[int, int]
+) -> bool:
     """Whether memory holds the transpose of what the adapter makes."""
     if not weight.is_module:
         return is_expert_in_out(adapter, base, patch, shape)
@@ -144,7 +146,7 @@ def is_in_out(adapter: Adapter, base: Base, patch: Patch, weight: Weight, shape:
     return weight.kind is Kind.CONV1D
 
 
-def is_expert_in_out(adapter: Adapter, base: Base, patch: Patch, shape: tuple[int, int]) -> bool:
+def is_expert_in_out(adapter: Adapter, base: BaseIndex, patch: Patch, shape: tuple[int, int]) -> bool:
     """Whether PEFT took the experts for stored (in, out). The shapes tell, unless the matrices are square."""
     entries = adapter.container.tensors
     sides = (entries[patch.tensors["lora_B"]].shape[0], entries[patch.tensors["lora_A"]].shape[-1])
@@ -175,7 +177,7 @@ def check_shapes(adapter: Adapter, found: Placed) -> None:
     sizes_of(patch.row, patch.settings, shapes, known, patch.tensors)
 
 
-def bias_of(base: Base, patch: Patch) -> str | None:
+def bias_of(base: BaseIndex, patch: Patch) -> str | None:
     """The bias on disk that a patch changes with its weight."""
     name = base.holder(patch.module, "bias") or base.tied(patch.module, "bias")
     if BIAS in patch.tensors and name is None:
@@ -188,7 +190,7 @@ def bias_of(base: Base, patch: Patch) -> str | None:
 # --- parameters that are not modules ---
 
 
-def settle(adapter: Adapter, base: Base) -> tuple[Patch, ...]:
+def settle(adapter: Adapter, base: BaseIndex) -> tuple[Patch, ...]:
     """Every patch with its parameter: PEFT nests the wrappers of a module, the first parameter innermost."""
     patches = [replace(patch, module=base.memory_name(patch.module)) for patch in adapter.patches]
     nested: defaultdict[str, list[Patch]] = defaultdict(list)
@@ -208,7 +210,7 @@ def settle(adapter: Adapter, base: Base) -> tuple[Patch, ...]:
 
 
 def parameters(
-    adapter: Adapter, base: Base, module: str, patches: list[Patch]
+    adapter: Adapter, base: BaseIndex, module: str, patches: list[Patch]
 ) -> Iterable[tuple[Patch, str]]:
     """The patches of one module with the parameters that they are about, innermost first."""
     wanted = adapter.config["target_parameters"]
@@ -238,7 +240,7 @@ def settled(resolver: Resolver, patch: Patch, parameter: str) -> Patch:
     return replace(patch, parameter=parameter, settings=MappingProxyType(settings))
 
 
-def require_complete(adapter: Adapter, base: Base, touched: frozenset[str]) -> None:
+def require_complete(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> None:
     """No module or parameter of the base is named by the config and left out of the file.
 
     Raises:
@@ -253,7 +255,7 @@ def require_complete(adapter: Adapter, base: Base, touched: frozenset[str]) -> N
             raise InvalidInput(f"{what}: {enumerated(listed, 3)}", str(adapter.container.path), REMEDY)
 
 
-def _targets(adapter: Adapter, base: Base, touched: frozenset[str]) -> Iterator[str]:
+def _targets(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> Iterator[str]:
     """Modules that a list of targets, taken as PEFT takes it, names."""
     listed = adapter.config.get("target_modules")
     if not isinstance(listed, list) or not all(is_absent(adapter.config.get(field)) for field in NARROWED):
@@ -264,7 +266,7 @@ def _targets(adapter: Adapter, base: Base, touched: frozenset[str]) -> Iterator[
             yield weight.label
 
 
-def _saved(adapter: Adapter, base: Base, touched: frozenset[str]) -> Iterator[str]:
+def _saved(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> Iterator[str]:
     """Parameters of modules that PEFT saves whole; what a module is tied with may stand for it."""
     saved = declared(adapter.config)
     if not saved:
@@ -276,7 +278,7 @@ def _saved(adapter: Adapter, base: Base, touched: frozenset[str]) -> Iterator[st
             yield f"{slot.module}.{slot.parameter}"
 
 
-def _biases(adapter: Adapter, base: Base) -> Iterator[str]:
+def _biases(adapter: Adapter, base: BaseIndex) -> Iterator[str]:
     """Biases of all modules, or of those that a patch is for. A mask that old files call a bias is no vector."""
     which = adapter.config.get("bias") or "none"
     if which == "none":

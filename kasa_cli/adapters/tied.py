@@ -29,7 +29,7 @@ TURNED = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
 
 
 @dataclass(frozen=True)
-class Words:
+class TiedItems:
     """What an adapter says, item by item, and which ends of tied weights each is about; none for other weights.
 
     `apart` are the groups whose ends it makes different.
@@ -38,14 +38,16 @@ class Words:
     items: tuple[tuple[Item, tuple[str, ...]], ...]
     apart: tuple[Group, ...]
 
-    def led(self, names: Mapping[str, str]) -> tuple[tuple[Placed, ...], tuple[PlacedValue, ...]]:
+    def placed_at(self, names: Mapping[str, str]) -> tuple[tuple[Placed, ...], tuple[PlacedValue, ...]]:
         """All items, led to the tensors of the ends. Of an end that has none, another one says the same."""
-        found = [one for item, ends in self.items for one in (_led(item, ends, names) if ends else [item])]
+        found = [
+            one for item, ends in self.items for one in (_placed_at(item, ends, names) if ends else [item])
+        ]
         places = tuple(item for item in found if isinstance(item, Placed))
         return places, tuple(item for item in found if isinstance(item, PlacedValue))
 
 
-def words(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group]) -> Words:
+def tied_items(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group]) -> TiedItems:
     """Which ends of tied weights each item of an adapter is about, and which weights that unties.
 
     Raises:
@@ -66,7 +68,7 @@ def words(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group]) -> W
         for end, said in rest.items():
             for one in said:
                 ends[id(one)] += (end,)
-    return Words(tuple((one, ends[id(one)]) for one in items if id(one) not in dropped), tuple(apart))
+    return TiedItems(tuple((one, ends[id(one)]) for one in items if id(one) not in dropped), tuple(apart))
 
 
 def touched(item: Item) -> tuple[str, ...]:
@@ -152,7 +154,7 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def _led(item: Item, ends: Sequence[str], names: Mapping[str, str]) -> list[Item]:
+def _placed_at(item: Item, ends: Sequence[str], names: Mapping[str, str]) -> list[Item]:
     if isinstance(item, PlacedValue):
         return [replace(item, matrices=_at(item, names[end])) for end in ends if end in names]
     weight = touched(item)[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kasa_cli.adapters import peft
-from kasa_cli.adapters.base import Base
+from kasa_cli.adapters.base import BaseIndex
 from kasa_cli.adapters.placement import Placed, holds_experts_in_out, weight_of
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.model_names.names import Kind, Weight
@@ -69,10 +69,10 @@ class Entry:
         return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
 
 
-Flavour = Callable[[Base, Placed], list[Entry]]
+Flavour = Callable[[BaseIndex, Placed], list[Entry]]
 
 
-def in_memory(base: Base, place: Placed) -> list[Entry]:
+def in_memory(base: BaseIndex, place: Placed) -> list[Entry]:
     """PEFT's own names: of the modules in memory, and of fused experts by the nesting of their wrappers.
 
     Raises:
@@ -94,7 +94,7 @@ def in_memory(base: Base, place: Placed) -> list[Entry]:
     return [Entry(target, A, B, _sides(place.shape, turned), members, turned, by_parameter, is_conv1d)]
 
 
-def on_disk(base: Base, place: Placed) -> list[Entry]:
+def on_disk(base: BaseIndex, place: Placed) -> list[Entry]:
     """The names of the tensors on disk, which vLLM and llama.cpp map themselves: an expert is a matrix of its own.
 
     Raises:
@@ -117,7 +117,7 @@ def on_disk(base: Base, place: Placed) -> list[Entry]:
     return entries
 
 
-def in_lite(base: Base, place: Placed) -> list[Entry]:
+def in_lite(base: BaseIndex, place: Placed) -> list[Entry]:
     """lora-lite's names: those of linear modules in memory, and it knows no other.
 
     Raises:
@@ -145,7 +145,7 @@ def is_embedding(weight: Weight) -> bool:
     return weight.is_module and weight.kind is Kind.EMBEDDING
 
 
-def is_turned(base: Base, place: Placed, weight: Weight) -> bool:
+def is_turned(base: BaseIndex, place: Placed, weight: Weight) -> bool:
     """Whether memory holds the transpose of what PEFT 0.21 makes of the factors."""
     if is_embedding(weight):
         return True
@@ -168,7 +168,7 @@ def padded_rank(rank: int) -> int:
 
 
 @dataclass(frozen=True)
-class Said:
+class ConfigFacts:
     """What a config says beside its targets. `base` is (Hub id, commit) of the model that it fits, if known.
 
     `is_on_disk`: the names are those of tensors on disk, which PEFT's rewriting of names in memory is not for.
@@ -181,12 +181,12 @@ class Said:
     is_on_disk: bool = False
 
 
-def peft_config(entries: Sequence[Entry], said: Said, modules: Iterable[str]) -> bytes:
+def peft_config(entries: Sequence[Entry], facts: ConfigFacts, modules: Iterable[str]) -> bytes:
     """The `adapter_config.json` of exactly these entries, `modules` being all that could be matched."""
     chosen = [entry.target for entry in entries if not entry.is_parameter]
     named = peft.target_modules(chosen, modules)
-    config = peft.plain_config(named, said.rank, said.base, said.model_class)
-    experts = set() if said.is_on_disk else set(peft.expert_names(said.model_config))
+    config = peft.plain_config(named, facts.rank, facts.base, facts.model_class)
+    experts = set() if facts.is_on_disk else set(peft.expert_names(facts.model_config))
     config = peft.by_parameter(config, [name for name in chosen if name.rpartition(".")[2] in experts])
     parameters = [entry.target for entry in entries if entry.is_parameter]
     if parameters:

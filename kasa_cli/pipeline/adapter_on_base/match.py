@@ -21,7 +21,7 @@ RESIDUAL = "residual"
 
 
 @dataclass(frozen=True)
-class Fitted:
+class AdapterOnBase:
     """An adapter, where all that it says goes in a base, and the manifest of its output, if it is part of one."""
 
     adapter: Adapter
@@ -35,7 +35,7 @@ class Fitted:
         return targets_of(self.places)
 
     @property
-    def cut_targets(self) -> list[str]:
+    def truncated_targets(self) -> list[str]:
         """The targets whose smallest components KaSA drops; none for other kinds."""
         return self.targets if self.adapter.row.truncates_base else []
 
@@ -80,7 +80,7 @@ def read_adapter(path: Path) -> Adapter:
     return adapter
 
 
-def fitted(adapter: Adapter, base: Origin, names: NameMap) -> Fitted:
+def on_base(adapter: Adapter, base: Origin, names: NameMap) -> AdapterOnBase:
     """An adapter led to its base, every shape checked.
 
     Raises:
@@ -88,7 +88,7 @@ def fitted(adapter: Adapter, base: Origin, names: NameMap) -> Fitted:
     """
     tensors = base.checkpoint.tensors
     places, values = placed(adapter, names, tensors), placed_values(adapter, names, tensors)
-    return Fitted(adapter, places, values, provenance.adapter_manifest(adapter.path))
+    return AdapterOnBase(adapter, places, values, provenance.adapter_manifest(adapter.path))
 
 
 def targets_of(places: Iterable[Placed]) -> list[str]:

@@ -29,7 +29,7 @@ TAIL = f"tail/{peft.WEIGHTS}"
 
 
 @dataclass(frozen=True)
-class Cuts:
+class Truncations:
     """What a manifest says of cuts, by tensor on disk: how many components, of which original (its hash).
 
     `tail` holds the factors of those cuts, where it was written.
@@ -71,7 +71,7 @@ class Cuts:
         return term
 
 
-def known_cuts(adapter: Path, base: Origin | None) -> Cuts:
+def known_truncations(adapter: Path, base: Origin | None) -> Truncations:
     """What is known of the cuts that an adapter was trained with, by the manifest beside it or beside its base.
 
     Raises:
@@ -80,12 +80,12 @@ def known_cuts(adapter: Path, base: Origin | None) -> Cuts:
     beside_base = [(base.checkpoint.root, base.manifest)] if base else []
     for folder, known in ((adapter, adapter_manifest(adapter)), *beside_base):
         if isinstance(known, TruncateManifest):
-            return Cuts(
+            return Truncations(
                 {name: truncation.truncation_rank for name, (_, truncation) in known.truncations.items()},
                 {name: str(known.tensors[name].input_blake3) for name in known.truncations},
                 _tail(folder.parent, known),
             )
-    return Cuts()
+    return Truncations()
 
 
 def _tail(output: Path, known: TruncateManifest) -> Container | None:

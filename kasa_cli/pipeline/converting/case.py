@@ -17,9 +17,9 @@ from kasa_cli.methods.adapter_kinds.change import Term
 from kasa_cli.methods.adapter_kinds.kind import BaseChange
 from kasa_cli.model_names.names import NameMap
 from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.match import Fitted, fitted, read_adapter
+from kasa_cli.pipeline.adapter_on_base.match import AdapterOnBase, on_base, read_adapter
 from kasa_cli.pipeline.adapter_on_base.provenance import BASES, ORIGINAL, TRUNCATED, Origin
-from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts, known_cuts
+from kasa_cli.pipeline.adapter_on_base.truncated_part import Truncations, known_truncations
 from kasa_cli.pipeline.converting.representable import require_form, require_nothing_else, require_own
 from kasa_cli.pipeline.measuring.facts import Facts
 from kasa_cli.pipeline.opening import Where, survey
@@ -56,10 +56,10 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Cutting:
+class TruncationTerms:
     """What is known of the cuts, and whether the base at hand lacks them already."""
 
-    cuts: Cuts
+    truncations: Truncations
     is_made: bool
 
     def require_known(self, places: Sequence[Placed]) -> None:
@@ -81,17 +81,17 @@ class Cutting:
         matrix = place.matrix
         if matrix is None:
             return ()
-        rank = self.cuts.rank(matrix.name, int(place.patch.settings["r"]))
-        term = self.cuts.term(checkpoint, facts, matrix, place.patch.module, rank)
+        rank = self.truncations.rank(matrix.name, int(place.patch.settings["r"]))
+        term = self.truncations.term(checkpoint, facts, matrix, place.patch.module, rank)
         return () if term is None else (term,)
 
     def _in_tail(self, place: Placed) -> tuple[Term, ...]:
         """The cut of a base that lacks it already: only the tail knows what it was."""
         name, module = place.matrices[0][0].piece.name, place.patch.module
-        rank = self.cuts.rank(name, int(place.patch.settings["r"]))
+        rank = self.truncations.rank(name, int(place.patch.settings["r"]))
         if not rank:
             return ()
-        term = self.cuts.from_tail(name, module, rank)
+        term = self.truncations.from_tail(name, module, rank)
         if term is None:
             what = "what was cut off this base is in no tail beside it"
             raise UsageError(what, module, "give the original base, or convert --on truncated")
@@ -100,25 +100,25 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Case:
-    """An adapter on its base, and what is to be made of it. `told`: what a KaSA adapter's base is, else None."""
+    """An adapter on its base, and what is to be made of it. `base_is`: what a KaSA adapter's base is, else None."""
 
     options: Options
     source: Source
     base: Origin
     names: NameMap
-    fitted: Fitted
-    told: str | None
-    cuts: Cuts
+    on_base: AdapterOnBase
+    base_is: str | None
+    truncations: Truncations
 
     @property
     def adapter(self) -> Adapter:
         """What its files say."""
-        return self.fitted.adapter
+        return self.on_base.adapter
 
     @property
     def places(self) -> tuple[Placed, ...]:
         """Where its patches go."""
-        return self.fitted.places
+        return self.on_base.places
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -128,22 +128,22 @@ class Case:
     @property
     def on(self) -> str | None:
         """Which of KaSA's two bases the LoRA is for."""
-        return self.options.on if self.told else None
+        return self.options.on if self.base_is else None
 
     @property
-    def cutting(self) -> Cutting | None:
+    def truncation(self) -> TruncationTerms | None:
         """KaSA's cut, where it is part of the update."""
-        return Cutting(self.cuts, self.told == TRUNCATED) if self.on == ORIGINAL else None
+        return TruncationTerms(self.truncations, self.base_is == TRUNCATED) if self.on == ORIGINAL else None
 
     @property
     def fits_given(self) -> bool:
         """Whether the LoRA is for the base at hand, and not for the other one of KaSA's two."""
-        return self.told == self.on
+        return self.base_is == self.on
 
     @property
-    def truncations(self) -> list[TruncateManifest]:
+    def truncate_manifests(self) -> list[TruncateManifest]:
         """The manifests of `kasa truncate` that know of the two bases."""
-        manifests = (self.fitted.made_by, self.base.manifest)
+        manifests = (self.on_base.made_by, self.base.manifest)
         return [manifest for manifest in manifests if isinstance(manifest, TruncateManifest)]
 
     @property
@@ -151,14 +151,14 @@ class Case:
         """Hub id and commit of what the LoRA is for; None where that is not on the Hub, or not known."""
         if self.fits_given:
             return self.source.repo, self.source.commit
-        if self.on == TRUNCATED or not self.truncations:
+        if self.on == TRUNCATED or not self.truncate_manifests:
             return None, None
-        source = self.truncations[0].source
+        source = self.truncate_manifests[0].source
         return source.repo, source.commit
 
     def hash_in_other_base(self, name: str) -> str | None:
         """The hash of a tensor in the other one of KaSA's two bases, where a manifest knows it."""
-        records = [manifest.tensors[name] for manifest in self.truncations if name in manifest.tensors]
+        records = [manifest.tensors[name] for manifest in self.truncate_manifests if name in manifest.tensors]
         if not records:
             return None
         if self.on == ORIGINAL:
@@ -199,22 +199,22 @@ def opened_case(path: Path, where: Where, output: Path, options: Options, facts:
     source, checkpoint, names = survey(where, facts.store if facts else None)
     check_apart(output, [source.root, path])
     adapter, base = read_adapter(path), provenance.origin(checkpoint)
-    one = fitted(adapter, base, names)
+    one = on_base(adapter, base, names)
     _require_convertible(one, base, options)
     require_nothing_else(adapter, one.values, checkpoint)
-    told, cuts = None, Cuts()
+    base_is, cuts = None, Truncations()
     if adapter.row.truncates_base:
-        told = provenance.base_is(options.base_is, base, one.made_by, one.targets)
-        cuts = known_cuts(path, base)
+        base_is = provenance.base_is(options.base_is, base, one.made_by, one.targets)
+        cuts = known_truncations(path, base)
     if not options.force_base:
         one.require_base(base)
-    case = Case(options, source, base, names, one, told, cuts)
-    if case.cutting:
-        case.cutting.require_known(one.places)
+    case = Case(options, source, base, names, one, base_is, cuts)
+    if case.truncation:
+        case.truncation.require_known(one.places)
     return case
 
 
-def _require_convertible(one: Fitted, base: Origin, options: Options) -> None:
+def _require_convertible(one: AdapterOnBase, base: Origin, options: Options) -> None:
     adapter = one.adapter
     if options.on == TRUNCATED and not adapter.row.truncates_base:
         raise UsageError(f"an adapter of kind {adapter.kind} has no truncated base", "--on", "leave it out")

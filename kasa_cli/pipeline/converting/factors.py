@@ -32,7 +32,7 @@ from kasa_cli.files.staging import Staging
 from kasa_cli.methods.adapter_kinds.as_lora import Compact, Limit, of_terms, of_weight
 from kasa_cli.methods.adapter_kinds.change import Change, Term
 from kasa_cli.pipeline.adapter_on_base.patches import changes_of, label, needs_weight, weight_under
-from kasa_cli.pipeline.converting.case import Cutting
+from kasa_cli.pipeline.converting.case import TruncationTerms
 from kasa_cli.pipeline.converting.representable import no_form
 from kasa_cli.pipeline.measuring.facts import SOLVER_EDITION, Facts, header
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
@@ -41,7 +41,7 @@ from kasa_cli.report import ConvertedRow
 
 @dataclass(frozen=True)
 class Converter:
-    """Everything that the conversion of one patch needs. `cutting` None: the update is what the adapter adds."""
+    """Everything that the conversion of one patch needs. `truncation` None: the update is what the adapter adds."""
 
     adapter: Adapter
     files: OpenFiles
@@ -49,7 +49,7 @@ class Converter:
     facts: Facts
     staging: Staging
     limit: Limit
-    cutting: Cutting | None
+    truncation: TruncationTerms | None
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def _packed(found: Sequence[Compact], is_transposed: bool) -> bytes:
 def _compact(converter: Converter, place: Placed, change: Change, weight: Callable[[], Tensor]) -> Compact:
     terms, limit = _terms(change, weight), converter.limit
     if terms is not None:
-        cutting = converter.cutting
-        cut = cutting.terms(converter.checkpoint, converter.facts, place) if cutting else ()
+        truncation = converter.truncation
+        cut = truncation.terms(converter.checkpoint, converter.facts, place) if truncation else ()
         return of_terms((*terms, *cut), limit)
     if not limit.is_set:
         raise no_form(place)
@@ -213,8 +213,8 @@ def working_room(checkpoint: Checkpoint, place: Placed) -> int:
     return measuring_bytes(place.shape, size * BITS[entry.dtype] // 8) + 4 * size
 
 
-def is_decomposed(place: Placed, cutting: Cutting | None) -> bool:
+def is_decomposed(place: Placed, truncation: TruncationTerms | None) -> bool:
     """Whether a conversion may come to a decomposition of the weight: of the original base, or of a dense update."""
     patch = place.patch
     is_low_rank = patch.row.is_low_rank(patch.settings)
-    return needs_weight(patch) or not is_low_rank or (cutting is not None and not cutting.is_made)
+    return needs_weight(patch) or not is_low_rank or (truncation is not None and not truncation.is_made)

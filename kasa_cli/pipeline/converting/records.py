@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from kasa_cli.adapters import peft, writing
-from kasa_cli.adapters.base import Base
-from kasa_cli.adapters.writing import FLAVOURS, Entry, Flavour, Said
+from kasa_cli.adapters.base import BaseIndex
+from kasa_cli.adapters.writing import FLAVOURS, ConfigFacts, Entry, Flavour
 from kasa_cli.checkpoint import model_card
 from kasa_cli.checkpoint.manifest import (
     ConvertedAdapter,
@@ -30,11 +30,11 @@ from kasa_cli.pipeline.workers import Running
 
 def recorded(case: Case, running: Running) -> ConvertManifest:
     """What the bytes depend on besides the base. It holds no path."""
-    tail, options = case.cuts.tail if case.cutting else None, case.options
+    tail, options = case.truncations.tail if case.truncation else None, case.options
     sha256 = provenance.digest(case.adapter.path, case.adapter.container.path)
     return ConvertManifest(
         adapter=ConvertedAdapter(case.adapter.kind, sha256),
-        base_is=case.told,
+        base_is=case.base_is,
         environment=numeric_environment(running.threads_per_worker, "cpu"),
         model_class=case.names.model_class,
         options=ConvertOptions(
@@ -52,41 +52,41 @@ def entries_of(case: Case) -> list[list[Entry]]:
         InvalidInput, UsageError: those names cannot say it; naming the module.
     """
     flavour: Flavour = writing.in_lite if case.options.is_lite else FLAVOURS[case.options.names]
-    base = Base(case.names, case.checkpoint.tensors)
+    base = BaseIndex(case.names, case.checkpoint.tensors)
     return [flavour(base, place) for place in case.places]
 
 
-def said(case: Case, done: Sequence[Converted]) -> Said:
+def config_facts(case: Case, done: Sequence[Converted]) -> ConfigFacts:
     """One rank for all, and what else stands in the config."""
     rank = max(one.rank for one in done)
     rank = writing.padded_rank(rank) if case.options.pad_rank else rank
     is_on_disk = case.options.names == "disk"
-    return Said(rank, case.model_it_fits, case.names.model_class, case.checkpoint.config, is_on_disk)
+    return ConfigFacts(rank, case.model_it_fits, case.names.model_class, case.checkpoint.config, is_on_disk)
 
 
 def write_config(
-    case: Case, folder: Path, entries: Sequence[list[Entry]], words: Said
+    case: Case, folder: Path, entries: Sequence[list[Entry]], facts: ConfigFacts
 ) -> tuple[str, tuple[str, str]]:
     """PEFT's config; lora-lite has it in the header. The name of the file of tensors, and its metadata."""
     all_entries = [entry for own in entries for entry in own]
     if case.options.is_lite:
-        return writing.LITE_WEIGHTS, ("cfg", writing.lite_config(all_entries, words.rank))
-    if words.is_on_disk:
+        return writing.LITE_WEIGHTS, ("cfg", writing.lite_config(all_entries, facts.rank))
+    if facts.is_on_disk:
         modules = [name.removesuffix(".weight") for name in case.names.slots]
     else:
         modules = [*(slot.module for slot in case.names.slots.values()), *case.names.linear_modules]
-    write_file(folder / peft.CONFIG, [writing.peft_config(all_entries, words, modules)])
+    write_file(folder / peft.CONFIG, [writing.peft_config(all_entries, facts, modules)])
     return peft.WEIGHTS, ("format", "pt")
 
 
 def write_records(
-    case: Case, folder: Path, record: ConvertManifest, done: Sequence[Converted], words: Said
+    case: Case, folder: Path, record: ConvertManifest, done: Sequence[Converted], facts: ConfigFacts
 ) -> bytes:
     """Write the model card, then the manifest; returns its bytes. A manifest is there only once all else is."""
     base = case.checkpoint
     carried = model_card.source_facts(base.root, base.companions)
-    body = _card_body(case, record.adapter.file, done, words)
-    text = model_card.card(words.base[0], carried, "A LoRA", body, is_adapter=True)
+    body = _card_body(case, record.adapter.file, done, facts)
+    text = model_card.card(facts.base[0], carried, "A LoRA", body, is_adapter=True)
     write_file(folder / CARD, [text])
     tensors = _tensor_records(case, done)
     manifest = replace(
@@ -116,13 +116,13 @@ def _tensor_records(case: Case, done: Sequence[Converted]) -> dict[str, TensorRe
     }
 
 
-def _card_body(case: Case, file: str, done: Sequence[Converted], words: Said) -> str:
+def _card_body(case: Case, file: str, done: Sequence[Converted], facts: ConfigFacts) -> str:
     loss, kind = loss_of_all(done), case.adapter.kind
     base = f" It is for the {case.on} base." if case.on else ""
     lost = f" Of the norm of its updates {loss:.2%} is missing." if case.options.limit.is_set else ""
-    where = "on disk" if words.is_on_disk else "in memory"
+    where = "on disk" if facts.is_on_disk else "in memory"
     lines = [
-        f"Made by kasa from an adapter of kind {kind}: a plain LoRA of rank {words.rank} and scaling 1.{base}{lost}",
+        f"Made by kasa from an adapter of kind {kind}: a plain LoRA of rank {facts.rank} and scaling 1.{base}{lost}",
         "",
         f"- `{file}`: {case.options.to}, modules named as {where}.",
         f"- `{MANIFEST}`: what it was made from, with hashes; `kasa verify` checks it.",

@@ -21,7 +21,13 @@ from kasa_cli.pipeline.converting.factors import (
     working_room,
     write_factors,
 )
-from kasa_cli.pipeline.converting.records import entries_of, recorded, said, write_config, write_records
+from kasa_cli.pipeline.converting.records import (
+    config_facts,
+    entries_of,
+    recorded,
+    write_config,
+    write_records,
+)
 from kasa_cli.pipeline.costs import decomposition_cost
 from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
 from kasa_cli.pipeline.opening import Where
@@ -55,14 +61,14 @@ def plan(
         )
         for place in case.places
     ]
-    decomposed = [place for place in case.places if is_decomposed(place, case.cutting)]
+    decomposed = [place for place in case.places if is_decomposed(place, case.truncation)]
     rooms = [working_room(case.checkpoint, place) for place in decomposed]
     return ConvertPlan(
         command="convert",
         model=where.model,
         to=options.to,
         on=case.on,
-        base_is=case.told,
+        base_is=case.base_is,
         tensors=tuple(tensors),
         totals={
             "weights": len(tensors),
@@ -100,14 +106,14 @@ def convert(
     }
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(running.threads_per_worker), OpenFiles() as files:
-        converter = Converter(case.adapter, files, checkpoint, facts, staging, options.limit, case.cutting)
+        converter = Converter(case.adapter, files, checkpoint, facts, staging, options.limit, case.truncation)
         done = convert_all(converter, case.places, running.num_workers, watcher)
-        words = said(case, done)
-        file, metadata = write_config(case, staging.out, entries, words)
+        config = config_facts(case, done)
+        file, metadata = write_config(case, staging.out, entries, config)
         items, run_on = list(zip(done, entries, strict=True)), (running.num_workers, watcher)
-        held = write_factors(staging.out / file, metadata, items, words.rank, staging, run_on)
+        held = write_factors(staging.out / file, metadata, items, config.rank, staging, run_on)
         record = replace(record, adapter=replace(record.adapter, file=file, tensors=held))
-        sealed = write_records(case, staging.out, record, done, words)
+        sealed = write_records(case, staging.out, record, done, config)
         staging.publish()
     output_facts = {"file": file, "manifest_sha256": hashlib.sha256(sealed).hexdigest()}
     return ConvertReport(
@@ -117,10 +123,10 @@ def convert(
         kind=case.adapter.kind,
         to=options.to,
         on=case.on,
-        base_is=case.told,
+        base_is=case.base_is,
         names=None if options.is_lite else options.names,
         rank=max(one.rank for one in done),
-        padded_rank=words.rank,
+        padded_rank=config.rank,
         tensors=tuple(one.row for one in done),
         totals=_totals(case, done, len(held)),
         output={"directory": str(output), **output_facts},
@@ -142,12 +148,12 @@ def _totals(case: Case, done: Sequence[Converted], num_written: int) -> dict[str
 def _notes(case: Case) -> list[str]:
     """What a user should know before serving the LoRA."""
     notes = [case.names.note] if case.names.note else []
-    if not case.fits_given and case.on == TRUNCATED and not case.truncations:
+    if not case.fits_given and case.on == TRUNCATED and not case.truncate_manifests:
         notes.append(
             "no manifest knows the truncated base, so none is on record as the one that this LoRA fits"
         )
-    dtypes = {case.checkpoint.tensors[name].dtype for name in case.fitted.targets}
-    if case.cutting and dtypes.intersection(HALVES):
+    dtypes = {case.checkpoint.tensors[name].dtype for name in case.on_base.targets}
+    if case.truncation and dtypes.intersection(HALVES):
         notes.append(
             "the cut is exact here; a truncated base in half precision holds it rounded, "
             "and an adapter trained on that one answers a little differently on this"

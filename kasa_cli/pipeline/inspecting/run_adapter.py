@@ -14,9 +14,9 @@ from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.errors import UsageError
 from kasa_cli.methods.penalties import Layer, penalties
 from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.match import Fitted, fitted, read_adapter
+from kasa_cli.pipeline.adapter_on_base.match import AdapterOnBase, on_base, read_adapter
 from kasa_cli.pipeline.adapter_on_base.provenance import BASES, ORIGINAL, TRUNCATED, Origin
-from kasa_cli.pipeline.adapter_on_base.truncated_part import known_cuts
+from kasa_cli.pipeline.adapter_on_base.truncated_part import known_truncations
 from kasa_cli.pipeline.inspecting.adapter import Item, Looked, Opened, module_rows
 from kasa_cli.pipeline.inspecting.share_in_cut import CUT_ALREADY, NO_BASE, NOT_SAID, Dropped, what_base_is
 from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
@@ -37,7 +37,7 @@ class Base:
     """A base, and the adapter led to it."""
 
     origin: Origin
-    fitted: Fitted
+    fitted: AdapterOnBase
     facts: Facts
     notes: tuple[str, ...]
 
@@ -89,19 +89,19 @@ def _base(opened: Adapter, where: Where, running: Running) -> Base:
     facts = open_facts(running)
     _, checkpoint, names = survey(where, facts.store)
     origin = provenance.origin(checkpoint)
-    led = fitted(opened, origin, names)
+    led = on_base(opened, origin, names)
     led.require_base(origin)
     return Base(origin, led, facts, (*([names.note] if names.note else []), *store_notes(facts)))
 
 
 def _base_is(asked: str, base: Base) -> str | None:
     """Whether the base is truncated, if the adapter is one to which that matters; None where nothing says so."""
-    names = base.fitted.cut_targets
+    names = base.fitted.truncated_targets
     return what_base_is(asked, base.origin, base.fitted.made_by, names) if names else None
 
 
 def _cuts(path: Path, base: Base | None, told: str | None) -> Dropped:
-    cuts = known_cuts(path, base.origin if base else None)
+    cuts = known_truncations(path, base.origin if base else None)
     if base is None:
         made_by = provenance.adapter_manifest(path)
         known = made_by.truncations if isinstance(made_by, TruncateManifest) else {}

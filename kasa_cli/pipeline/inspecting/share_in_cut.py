@@ -12,7 +12,7 @@ from kasa_cli.methods.adapter_kinds.change import Term
 from kasa_cli.methods.adapter_kinds.learned import Svd
 from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.adapter_on_base.provenance import Origin
-from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts
+from kasa_cli.pipeline.adapter_on_base.truncated_part import Truncations
 from kasa_cli.pipeline.measuring.facts import Facts
 from kasa_cli.report import InCut
 
@@ -46,7 +46,7 @@ class Dropped:
     `names` leads from modules to tensors on disk, where there is no base that could.
     """
 
-    cuts: Cuts = field(default_factory=Cuts)
+    cuts: Truncations = field(default_factory=Truncations)
     names: Mapping[str, str] = field(default_factory=dict)
     original: tuple[Checkpoint, Facts] | None = None
     why: str = NO_BASE

@@ -72,7 +72,7 @@ class TrainedRows:
 
 
 @dataclass
-class Streamed:
+class StreamedTensor:
     """A tensor of the base, of `num_matrices` below each other, and what becomes of it, in the layout of its file.
 
     `value` stands in its stead, and `trained` rows in those of either; `changes` are by the number of the matrix.

@@ -15,12 +15,12 @@ from kasa_cli.linalg.rounding import ROUNDINGS
 from kasa_cli.methods.adapter_kinds.kind import BaseChange
 from kasa_cli.model_names.names import NameMap
 from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.match import Fitted, base_changes, fitted, read_adapter
+from kasa_cli.pipeline.adapter_on_base.match import AdapterOnBase, base_changes, on_base, read_adapter
 from kasa_cli.pipeline.adapter_on_base.provenance import BASES, Origin
-from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts, known_cuts
+from kasa_cli.pipeline.adapter_on_base.truncated_part import Truncations, known_truncations
 from kasa_cli.pipeline.measuring.facts import Facts
-from kasa_cli.pipeline.merging.edits import Merging, Orders, orders_of
-from kasa_cli.pipeline.merging.layout import Outline, outline
+from kasa_cli.pipeline.merging.edits import Merging, TensorEdits, edits_by_tensor
+from kasa_cli.pipeline.merging.layout import MergedLayout, outline
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.report import AdapterRow
 
@@ -44,7 +44,7 @@ class Options:
 class Case:
     """Adapters and their base, what is to be done to each tensor, and which tensors the result has.
 
-    `told`: what the base of KaSA adapters is, None where there are none.
+    `base_is`: what the base of KaSA adapters is, None where there are none.
     """
 
     options: Options
@@ -52,9 +52,9 @@ class Case:
     base: Origin
     names: NameMap
     adapters: tuple[AdapterRow, ...]
-    told: str | None
-    made: Outline
-    orders: dict[str, Orders]
+    base_is: str | None
+    layout: MergedLayout
+    edits: dict[str, TensorEdits]
     notes: tuple[str, ...]
 
     @property
@@ -97,9 +97,9 @@ def opened_case(
     source, checkpoint, names = survey(where, facts.store if facts else None)
     check_apart(output, [source.root, *paths])
     base = provenance.origin(checkpoint)
-    before, rows, mergings, told = provenance.merged_before(base), [], [], None
+    before, rows, mergings, base_is = provenance.merged_before(base), [], [], None
     for path, weight in zip(paths, options.weights or [1.0] * len(paths), strict=True):
-        one = fitted(read_adapter(path), base, names)
+        one = on_base(read_adapter(path), base, names)
         digest = provenance.digest(path, one.adapter.container.path)
         if digest in before:
             raise AlreadyMerged("merged already", str(path), "an adapter is merged once")
@@ -107,22 +107,22 @@ def opened_case(
         merging, own = _merging(one, base, weight, options)
         mergings.append(merging)
         rows.append(_row(path, one.adapter, weight, digest))
-        told = own or told
+        base_is = own or base_is
     made, mergings = outline(base, names, mergings, options.untie)
     notes = (*([names.note] if names.note else []), *made.notes, *_initialisation_notes(mergings))
-    return Case(options, source, base, names, tuple(rows), told, made, orders_of(mergings), notes)
+    return Case(options, source, base, names, tuple(rows), base_is, made, edits_by_tensor(mergings), notes)
 
 
-def _merging(one: Fitted, base: Origin, weight: float, options: Options) -> tuple[Merging, str | None]:
-    """An adapter fit for this base, and what a KaSA adapter was told of it."""
+def _merging(one: AdapterOnBase, base: Origin, weight: float, options: Options) -> tuple[Merging, str | None]:
+    """An adapter that fits this base, and which base a KaSA adapter has."""
     one.require_start(base)
-    cut = one.cut_targets
-    told = provenance.base_is(options.base_is, base, one.made_by, cut) if cut else None
+    cut = one.truncated_targets
+    base_is = provenance.base_is(options.base_is, base, one.made_by, cut) if cut else None
     if not options.force_base:
         one.require_base(base)
-    cuts_base = told == provenance.ORIGINAL
-    cuts = known_cuts(one.adapter.path, base) if cuts_base else Cuts()
-    return Merging(one.adapter, one.places, one.values, weight, cuts_base, cuts), told
+    truncates_base = base_is == provenance.ORIGINAL
+    cuts = known_truncations(one.adapter.path, base) if truncates_base else Truncations()
+    return Merging(one.adapter, one.places, one.values, weight, truncates_base, cuts), base_is
 
 
 def _row(path: Path, adapter: Adapter, weight: float, digest: str) -> AdapterRow:

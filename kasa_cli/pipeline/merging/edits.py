@@ -12,7 +12,7 @@ from kasa_cli.adapters.placement import Placed
 from kasa_cli.checkpoint.safetensors_file import Reader
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.pipeline.adapter_on_base.patches import needs_weight
-from kasa_cli.pipeline.adapter_on_base.truncated_part import Cuts
+from kasa_cli.pipeline.adapter_on_base.truncated_part import Truncations
 
 WHOLE, AS_STORED = 24, 4
 """Bytes an entry of a tensor that is held as it was, as it becomes and in between, and of one that is only read."""
@@ -22,15 +22,15 @@ WHOLE, AS_STORED = 24, 4
 class Merging:
     """One adapter, where its patches and values go, and its weight.
 
-    `cuts_base`: KaSA's cut is still to be made; `cuts` is what is known of it.
+    `truncates_base`: KaSA's cut is still to be made; `cuts` is what is known of it.
     """
 
     adapter: Adapter
     placed: tuple[Placed, ...]
     values: tuple[PlacedValue, ...]
     weight: float
-    cuts_base: bool
-    cuts: Cuts
+    truncates_base: bool
+    truncations: Truncations
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Edit:
 
 
 @dataclass
-class Orders:
+class TensorEdits:
     """All that is to be done to one tensor on disk."""
 
     edits: list[Edit] = field(default_factory=list)
@@ -99,13 +99,13 @@ class Orders:
         return len(self.edits) + len(self.biases) + len(self.rows) + (self.replacement is not None)
 
 
-def orders_of(mergings: Sequence[Merging]) -> dict[str, Orders]:
+def edits_by_tensor(mergings: Sequence[Merging]) -> dict[str, TensorEdits]:
     """By tensor on disk what is to be done to it.
 
     Raises:
         InvalidInput: two adapters replace the same tensor, or a whole value is weighted or lies in pieces.
     """
-    orders: defaultdict[str, Orders] = defaultdict(Orders)
+    orders: defaultdict[str, TensorEdits] = defaultdict(TensorEdits)
     for merging in mergings:
         for place in merging.placed:
             _order_patch(orders, merging, place)
@@ -116,7 +116,7 @@ def orders_of(mergings: Sequence[Merging]) -> dict[str, Orders]:
     return dict(orders)
 
 
-def _order_patch(orders: dict[str, Orders], merging: Merging, place: Placed) -> None:
+def _order_patch(orders: dict[str, TensorEdits], merging: Merging, place: Placed) -> None:
     for number, parts in enumerate(place.matrices):
         for part in parts:
             edit = Edit(merging, place, number, part.piece.index, (part.start, part.stop))
@@ -128,7 +128,7 @@ def _order_patch(orders: dict[str, Orders], merging: Merging, place: Placed) -> 
         orders[place.bias].modules[place.patch.module] = None
 
 
-def _order_value(orders: dict[str, Orders], merging: Merging, value: PlacedValue) -> None:
+def _order_value(orders: dict[str, TensorEdits], merging: Merging, value: PlacedValue) -> None:
     """A parameter that an adapter holds anew: it stands for itself, so it has no weight."""
     one = value.value
     pieces = [part.piece for parts in value.matrices for part in parts]
@@ -154,7 +154,7 @@ def _is_repeated(replacement: tuple[Adapter, PlacedValue], adapter: Adapter, oth
         return torch.equal(one.tensor(value.value.tensor), two.tensor(other.tensor))
 
 
-def _check_rows(name: str, order: Orders) -> None:
+def _check_rows(name: str, order: TensorEdits) -> None:
     """Every adapter means the vocabulary that the tensor has in the end."""
     if order.replacement is None or order.replacement[1].vocabulary is None:
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kasa_cli.adapters.tied import Item, Words, words
+from kasa_cli.adapters.tied import Item, TiedItems, tied_items
 from kasa_cli.checkpoint import model_config
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.errors import InvalidInput
@@ -22,7 +22,7 @@ VOCABULARIES = (Kind.EMBEDDING, Kind.HEAD)
 
 
 @dataclass(frozen=True)
-class Outline:
+class MergedLayout:
     """A merged checkpoint before its numbers are known.
 
     `config` is None where it is the base's, `shapes` are those of tensors whose rows are others, `sources` lead each
@@ -37,7 +37,7 @@ class Outline:
 
 def outline(
     base: Origin, names: NameMap, mergings: Sequence[Merging], may_untie: bool
-) -> tuple[Outline, list[Merging]]:
+) -> tuple[MergedLayout, list[Merging]]:
     """The outline, and the adapters led to the tensors that it has.
 
     Raises:
@@ -53,14 +53,14 @@ def outline(
 
 def _untied(
     base: Origin, names: NameMap, mergings: Sequence[Merging], may_untie: bool
-) -> tuple[Outline, list[Merging]]:
+) -> tuple[MergedLayout, list[Merging]]:
     groups = _tied_groups(base, names, mergings)
     if not groups:
-        return Outline(notes=(NOT_NEEDED,) if may_untie else ()), list(mergings)
-    said = [words(one.adapter, (*one.placed, *one.values), groups) for one in mergings]
+        return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), list(mergings)
+    said = [tied_items(one.adapter, (*one.placed, *one.values), groups) for one in mergings]
     apart = {id(group): group for one in said for group in one.apart}
     if not apart:
-        return Outline(notes=(NOT_NEEDED,) if may_untie else ()), _led(mergings, said, groups)
+        return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), _placed_at(mergings, said, groups)
     if not may_untie:
         raise _still_tied(mergings, said)
     from kasa_cli.model_names import tied_weights
@@ -68,16 +68,18 @@ def _untied(
     taken = tied_weights.taken_apart(base.checkpoint.config, _shapes(base.checkpoint), apart.values())
     freed = enumerated([end for group in apart.values() for end in group.ends])
     note = f"untied, a tensor each: {freed}; {model_config.TIED} is false in config.json"
-    return Outline(taken.config, {}, taken.sources, (note,)), _led(mergings, said, taken.groups)
+    return MergedLayout(taken.config, {}, taken.sources, (note,)), _placed_at(mergings, said, taken.groups)
 
 
-def _led(mergings: Sequence[Merging], said: Sequence[Words], groups: Iterable[Group]) -> list[Merging]:
+def _placed_at(
+    mergings: Sequence[Merging], said: Sequence[TiedItems], groups: Iterable[Group]
+) -> list[Merging]:
     names = {end: name for group in groups for end, name in group.held.items()}
-    led = [one.led(names) for one in said]
+    led = [one.placed_at(names) for one in said]
     return [replace(one, placed=p, values=v) for one, (p, v) in zip(mergings, led, strict=True)]
 
 
-def _still_tied(mergings: Sequence[Merging], said: Sequence[Words]) -> InvalidInput:
+def _still_tied(mergings: Sequence[Merging], said: Sequence[TiedItems]) -> InvalidInput:
     merging, group = next((m, one.apart[0]) for m, one in zip(mergings, said, strict=True) if one.apart)
     what = f"it makes tied weights differ ({enumerated([*group.ends])})"
     return InvalidInput(what, str(merging.adapter.path), "give --untie to write a tensor for each")
@@ -109,7 +111,9 @@ def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> l
 # --- another vocabulary ---
 
 
-def _resized(checkpoint: Checkpoint, names: NameMap, made: Outline, mergings: Sequence[Merging]) -> Outline:
+def _resized(
+    checkpoint: Checkpoint, names: NameMap, made: MergedLayout, mergings: Sequence[Merging]
+) -> MergedLayout:
     resizing = [merging for merging in mergings if any(value.vocabulary for value in merging.values)]
     if not resizing:
         return made

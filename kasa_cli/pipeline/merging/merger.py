@@ -1,7 +1,7 @@
-"""OPERATE, for merges: every tensor that adapters change, from its bytes and theirs, rounded once.
+"""The new values of every tensor that adapters change, rounded once.
 
-One tensor of the base is in memory at a time (a worker), with what the adapters say about it. Three steps, any of
-which may be left out: a replacement of the whole, replacements of rows, and changes (`methods.terms`).
+Each worker holds one tensor of the base, with the adapters' tensors for it. Up to three steps follow each other: the
+replacement of the tensor, the replacement of rows, and the changes of its matrices (`adapter_kinds.change`).
 """
 
 import threading
@@ -25,9 +25,9 @@ from kasa_cli.methods.adapter_kinds.change import Change, Term, transposed, weig
 from kasa_cli.methods.adapter_kinds.kind import BaseChange
 from kasa_cli.pipeline.adapter_on_base.patches import change_of, expert_changes, is_stack, module_of
 from kasa_cli.pipeline.measuring.facts import Facts
-from kasa_cli.pipeline.merging.by_rows import Stored, Streamed, TrainedRows
-from kasa_cli.pipeline.merging.edits import Edit, Orders
-from kasa_cli.pipeline.merging.whole_tensor import Operation, View
+from kasa_cli.pipeline.merging.by_rows import Stored, StreamedTensor, TrainedRows
+from kasa_cli.pipeline.merging.edits import Edit, TensorEdits
+from kasa_cli.pipeline.merging.whole_tensor import View, WholeTensor
 
 NONE: Mapping[str, str] = MappingProxyType({})
 KEPT = 4
@@ -35,83 +35,83 @@ KEPT = 4
 
 
 class Merger:
-    """Who merges: the orders for each tensor, and how to carry them out."""
+    """Rewrites every tensor that adapters change."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        orders: Mapping[str, Orders],
+        edits: Mapping[str, TensorEdits],
         facts: Facts,
         files: OpenFiles,
         round_off: str,
         sources: Mapping[str, str] = NONE,
     ) -> None:
-        """`sources`: tensors that the base does not have, with those of it that they are made from."""
-        self.checkpoint, self.orders, self.facts, self.round_off = checkpoint, orders, facts, round_off
+        """`sources` maps new tensors to the tensors of the base that they are made from."""
+        self.checkpoint, self.edits, self.facts, self.round_off = checkpoint, edits, facts, round_off
         self.files, self.sources = files, sources
         self._stacks: dict[int, list[Change]] = {}
         self._lock = threading.Lock()
 
     def rewrites(self, name: str) -> bool:
-        """Whether an adapter says anything about a tensor."""
-        return name in self.orders
+        """Whether an adapter changes a tensor."""
+        return name in self.edits
 
-    def prepare(self, name: str) -> Operation | Streamed:
-        """What becomes of a tensor, by rows where that can be; else read it."""
-        orders, source = self.orders[name], self.sources.get(name, name)
-        if self.round_off == "nearest" and not orders.is_whole and self._are_floats(source, orders):
-            changes = self._changes_of_rows(source, orders)
+    def prepare(self, name: str) -> WholeTensor | StreamedTensor:
+        """The new value of a tensor: by rows if they are independent, else of the whole tensor, which is read."""
+        edits, source = self.edits[name], self.sources.get(name, name)
+        if self.round_off == "nearest" and not edits.is_whole and self._are_floats(source, edits):
+            changes = self._changes_of_rows(source, edits)
             if changes is not None:
-                return self._streamed(name, source, orders, changes)
+                return self._streamed(name, source, edits, changes)
         before = self.checkpoint.tensor(source)
-        X = self._with_rows(self._replaced(before, orders, name), orders)
-        biases = [self.change(edit, None) for edit in orders.biases]
+        X = self._with_rows(self._replaced(before, edits, name), edits)
+        biases = [self.change(edit, None) for edit in edits.biases]
         if X.ndim < 2 or biases:
-            return Operation(name, before, X, [], biases, self.round_off)
-        views = [self._view(source, X, index, own) for index, own in orders.by_matrix().items()]
-        return Operation(name, before, X, views, biases, self.round_off)
+            return WholeTensor(name, before, X, [], biases, self.round_off)
+        views = [self._view(source, X, index, own) for index, own in edits.by_matrix().items()]
+        return WholeTensor(name, before, X, views, biases, self.round_off)
 
     def change(self, edit: Edit, W: Tensor | None) -> Change:
-        """What an adapter does to the part of a weight that is here, W seen as (out, in)."""
+        """The change of an adapter to the rows of a weight that this tensor holds, with W as (out, in)."""
         if is_stack(edit.place):
-            found = self._stack(edit)[edit.number]
+            change = self._stack(edit)[edit.number]
         else:
-            found = change_of(self._tensors(edit), edit.place, W)
-        return _cut_out(weighted(found, edit.merging.weight), edit)
+            change = change_of(self._tensors(edit), edit.place, W)
+        return _of_stored_rows(weighted(change, edit.merging.weight), edit)
 
-    def _changes_of_rows(self, name: str, orders: Orders) -> dict[int, Sequence[Change]] | None:
-        """What is done to the rows of each matrix of a tensor, as its file has them; None where that mixes rows."""
-        weight = self.checkpoint.tensor(name) if orders.needs_weight else None
-        found: dict[int, Sequence[Change]] = {}
-        for index, own in orders.by_matrix().items():
+    def _changes_of_rows(self, name: str, edits: TensorEdits) -> dict[int, Sequence[Change]] | None:
+        """The changes to the rows of each matrix of a tensor, as stored; None if a change mixes stored rows."""
+        weight = self.checkpoint.tensor(name) if edits.needs_weight else None
+        by_matrix: dict[int, Sequence[Change]] = {}
+        for index, own in edits.by_matrix().items():
             turned = own[0].is_turned
             W = weight.T if weight is not None and turned else weight
             cuts = self._truncation(name, index, turned, own)
             changes = (*cuts, *(self.change(edit, W) for edit in own))
             if turned and not all(change.is_low_rank for change in changes):
                 return None
-            found[index or 0] = [transposed(change) for change in changes] if turned else changes
-        return found
+            by_matrix[index or 0] = [transposed(change) for change in changes] if turned else changes
+        return by_matrix
 
-    def _are_floats(self, source: str, orders: Orders) -> bool:
+    def _are_floats(self, source: str, edits: TensorEdits) -> bool:
         dtypes = {self.checkpoint.tensors[source].dtype}
-        if orders.replacement is not None:
-            adapter, one = orders.replacement
+        if edits.replacement is not None:
+            adapter, one = edits.replacement
             dtypes.add(adapter.container.tensors[one.value.tensor].dtype)
         return dtypes <= TORCH_DTYPES.keys()
 
     def _streamed(
-        self, name: str, source: str, orders: Orders, changes: Mapping[int, Sequence[Change]]
-    ) -> Streamed:
+        self, name: str, source: str, edits: TensorEdits, changes: Mapping[int, Sequence[Change]]
+    ) -> StreamedTensor:
         entry = self.checkpoint.tensors[source]
         before = Stored(self.checkpoint.shards[self.checkpoint.shard_of(source)], source)
         value = None
-        if orders.replacement is not None:
-            adapter, one = orders.replacement
+        if edits.replacement is not None:
+            adapter, one = edits.replacement
             require_fit(adapter, one, entry.shape, name)
             value = Stored(adapter.container, one.value.tensor)
-        num_matrices = prod(entry.shape[:-2]) if any(index is not None for index in orders.by_matrix()) else 1
-        return Streamed(name, before, num_matrices, value, self._trained(orders), changes)
+        num_matrices = prod(entry.shape[:-2]) if any(index is not None for index in edits.by_matrix()) else 1
+        return StreamedTensor(name, before, num_matrices, value, self._trained(edits), changes)
 
     def _view(self, name: str, X: Tensor, index: int | None, edits: Sequence[Edit]) -> View:
         matrix = X if index is None else X[index]
@@ -121,7 +121,7 @@ class Merger:
         return View(index, turned, (*cuts, *(self.change(edit, W) for edit in edits)))
 
     def _stack(self, edit: Edit) -> list[Change]:
-        """The changes of all experts of a patch, made once for as long as they are asked for."""
+        """The changes of all experts of a patch, computed once while they are needed."""
         with self._lock:
             key = id(edit.place)
             if key not in self._stacks:
@@ -135,42 +135,46 @@ class Merger:
     def _tensors(self, edit: Edit) -> dict[str, Tensor]:
         return self.files.tensors(edit.merging.adapter.container, edit.place.patch.tensors)
 
-    def _replaced(self, before: Tensor, orders: Orders, name: str) -> Tensor:
-        if orders.replacement is None:
+    def _replaced(self, before: Tensor, edits: TensorEdits, name: str) -> Tensor:
+        if edits.replacement is None:
             return before
-        adapter, value = orders.replacement
+        adapter, value = edits.replacement
         require_fit(adapter, value, before.shape, name)
         found = self.files.tensor(adapter.container, value.value.tensor)
         return (found.T if value.is_turned else found).contiguous()
 
-    def _with_rows(self, X: Tensor, orders: Orders) -> Tensor:
-        for one in self._trained(orders):
+    def _with_rows(self, X: Tensor, edits: TensorEdits) -> Tensor:
+        for one in self._trained(edits):
             X = one.put_into(X, 0)
         return X
 
-    def _trained(self, orders: Orders) -> list[TrainedRows]:
+    def _trained(self, edits: TensorEdits) -> list[TrainedRows]:
         return [
             TrainedRows(torch.tensor(one.indices), self.files.tensor(adapter.container, one.tensor))
-            for adapter, one in orders.rows
+            for adapter, one in edits.rows
         ]
 
     def _truncation(
         self, name: str, index: int | None, turned: bool, edits: Sequence[Edit]
     ) -> tuple[Change, ...]:
-        """KaSA's cut of the base, once: as many components as the adapter that lacks most of them, as in PEFT."""
-        cutting = [
-            (edit.merging.cuts.rank(name, rank), edit) for edit in edits if (rank := _rank_to_cut(edit))
+        """KaSA's truncation of the base, once: of the largest rank that an adapter asks for, as in PEFT."""
+        truncation = [
+            (edit.merging.truncations.rank(name, rank), edit)
+            for edit in edits
+            if (rank := _truncation_rank(edit))
         ]
-        if not cutting:
+        if not truncation:
             return ()
-        rank, edit = max(cutting, key=lambda pair: pair[0])
+        rank, edit = max(truncation, key=lambda pair: pair[0])
         matrix = Matrix.of(self.checkpoint.tensors, name, (Piece(name, index),), Orientation.of(turned))
-        term = edit.merging.cuts.term(self.checkpoint, self.facts, matrix, edit.place.patch.module, rank)
+        term = edit.merging.truncations.term(
+            self.checkpoint, self.facts, matrix, edit.place.patch.module, rank
+        )
         return () if term is None else (Change(terms=(term,)),)
 
 
 def require_fit(adapter: Adapter, value: PlacedValue, before: Sequence[int], name: str) -> None:
-    """Refuse a value that is not of the shape of what it replaces, or not what its copies are.
+    """Refuse a value whose shape is not that of the parameter it replaces, and one that differs from its copies.
 
     Raises:
         InvalidInput: naming the tensor of the base, or the copy.
@@ -178,12 +182,12 @@ def require_fit(adapter: Adapter, value: PlacedValue, before: Sequence[int], nam
     found = adapter.container.tensors[value.value.tensor]
     shape = found.shape[::-1] if value.is_turned else found.shape
     if shape[1:] != tuple(before[1:]) or (shape != tuple(before) and not value.vocabulary):
-        what = f"of shape {shape}, in the base {tuple(before)}"
-        raise InvalidInput(what, name, "is this the base that it was trained on?")
+        what = f"shape {shape}, in the base {tuple(before)}"
+        raise InvalidInput(what, name, "take the base that it was trained on")
     for copy in value.value.copies if isinstance(value.value, Replacement) else ():
         other = adapter.container.tensors[copy]
         if (other.dtype, other.shape) != (found.dtype, found.shape) or not _are_equal(adapter, found, other):
-            raise InvalidInput(f"not what {found.name} is, which it repeats", copy)
+            raise InvalidInput(f"differs from {found.name}, which it should repeat", copy)
 
 
 def _are_equal(adapter: Adapter, one: TensorEntry, other: TensorEntry) -> bool:
@@ -192,21 +196,22 @@ def _are_equal(adapter: Adapter, one: TensorEntry, other: TensorEntry) -> bool:
         return all(bytes(a) == bytes(b) for a, b in pairs)
 
 
-def _rank_to_cut(edit: Edit) -> int:
-    """The rank of an adapter whose base is still to be cut; 0 for others."""
+def _truncation_rank(edit: Edit) -> int:
+    """The rank of an adapter whose base is still to be truncated; 0 for others."""
     patch = edit.place.patch
-    is_original = edit.merging.cuts_base and patch.base_change is not BaseChange.IN_FILE
+    is_original = edit.merging.truncates_base and patch.base_change is not BaseChange.IN_FILE
     return int(patch.settings["r"]) if is_original else 0
 
 
-def _cut_out(change: Change, edit: Edit) -> Change:
-    """The part of a change that falls on the rows in memory which a piece holds."""
+def _of_stored_rows(change: Change, edit: Edit) -> Change:
+    """The part of a change for the rows that a piece on disk holds."""
     start, stop = edit.span
     if (start, stop) == (0, edit.place.shape[0]):
         return change
     if change.dense is not None or change.map is not None:
         raise InvalidInput(
-            "this kind of adapter is not merged into experts that are apart on disk", edit.place.patch.module
+            "kasa does not merge this kind of adapter into experts that are stored apart",
+            edit.place.patch.module,
         )
     part = slice(start, stop)
     cut = partial(_columns if edit.place.is_transposed else _rows, part)

@@ -36,7 +36,7 @@ def recorded(case: Case, running: Running) -> MergeManifest:
     ]
     return MergeManifest(
         adapters=tuple(adapters),
-        base_is=case.told,
+        base_is=case.base_is,
         environment=numeric_environment(running.threads_per_worker, "cpu"),
         merged_before=tuple(sorted(provenance.merged_before(case.base))),
         model_class=case.names.model_class,

@@ -15,7 +15,7 @@ from kasa_cli.pipeline.base_writer import WrittenTensor, write_base
 from kasa_cli.pipeline.costs import streaming_cost
 from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
 from kasa_cli.pipeline.merging.case import Case, Options, check, opened_case
-from kasa_cli.pipeline.merging.edits import Orders
+from kasa_cli.pipeline.merging.edits import TensorEdits
 from kasa_cli.pipeline.merging.merger import Merger
 from kasa_cli.pipeline.merging.records import recorded, write_records
 from kasa_cli.pipeline.opening import Where
@@ -45,16 +45,16 @@ def plan(
     entries = {name: entry for sheet in sheets for name, entry in sheet.form.tensors.items()}
     tensors = tuple(
         ToChange(name, ", ".join(order.modules), entries[name].shape, entries[name].dtype, order.kinds)
-        for name, order in case.orders.items()
+        for name, order in case.edits.items()
     )
     num_bytes = sum(sheet.form.size for sheet in sheets)
     held = [
-        order.bytes_held(prod(entries[name].shape), options.rounding) for name, order in case.orders.items()
+        order.bytes_held(prod(entries[name].shape), options.rounding) for name, order in case.edits.items()
     ]
     return MergePlan(
         command="merge",
         model=where.model,
-        base_is=case.told,
+        base_is=case.base_is,
         tensors=tensors,
         totals={
             "tensors_merged": len(tensors),
@@ -84,7 +84,7 @@ def merge(
     check_running(running)
     facts = open_facts(running)
     case = opened_case(adapters, where, output, options, facts)
-    checkpoint, orders, made = case.checkpoint, case.orders, case.made
+    checkpoint, orders, made = case.checkpoint, case.edits, case.layout
     sheets = _sheets(case)
     require_space(output.parent, sum(sheet.form.size for sheet in sheets))
     record = recorded(case, running)
@@ -104,7 +104,7 @@ def merge(
         command="merge",
         model=where.model,
         model_class=case.names.model_class,
-        base_is=case.told,
+        base_is=case.base_is,
         dtype=options.dtype,
         rounding=options.rounding,
         tensors=_rows(orders, written.tensors),
@@ -117,13 +117,15 @@ def merge(
 
 def _sheets(case: Case) -> list[Sheet]:
     """The files of the merged model."""
-    checkpoint, made, dtype = case.checkpoint, case.made, DTYPES[case.options.dtype]
-    before = {name: checkpoint.tensors[made.sources.get(name, name)].dtype for name in case.orders}
-    dtypes = {name: dtype for name in case.orders if dtype is not None and dtype != before[name]}
+    checkpoint, made, dtype = case.checkpoint, case.layout, DTYPES[case.options.dtype]
+    before = {name: checkpoint.tensors[made.sources.get(name, name)].dtype for name in case.edits}
+    dtypes = {name: dtype for name in case.edits if dtype is not None and dtype != before[name]}
     return base_sheets(checkpoint, dtypes, case.options.max_shard_size, made.shapes, made.sources)
 
 
-def _rows(orders: Mapping[str, Orders], written: Sequence[WrittenTensor[Merged]]) -> tuple[MergedRow, ...]:
+def _rows(
+    orders: Mapping[str, TensorEdits], written: Sequence[WrittenTensor[Merged]]
+) -> tuple[MergedRow, ...]:
     """Changed tensors, in the order of the base's headers."""
     outcomes = {one.name: one for one in written if one.checks}
     return tuple(

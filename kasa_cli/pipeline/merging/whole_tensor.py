@@ -33,7 +33,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Operation:
+class WholeTensor:
     """A tensor on the table: as it was, what it is before the changes, and the changes."""
 
     name: str

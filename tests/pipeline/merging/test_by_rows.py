@@ -19,7 +19,7 @@ from kasa_cli.files import direct_io
 from kasa_cli.pipeline import base_writer
 from kasa_cli.pipeline.merging import by_rows
 from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
-from kasa_cli.pipeline.merging.whole_tensor import Operation
+from kasa_cli.pipeline.merging.whole_tensor import WholeTensor
 from kasa_cli.pipeline.verifying.integrity import check_hashes
 from kasa_cli.pipeline.workers import Silent
 from tests.builders import tiny_models
@@ -79,8 +79,10 @@ WHOLE = {"lora-bias", "dora-conv1d", "ia3-conv1d", "dora-embedding", "hira-embed
 @pytest.mark.parametrize("name", MERGED)
 def test_few_tensors_are_ever_held_whole(name, tmp_path, monkeypatch):
     held = []
-    whole = Operation.pieces
-    monkeypatch.setattr(Operation, "pieces", lambda self, dtype: held.append(self.name) or whole(self, dtype))
+    whole = WholeTensor.pieces
+    monkeypatch.setattr(
+        WholeTensor, "pieces", lambda self, dtype: held.append(self.name) or whole(self, dtype)
+    )
     merged(name, tmp_path, tmp_path / "out")
     assert bool(held) == (name in WHOLE)
 
