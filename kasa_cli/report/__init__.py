@@ -1,4 +1,4 @@
-"""What a run planned, saw and did: frozen plain data, for any renderer and for Python."""
+"""Plans and results of the verbs: frozen plain data, for renderers and for Python."""
 
 from kasa_cli.report.adapter import AdapterReport, InCut, ModuleRow, ValueRow
 from kasa_cli.report.base import Report

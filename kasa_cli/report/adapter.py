@@ -1,4 +1,4 @@
-"""What an adapter holds: one row a weight that it changes, and what it replaces.
+"""Result of `kasa inspect adapter`: one row for each weight that the adapter changes, and the parameters it replaces.
 
 Norms and singular values are in the units of the weight. Figures that are not known are None, with the reason.
 """
@@ -11,10 +11,11 @@ from kasa_cli.report.base import Report
 
 @dataclass(frozen=True)
 class InCut:
-    """How much of an update lies where the base was cut: shares of ‖ΔW‖², and those of a random update.
+    """Share of an update inside the truncated directions of the base, relative to ‖ΔW‖², beside that of a random
+    update.
 
-    `rank` is the number of components cut, U_d and V_d their directions: `both` is ‖U_dᵀ ΔW V_d‖², `left`
-    ‖U_dᵀ ΔW‖², `right` ‖ΔW V_d‖². `source` is where the directions come from, the tail or the base.
+    `rank` is the number of truncated components, U_d and V_d are their directions: `both` is ‖U_dᵀ ΔW V_d‖², `left`
+    ‖U_dᵀ ΔW‖², `right` ‖ΔW V_d‖². `source` says whether the directions come from the tail or the base.
     """
 
     rank: int
@@ -29,11 +30,11 @@ class InCut:
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One weight, or one expert of a fused parameter, and what an adapter says about it.
+    """One weight, or one expert of a fused parameter, that the adapter changes.
 
-    `parameter` is None where only the base could tell it. `why` says why norm or singular values are None. `diagonal`
-    is learned; `core` are the singular values of a dense core in its place. `defect_a` is ‖A Aᵀ - I‖_F, `defect_b`
-    ‖Bᵀ B - I‖_F. `penalties` are KaSA's of this layer: `l2`, and `l3_…` by convention.
+    `parameter` is None where only the base determines it. `why` is the reason for a missing norm or spectrum.
+    `diagonal` is learned; `core` are the singular values of a dense core in its place. `defect_a` is ‖A Aᵀ - I‖_F,
+    `defect_b` ‖Bᵀ B - I‖_F. `penalties` are KaSA's of this layer: `l2`, and `l3_…` by convention.
     """
 
     name: str
@@ -64,7 +65,7 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class ValueRow:
-    """A parameter that the adapter's file holds anew, or rows of one, and why."""
+    """A parameter, or rows of one, that the adapter replaces, with the reason."""
 
     parameter: str
     tensor: str
@@ -75,7 +76,7 @@ class ValueRow:
 
 @dataclass(frozen=True)
 class AdapterReport(Report):
-    """What `kasa inspect adapter` found. `base_is` is what a base was taken for, None where nobody had to know.
+    """Result of `kasa inspect adapter`. `base_is` is "original" or "truncated", None where it does not matter.
 
     `penalties` are KaSA's of the whole adapter: `beta`, `gamma` and by convention `l2`, `l3` and the `loss` they add.
     """

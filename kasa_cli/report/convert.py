@@ -1,4 +1,4 @@
-"""What `kasa convert` made of an adapter."""
+"""Plan and result of `kasa convert`: one row for each converted weight."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,11 @@ from kasa_cli.report.weights import ToChange
 
 @dataclass(frozen=True)
 class ConvertedRow:
-    """One weight, or one stack of experts: the components kept and those that would lose nothing, the norm of the
-    update, and the norm of what is missing of it as stored, relative to that."""
+    """One weight, or one stack of experts.
+
+    `rank` components are kept, `exact_rank` would lose nothing; `norm` is ‖ΔW‖_F, `loss` the norm of the difference
+    between ΔW and the stored factors, relative to it.
+    """
 
     module: str
     names: tuple[str, ...]
@@ -22,7 +25,7 @@ class ConvertedRow:
 
 @dataclass(frozen=True)
 class ConvertReport(Report):
-    """What `kasa convert` did. `on` and `base_is` are about KaSA, None for other kinds.
+    """Result of `kasa convert`. `on` and `base_is` are for KaSA, None for other kinds.
 
     `names` is None for lora-lite. `rank` is the largest of the rows, `padded_rank` that of the file.
     """
@@ -45,9 +48,9 @@ class ConvertReport(Report):
 
 @dataclass(frozen=True)
 class ConvertPlan(Report):
-    """What `--dry-run` of a conversion prints: nothing was written.
+    """Plan of `kasa convert`: nothing is written.
 
-    Of the base only headers were read, but for weights that a manifest had to be compared with. Memory and time are
+    Only headers of the base are read, and weights that have to be compared with a manifest. Memory and time are
     those of decomposing what may have to be; the store and a tail spare it. Bytes are not foretold: ranks are not.
     """
 

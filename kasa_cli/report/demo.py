@@ -13,11 +13,11 @@ from kasa_cli.report.verify import VerifyReport
 
 @dataclass(frozen=True)
 class DemoReport(Report):
-    """What `kasa demo` measured. `rounding` is by (dtype, rule): the least and median share of the cut left.
+    """Result of `kasa demo`. `rounding` has the minimum and median of `realised` for each dtype and rounding.
 
     `similarity` is the cosine between the last hidden states of the original and of the truncated model, loaded
     by transformers; `tail_difference` the largest difference between the truncated model and original plus tail in
-    PEFT, None where that is not installed; `merge_difference` the same for the tail merged by kasa.
+    PEFT, None without PEFT; `merge_difference` the same for the tail merged by kasa.
     """
 
     command: str

@@ -36,7 +36,7 @@ class DiffRow:
 
 @dataclass(frozen=True)
 class DiffReport(Report):
-    """What `kasa inspect diff` found. `rank_correlation` is Spearman's, of the two orders by κ."""
+    """Result of `kasa inspect diff`. `rank_correlation` is Spearman's, between the two orders by κ."""
 
     command: str
     models: tuple[str, str]

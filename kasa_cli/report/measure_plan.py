@@ -9,7 +9,7 @@ from kasa_cli.report.weights import Skipped
 
 @dataclass(frozen=True)
 class ToMeasure:
-    """A weight that would be measured; `shape` as it lies on disk, its pieces stacked."""
+    """A weight to measure; `shape` is that on disk, with its pieces stacked."""
 
     name: str
     module: str
@@ -19,7 +19,7 @@ class ToMeasure:
 
 @dataclass(frozen=True)
 class MeasurePlan(Report):
-    """What `--dry-run` prints of a verb that looks: nothing was read but headers."""
+    """Plan of a verb that only measures, from headers alone."""
 
     command: str
     model: str

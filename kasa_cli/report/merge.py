@@ -9,9 +9,9 @@ from kasa_cli.report.weights import ToChange
 
 @dataclass(frozen=True)
 class MergePlan(Report):
-    """What `--dry-run` of a merge prints: nothing was written.
+    """Plan of `kasa merge`: nothing is written.
 
-    Of the base only headers were read, but for weights that a manifest had to be compared with. `base_is` as in
+    Only headers of the base are read, and weights that have to be compared with a manifest. `base_is` as in
     `MergeReport`.
     """
 
@@ -26,8 +26,11 @@ class MergePlan(Report):
 
 @dataclass(frozen=True)
 class MergedRow:
-    """One tensor that adapters changed: how many had a word in it, the largest change of an entry, and the distance
-    of what was stored from the exact sum, over its norm."""
+    """One tensor that adapters changed.
+
+    `terms` is the number of adapter contributions, `max_abs_change` the largest change of an entry, `rounding_error`
+    the distance of the stored tensor from the exact sum, relative to the norm of that.
+    """
 
     name: str
     module: str
@@ -39,7 +42,7 @@ class MergedRow:
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """An adapter that was merged, every tensor of it accounted for."""
+    """A merged adapter, with the counts that show that every tensor of it was used."""
 
     path: str
     kind: str
@@ -51,7 +54,7 @@ class AdapterRow:
 
 @dataclass(frozen=True)
 class MergeReport(Report):
-    """What `kasa merge` did. `base_is` is what a KaSA adapter was told of its base, None without one."""
+    """Result of `kasa merge`. `base_is` is "original" or "truncated" for KaSA adapters, None without one."""
 
     command: str
     model: str

@@ -9,9 +9,9 @@ from kasa_cli.report.weights import Skipped
 
 @dataclass(frozen=True)
 class CandidateRow:
-    """One candidate with its score and its place in the order, from 1; None where it was not scored.
+    """One candidate with its score and its rank in the order, from 1.
 
-    `expected` is the score of a random matrix of that shape, None unless it was asked for; `experts` the scores of
+    `expected` is the score of a random matrix of that shape, None without `shape_fair`; `experts` are the scores of
     the single experts; `others` the scores by the criteria that were compared.
     """
 
@@ -29,8 +29,8 @@ class CandidateRow:
 
 @dataclass(frozen=True)
 class Emission:
-    """The hand-off text of a selection. `checked_by` is the PEFT that wrapped exactly the selection, None if there
-    was none to ask."""
+    """The text that hands the selection to a trainer. `checked_by` is the version of PEFT that wrapped exactly the
+    selection, None without PEFT."""
 
     kind: str
     text: str
@@ -39,7 +39,7 @@ class Emission:
 
 @dataclass(frozen=True)
 class SelectReport(Report):
-    """What `kasa select-targets` chose. `comparison` has one row a compared criterion."""
+    """Result of `kasa select-targets`. `comparison` has one row for each compared criterion."""
 
     command: str
     model: str

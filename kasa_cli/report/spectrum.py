@@ -12,7 +12,7 @@ from kasa_cli.report.weights import Skipped
 
 @dataclass(frozen=True)
 class SpectrumRow:
-    """The spectrum of one weight in figures; see `linalg.quantities` for what each means.
+    """Figures of the spectrum of one weight, as defined in `linalg.quantities`.
 
     `energy` is by rank, as text; `sketch` a few singular values at equal steps of the index, for a drawing in a
     line; `worst` and `best` mark the extremes of κ within a module type.
@@ -56,7 +56,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class SpectrumReport(Report):
-    """What `kasa inspect spectrum` measured. `curves` are for pictures, and in no JSON."""
+    """Result of `kasa inspect spectrum`. `curves` are for pictures and not part of the JSON."""
 
     command: str
     model: str

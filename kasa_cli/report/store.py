@@ -8,7 +8,7 @@ from kasa_cli.report.base import Report
 
 @dataclass(frozen=True)
 class StoreReport(Report):
-    """What the store of facts holds, or what was removed of it: one row a tensor measured."""
+    """The content of the store, or the removed part of it: one row for each measured tensor."""
 
     command: str
     store: str

@@ -12,7 +12,7 @@ from kasa_cli.report.weights import Skipped, ToTruncate
 
 @dataclass(frozen=True)
 class PlanReport(Report):
-    """What `--dry-run` prints: nothing was read but headers, nothing was written."""
+    """Plan of `kasa truncate`, from headers alone: nothing is written."""
 
     command: str
     model: str
@@ -28,7 +28,7 @@ class PlanReport(Report):
 
 @dataclass(frozen=True)
 class SpectralFacts:
-    """The spectral facts of one target and what a solver says of them; see `linalg.ends.Ends`."""
+    """The spectral facts of one target, with the solver and its residual; see `linalg.bottom.Ends`."""
 
     sigma_max: float
     sigma_min: float
@@ -44,7 +44,7 @@ class SpectralFacts:
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One truncated tensor: its facts, and what was measured on the stored result (None if none was)."""
+    """One truncated tensor: its facts, and the figures measured on the stored result (None if no base is written)."""
 
     name: str
     module: str
@@ -69,7 +69,7 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class TruncateReport(Report):
-    """What `kasa truncate` did. `model_class` is the class whose module names the adapters use, if known."""
+    """Result of `kasa truncate`. `model_class` is the class whose module names the adapters use, if known."""
 
     command: str
     model: str

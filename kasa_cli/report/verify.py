@@ -8,7 +8,7 @@ from kasa_cli.report.base import Report
 
 @dataclass(frozen=True)
 class VerifyReport(Report):
-    """What `kasa verify` checked; it raises on the first class of problem, so a report means all is well."""
+    """Result of `kasa verify`: the checks that passed. A failed check raises an error instead."""
 
     command: str
     output: str
