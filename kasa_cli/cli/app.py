@@ -30,12 +30,12 @@ app = typer.Typer(
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Like KeyboardInterrupt, it is nothing that an `except Exception` may take for a failure."""
+    """SIGTERM arrived. Like KeyboardInterrupt it is not an Exception, so that no handler of failures catches it."""
 
 
 COLLECT_EVERY = 10_000
-"""Objects between two searches for garbage. torch and transformers make a million that stay: Python's own 700 would
-spend a quarter of the start on them."""
+"""New objects between two runs of the garbage collector. torch and transformers make a million objects that stay;
+with Python's default of 700 the collector takes a quarter of the start."""
 VERBOSE = re.compile(r"--verbose|-q*v[qv]*")
 
 
@@ -51,7 +51,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Hold the options that need no verb."""
+    """Options without a verb."""
 
 
 GROUPS = {
@@ -61,7 +61,7 @@ GROUPS = {
 
 
 def _register() -> None:
-    """Add every verb of the table, in its order; `inspect` and `store` are groups of verbs."""
+    """Add the verbs in the order of the table; a verb of two words belongs to a group."""
     groups: dict[str, typer.Typer] = {"": app}
     for verb in VERBS:
         group, _, name = verb.rpartition(" ")
@@ -83,15 +83,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no κ shows how it is spelled
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without κ shows its escape
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _guarded(arguments)
-    except KeyboardInterrupt:  # once more, while the first is being reported
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first is reported
         code = ExitCode.INTERRUPTED
     except Terminated:
         code = ExitCode.TERMINATED
-    except SystemExit as leaving:  # rich's way to say that nobody reads the help any more
+    except SystemExit as leaving:  # rich exits so when the reader of the help has gone
         if not isinstance(leaving.__context__, BrokenPipeError):
             raise
         code = ExitCode.DONE
@@ -114,14 +114,14 @@ def _guarded(arguments: list[str]) -> int:
         return ExitCode.DONE
     except (OSError, MemoryError) as error:
         return _fail(_resource(error), ExitCode.RESOURCE, arguments)
-    except Exception as error:  # the last line of defence: a bug must not look like a result
+    except Exception as error:  # a bug must not look like a result
         what = f"internal error: {type(error).__name__}: {error}: please report it, with --verbose"
         return _fail(what, ExitCode.INTERNAL, arguments)
 
 
 def _run(arguments: list[str]) -> int:
     code = int(app(arguments, prog_name="kasa", standalone_mode=False) or 0)
-    if code == ExitCode.INTERRUPTED:  # Typer's way to say that Ctrl-C was pressed
+    if code == ExitCode.INTERRUPTED:  # Typer returns this code after Ctrl-C
         raise KeyboardInterrupt
     return code
 
@@ -143,7 +143,7 @@ def _resource(error: OSError | MemoryError) -> str:
 
 
 def _one_line(error: TyperException) -> str:
-    """Typer's own errors in the words of kasa's: what, where, what to do."""
+    """An error of Typer in the form of kasa's: what, where, what to do."""
     describe: Callable[[], str] = getattr(error, "format_message", lambda: str(error))
     what = " ".join(describe().split()).removesuffix(".").replace("Value error, ", "")
     command = getattr(getattr(error, "ctx", None), "command_path", "kasa")
@@ -151,7 +151,7 @@ def _one_line(error: TyperException) -> str:
 
 
 def _leave(code: int) -> NoReturn:
-    """Leave at once: a thread deep in LAPACK cannot be asked to stop, and a crash is what staging is made for."""
+    """Exit at once: a thread in LAPACK cannot be stopped, and staging survives a crash."""
     with suppress(OSError, KeyboardInterrupt, Terminated):
         typer.echo(nl=False)
         typer.echo(nl=False, err=True)

@@ -37,44 +37,65 @@ EXAMPLE = "Example: kasa convert my-adapter --to lora --base org/model -o lora"
 
 def convert(
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A folder of PEFT or kasa, or a lora-lite file.")
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="The adapter: a folder of PEFT or kasa, or a file of lora-lite."
+        ),
     ],
-    to: Annotated[FormName, typer.Option(help="A plain LoRA for PEFT and servers, or lora-lite's file.")],
+    to: Annotated[
+        FormName,
+        typer.Option(help="Convert to a plain LoRA for PEFT and servers, or to a file of lora-lite."),
+    ],
     base: Annotated[
         str,
-        typer.Option(metavar="BASE", help="A directory, or a Hub id (org/name).", rich_help_panel=INPUT),
+        typer.Option(
+            metavar="BASE", help="The model: a directory or a Hub id (org/name).", rich_help_panel=INPUT
+        ),
     ],
     output: OutputOption,
     on: Annotated[
         BaseName,
         typer.Option(
-            help="Of KaSA: rank r + t on the original base, or r on the truncated.", rich_help_panel=CHOICE
+            help="KaSA only: the base of the result. Its rank is r + t on the original, r on the truncated.",
+            rich_help_panel=CHOICE,
         ),
     ] = BaseName.ORIGINAL,
     names: Annotated[
         FlavourName,
-        typer.Option(help="Of modules in memory, or of tensors on disk.", rich_help_panel=CHOICE),
+        typer.Option(
+            help="Name the tensors by modules in memory (peft) or by tensors on disk.", rich_help_panel=CHOICE
+        ),
     ] = FlavourName.PEFT,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Keep the R largest components of each update.", rich_help_panel=CHOICE),
+        typer.Option(
+            min=1, help="Keep this many of the largest components of each update.", rich_help_panel=CHOICE
+        ),
     ] = None,
     energy: Annotated[
         float | None,
         typer.Option(
-            metavar="E", help="Keep the fewest that hold this share of Σσ².", rich_help_panel=CHOICE
+            metavar="E",
+            help="Keep the fewest components that hold this share of Σσ².",
+            rich_help_panel=CHOICE,
         ),
     ] = None,
     pad_rank: Annotated[
         bool,
-        typer.Option("--pad-rank", help="Pad to a rank that servers accept.", rich_help_panel=CHOICE),
+        typer.Option("--pad-rank", help="Pad the rank to one that servers accept.", rich_help_panel=CHOICE),
     ] = False,
     base_is: Annotated[
-        BaseIs, typer.Option(help="Of KaSA: auto asks the manifests.", rich_help_panel=INPUT)
+        BaseIs,
+        typer.Option(
+            help="KaSA only: whether BASE is the original or the truncated model. auto reads the manifests.",
+            rich_help_panel=INPUT,
+        ),
     ] = BaseIs.AUTO,
     force_base: Annotated[
         bool,
-        typer.Option("--force-base", help="Take a base it was not made for.", rich_help_panel=INPUT),
+        typer.Option(
+            "--force-base", help="Accept a base that the adapter was not made for.", rich_help_panel=INPUT
+        ),
     ] = False,
     overwrite: Overwrite = False,
     restart: Restart = False,

@@ -13,9 +13,10 @@ EXAMPLE = "Example: kasa demo -o kasa-demo"
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output-dir", "-o", help="Must not exist, or be empty.")] = Path(
-        "kasa-demo"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option("--output-dir", "-o", help="The output directory: new or empty."),
+    ] = Path("kasa-demo"),
     overwrite: Overwrite = False,
     workers: Workers = 0,
     output_format: FormatOption = Format.TABLE,
@@ -23,7 +24,7 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Walk the whole path on a small real model: inspect, select, truncate, verify, merge, load."""
+    """Run the whole path on a small real model: inspect, select, truncate, verify, merge, load."""
     code = answer("demo", locals())
     if not quiet:
         typer.echo(f"note: open {printable(str(output / 'spectra.html'))} in a browser", err=True)

@@ -1,6 +1,6 @@
-"""The flags of the command line, each with its help: what the verbs share, and how presets fill them in.
+"""The flags that verbs share, each with its help, and the presets that fill them in.
 
-The choices spell out the tables of the maths, for `--help` must not import them; a test holds the two together.
+The enums repeat the tables of `methods` and `linalg`, which `--help` must not import; a test compares them.
 """
 
 from enum import StrEnum
@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 MAX_WEIGHT = 1e30
-"""Of a loss: beyond it, infinity among them, nothing trains."""
+"""Largest loss weight accepted."""
 
 
 class Format(StrEnum):
-    """How results are spelled on stdout."""
+    """Format of the result on stdout."""
 
     TABLE = "table"
     JSON = "json"
@@ -23,7 +23,7 @@ class Format(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Dtype of the tensors operated on."""
+    """Dtype of the changed tensors."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -32,14 +32,14 @@ class Dtype(StrEnum):
 
 
 class RoundingName(StrEnum):
-    """How sums are rounded to the stored dtype."""
+    """How values are rounded to the stored dtype."""
 
     NEAREST = "nearest"
     PRESERVE = "preserve"
 
 
 class DiagInit(StrEnum):
-    """Start of the diagonal."""
+    """Initialisation of the diagonal."""
 
     RANDN = "randn"
     ONES = "ones"
@@ -47,14 +47,14 @@ class DiagInit(StrEnum):
 
 
 class Compat(StrEnum):
-    """Whose rule says how many components are kept."""
+    """Rule for the number of components kept."""
 
     PEFT = "peft"
     REFERENCE = "reference"
 
 
 class CriterionName(StrEnum):
-    """What targets are ranked by."""
+    """Figure that targets are ranked by."""
 
     KAPPA = "kappa"
     SNR = "snr"
@@ -65,21 +65,21 @@ class CriterionName(StrEnum):
 
 
 class Rule(StrEnum):
-    """Whose kappa."""
+    """Definition of kappa."""
 
     PEFT = "peft"
     STRICT = "strict"
 
 
 class End(StrEnum):
-    """Which end of a criterion is chosen."""
+    """End of a criterion that is preferred."""
 
     LOW = "low"
     HIGH = "high"
 
 
 class BaseIs(StrEnum):
-    """What the base of a KaSA adapter is."""
+    """Whether the base of a KaSA adapter is truncated."""
 
     AUTO = "auto"
     ORIGINAL = "original"
@@ -87,28 +87,28 @@ class BaseIs(StrEnum):
 
 
 class FormName(StrEnum):
-    """What an adapter is converted to."""
+    """Form of the converted adapter."""
 
     LORA = "lora"
     LORA_LITE = "lora-lite"
 
 
 class BaseName(StrEnum):
-    """Which of KaSA's two bases."""
+    """One of KaSA's two bases."""
 
     ORIGINAL = "original"
     TRUNCATED = "truncated"
 
 
 class FlavourName(StrEnum):
-    """Whose names the tensors have."""
+    """Naming of the tensors."""
 
     PEFT = "peft"
     DISK = "disk"
 
 
 class EmitName(StrEnum):
-    """Spelling of a choice for those who train on it."""
+    """Format of an exported selection."""
 
     NAMES = "names"
     PEFT = "peft"
@@ -121,7 +121,7 @@ NOT_IN_PRESETS = ("config", "help", "verbose")
 
 
 def _preset(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the defaults of a verb from a preset, before its flags are read."""
+    """Set the defaults of a verb from a preset before its flags are read."""
     if path is not None:
         from kasa_cli.cli.presets import Option, load
 
@@ -137,73 +137,129 @@ def _preset(context: typer.Context, path: Path | None) -> Path | None:
 
 INPUT, CHOICE, OUTPUT, RUN, ABOUT = "Model and targets", "Choice", "Output", "Run", "Reporting"
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id (org/name).")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="The model: a directory or a Hub id (org/name).")
+]
 OutputOption = Annotated[
-    Path, typer.Option("--output-dir", "-o", help="Must not exist, or be empty.", rich_help_panel=OUTPUT)
+    Path,
+    typer.Option(
+        "--output-dir",
+        "-o",
+        help="The output directory: new or empty.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=INPUT)
+    str | None,
+    typer.Option(help="Use this branch, tag or commit of the Hub repository.", rich_help_panel=INPUT),
 ]
-CacheDir = Annotated[Path | None, typer.Option(help="Cache of Hub downloads.", rich_help_panel=INPUT)]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Keep Hub downloads in this folder.", rich_help_panel=INPUT)
+]
 LocalOnly = Annotated[
-    bool, typer.Option("--local-files-only", help="Never ask the Hub.", rich_help_panel=INPUT)
+    bool,
+    typer.Option(
+        "--local-files-only", help="Use only files that are on this machine.", rich_help_panel=INPUT
+    ),
 ]
 Targets = Annotated[
     list[str] | None,
     typer.Option(
-        "--target", metavar="PATTERN", help="Glob over module names, or a suffix.", rich_help_panel=INPUT
+        "--target",
+        metavar="PATTERN",
+        help="Select the modules that match: a glob over full names, or a suffix.",
+        rich_help_panel=INPUT,
     ),
 ]
 Excludes = Annotated[
     list[str] | None,
-    typer.Option("--exclude", metavar="PATTERN", help="Leave these out.", rich_help_panel=INPUT),
+    typer.Option(
+        "--exclude", metavar="PATTERN", help="Leave out the modules that match.", rich_help_panel=INPUT
+    ),
 ]
 TargetsFrom = Annotated[
-    Path | None, typer.Option("--targets-from", help="JSON with target_modules.", rich_help_panel=INPUT)
+    Path | None,
+    typer.Option(
+        "--targets-from",
+        help="Read the targets from the JSON that select-targets wrote.",
+        rich_help_panel=INPUT,
+    ),
 ]
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="A YAML preset; flags win.", callback=_preset, is_eager=True, rich_help_panel=RUN
+        "--config",
+        help="Read options from a YAML preset; flags override it.",
+        callback=_preset,
+        is_eager=True,
+        rich_help_panel=RUN,
     ),
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Matrices at once; 0: the cores.", rich_help_panel=RUN)]
-Threads = Annotated[
-    int, typer.Option(min=1, help="BLAS threads a matrix; bytes depend on it.", rich_help_panel=RUN)
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Work on this many matrices at once (0: the number of cores).", rich_help_panel=RUN
+    ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
+Threads = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Use this many BLAS threads for each matrix; the output bytes depend on it.",
+        rich_help_panel=RUN,
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="Decompose on this device: auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option(
         "--store",
-        help="Where measured spectra are kept; default: KASA_STORE, or the user's cache.",
+        help="Keep measured spectra in this folder (default KASA_STORE, else the user's cache).",
         rich_help_panel=RUN,
     ),
 ]
 NoStore = Annotated[
-    bool, typer.Option("--no-store", help="Use and leave no measured spectra.", rich_help_panel=RUN)
+    bool, typer.Option("--no-store", help="Neither use nor keep measured spectra.", rich_help_panel=RUN)
 ]
 KeepGoing = Annotated[
-    bool, typer.Option("--keep-going", help="List what cannot be measured, and exit 11.", rich_help_panel=RUN)
+    bool,
+    typer.Option(
+        "--keep-going",
+        help="Skip and list weights that cannot be measured, and exit with 11.",
+        rich_help_panel=RUN,
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the adapter's random start.", rich_help_panel=RUN)]
+Seed = Annotated[int, typer.Option(help="Seed of the adapter's random initialisation.", rich_help_panel=RUN)]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output of kasa.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option("--overwrite", help="Replace an output directory that kasa wrote.", rich_help_panel=OUTPUT),
 ]
 OverwriteFiles = Annotated[
     bool, typer.Option("--overwrite", help="Replace files that exist.", rich_help_panel=OUTPUT)
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Throw away what an interrupted run left.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option(
+        "--restart", help="Discard what an interrupted run left, and begin again.", rich_help_panel=OUTPUT
+    ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only the plan; reads headers, writes nothing.", rich_help_panel=RUN)
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print the plan: only headers are read, and nothing is written.",
+        rich_help_panel=RUN,
+    ),
 ]
 FormatOption = Annotated[
-    Format, typer.Option("--format", help="Spelling of the result.", rich_help_panel=ABOUT)
+    Format, typer.Option("--format", help="Format of the result.", rich_help_panel=ABOUT)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Short for --format json.", rich_help_panel=ABOUT)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel=ABOUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show neither progress nor notes.", rich_help_panel=ABOUT)
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=ABOUT)
 ]

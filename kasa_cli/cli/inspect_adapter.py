@@ -27,13 +27,21 @@ EXAMPLE = "Example: kasa inspect adapter my-adapter --base org/model"
 
 
 def inspect_adapter(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder, or a lora-lite file.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="The adapter: a folder, or a file of lora-lite.")
+    ],
     base: Annotated[
         str | None,
-        typer.Option(help="A directory, or a Hub id: for kinds that change it.", rich_help_panel=INPUT),
+        typer.Option(
+            help="The base: a directory or a Hub id. Some kinds of adapters need it.", rich_help_panel=INPUT
+        ),
     ] = None,
     base_is: Annotated[
-        BaseIs, typer.Option(help="Of KaSA: auto asks the manifests.", rich_help_panel=INPUT)
+        BaseIs,
+        typer.Option(
+            help="KaSA only: whether BASE is the original or the truncated model. auto reads the manifests.",
+            rich_help_panel=INPUT,
+        ),
     ] = BaseIs.AUTO,
     revision: Revision = None,
     cache_dir: CacheDir = None,
@@ -47,5 +55,5 @@ def inspect_adapter(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Look at an adapter: scaling, norm, singular values, diagonal, orthogonality, KaSA's penalties and cut."""
+    """Measure an adapter: scaling, norm, singular values, diagonal, orthogonality, KaSA's penalties."""
     return answer("inspect_adapter", locals())

@@ -29,15 +29,19 @@ EXAMPLE = "Example: kasa inspect diff org/base org/chat"
 
 
 def inspect_diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A directory, or a Hub id: the base.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another of the same shapes.")],
-    rank: Annotated[int, typer.Option(min=1, help="Of the subspaces compared at either end.")] = 16,
+    first: Annotated[str, typer.Argument(metavar="A", help="The first model: a directory or a Hub id.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The second model, of the same shapes.")],
+    rank: Annotated[
+        int,
+        typer.Option(min=1, help="Rank of the subspaces that are compared at either end of the spectrum."),
+    ] = 16,
     targets: Targets = None,
     excludes: Excludes = None,
     targets_from: TargetsFrom = None,
     revision: Revision = None,
     revision_b: Annotated[
-        str | None, typer.Option("--revision-b", help="Branch, tag or commit of B.", rich_help_panel=INPUT)
+        str | None,
+        typer.Option("--revision-b", help="Use this branch, tag or commit of B.", rich_help_panel=INPUT),
     ] = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,

@@ -37,14 +37,15 @@ EXAMPLE = "Example: kasa inspect spectrum org/model --html spectra.html"
 def inspect_spectrum(
     model: ModelArgument,
     html: Annotated[
-        Path | None, typer.Option(help="One self-contained page to write.", rich_help_panel=OUTPUT)
+        Path | None, typer.Option(help="Write one self-contained page to this file.", rich_help_panel=OUTPUT)
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for pictures.", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option(metavar="DIR", help="Write pictures to this folder.", rich_help_panel=OUTPUT),
     ] = None,
     values: Annotated[
         Path | None,
-        typer.Option(help="All singular values, as a safetensors file.", rich_help_panel=OUTPUT),
+        typer.Option(help="Write all singular values to this safetensors file.", rich_help_panel=OUTPUT),
     ] = None,
     overwrite: OverwriteFiles = False,
     targets: Targets = None,
@@ -66,5 +67,5 @@ def inspect_spectrum(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Measure all singular values: condition, ranks, noise edge, tail; as table, page or picture."""
+    """Measure all singular values: condition, ranks, noise edge, tail; as a table, page or pictures."""
     return answer("inspect_spectrum", locals())

@@ -35,39 +35,59 @@ EXAMPLE = "Example: kasa merge my-adapter --into org/model -o merged"
 
 
 def merge(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER …", help="Folders, or lora-lite files.")],
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER …", help="Adapters: folders, or files of lora-lite.")
+    ],
     into: Annotated[
         str,
         typer.Option(
-            "--into", metavar="BASE", help="A directory, or a Hub id (org/name).", rich_help_panel=INPUT
+            "--into",
+            metavar="BASE",
+            help="The model: a directory or a Hub id (org/name).",
+            rich_help_panel=INPUT,
         ),
     ],
     output: OutputOption,
     weights: Annotated[
         list[float] | None,
-        typer.Option("--weight", help="Once per adapter; default: 1.", rich_help_panel=INPUT),
+        typer.Option(
+            "--weight", help="Weight of an adapter, once for each (default 1).", rich_help_panel=INPUT
+        ),
     ] = None,
     base_is: Annotated[
-        BaseIs, typer.Option(help="Of KaSA: auto asks the manifests.", rich_help_panel=INPUT)
+        BaseIs,
+        typer.Option(
+            help="KaSA only: whether BASE is the original or the truncated model. auto reads the manifests.",
+            rich_help_panel=INPUT,
+        ),
     ] = BaseIs.AUTO,
     force_base: Annotated[
         bool,
-        typer.Option("--force-base", help="Merge into a base it was not made for.", rich_help_panel=INPUT),
+        typer.Option(
+            "--force-base", help="Merge into a base that the adapter was not made for.", rich_help_panel=INPUT
+        ),
     ] = False,
     untie: Annotated[
         bool,
         typer.Option(
             "--untie",
-            help="When an adapter changes one end of tied weights: write both ends.",
+            help="Write tied weights apart where an adapter changes only one of them.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Of the tensors changed; auto keeps.")] = Dtype.AUTO,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype of the changed tensors; auto keeps theirs.")
+    ] = Dtype.AUTO,
     rounding: Annotated[
-        RoundingName, typer.Option(help="preserve keeps the update in half precision.")
+        RoundingName,
+        typer.Option(help="How values are rounded; preserve keeps the update in half precision."),
     ] = RoundingName.NEAREST,
     max_shard_size: Annotated[
-        str | None, typer.Option(help='Lay out shards anew, e.g. "5GB".', rich_help_panel=OUTPUT)
+        str | None,
+        typer.Option(
+            help="Write shards of at most this size, such as 5GB, instead of the model's own.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     overwrite: Overwrite = False,
     restart: Restart = False,

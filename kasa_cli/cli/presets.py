@@ -1,7 +1,7 @@
-"""Presets: options from a YAML file, by the names they have on the command line. Flags win over them.
+"""Presets: options from a YAML file, under the names of the command line. Flags override them.
 
-A value is taken as it is spelled, as if it had been typed: `8.5` is no rank, and `1e-4` is a number, although
-YAML 1.1 reads a string.
+A value is taken as text, as if it were typed: `8.5` is not a rank, and `1e-4` is a number, although YAML 1.1 reads
+it as a string.
 """
 
 from collections.abc import Mapping
@@ -19,22 +19,23 @@ NULL = "tag:yaml.org,2002:null"
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a verb: the parameter it sets, and whether it may be given more than once."""
+    """An option of a verb: its parameter, and whether it may be repeated."""
 
     parameter: str
     is_repeatable: bool
 
 
 def load(path: Path, known: Mapping[str, Option]) -> dict[str, str | list[str]]:
-    """The options of a preset, by parameter; those that are null keep their default.
+    """The options of a preset by parameter, without those that are null.
 
-    `known` is by name, with underscores. A list becomes several values, or one joined by commas.
+    `known` has the options of the verb by name, with underscores. A list becomes several values, or one value joined
+    by commas.
 
     Raises:
         UsageError: no such file, an option that the verb does not have, or one given twice.
         InvalidInput: not YAML, or not a map of options.
     """
-    found: dict[str, str | list[str]] = {}
+    options: dict[str, str | list[str]] = {}
     seen: set[str] = set()
     for key, value in _pairs(path):
         where = f"{path}, line {key.start_mark.line + 1}"
@@ -44,10 +45,10 @@ def load(path: Path, known: Mapping[str, Option]) -> dict[str, str | list[str]]:
         if option.parameter in seen:
             raise UsageError(f"option {key.value!r} twice in a preset", where, "keep one")
         seen.add(option.parameter)
-        words = _words(value, where)
+        values = _values(value, where)
         if value.tag != NULL:
-            found[option.parameter] = words if option.is_repeatable else ",".join(words)
-    return found
+            options[option.parameter] = values if option.is_repeatable else ",".join(values)
+    return options
 
 
 def _pairs(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
@@ -68,7 +69,7 @@ def _pairs(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
     return list(root.value)
 
 
-def _words(value: yaml.Node, where: str) -> list[str]:
+def _values(value: yaml.Node, where: str) -> list[str]:
     items = value.value if isinstance(value, yaml.SequenceNode) else [value]
     if not all(isinstance(item, yaml.ScalarNode) for item in items):
         raise InvalidInput("neither a value nor a list of values", where)

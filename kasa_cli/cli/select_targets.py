@@ -44,59 +44,74 @@ def select_targets(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="File for the hand-off, or for the JSON.", rich_help_panel=OUTPUT
+            "--output",
+            "-o",
+            help="Write the export, or without --emit the JSON, to this file.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     emit: Annotated[
         EmitName | None,
         typer.Option(
             metavar="KIND",
-            help="Hand-off, tested on the model: names, peft, axolotl, llamafactory or regex.",
+            help="Export the selection, tested on the model: names, peft, axolotl, llamafactory or regex.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     overwrite: OverwriteFiles = False,
     top_p: Annotated[
-        float | None, typer.Option(help="Best share; default: 0.2.", rich_help_panel=CHOICE)
+        float | None,
+        typer.Option(help="Select this fraction of the candidates (default 0.2).", rich_help_panel=CHOICE),
     ] = None,
     num_modules: Annotated[
-        int | None, typer.Option(help="So many of the best.", rich_help_panel=CHOICE)
+        int | None, typer.Option(help="Select this many candidates.", rich_help_panel=CHOICE)
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="All up to a score, inclusive.", rich_help_panel=CHOICE)
+        float | None,
+        typer.Option(help="Select the candidates up to this score, inclusive.", rich_help_panel=CHOICE),
     ] = None,
     criterion: Annotated[
         CriterionName,
         typer.Option(
             metavar="CRITERION",
-            help="kappa, snr, snr-mp, stable-rank, effective-rank or alpha.",
+            help="Rank by this figure: kappa, snr, snr-mp, stable-rank, effective-rank or alpha.",
             rich_help_panel=CHOICE,
         ),
     ] = CriterionName.KAPPA,
     prefer: Annotated[
-        End | None, typer.Option(help="Which end; default: the criterion's.", rich_help_panel=CHOICE)
+        End | None,
+        typer.Option(
+            help="Prefer low or high scores (default: the criterion's own).", rich_help_panel=CHOICE
+        ),
     ] = None,
     rule: Annotated[
-        Rule, typer.Option(help="Of kappa: PEFT's KappaTune, or σ₁/σₖ itself.", rich_help_panel=CHOICE)
+        Rule, typer.Option(help="kappa only: as KappaTune in PEFT, or σ₁/σₖ itself.", rich_help_panel=CHOICE)
     ] = Rule.PEFT,
     max_dim: Annotated[
-        int, typer.Option(min=1, help="Leave out what has a longer side.", rich_help_panel=CHOICE)
+        int, typer.Option(min=1, help="Leave out weights with a longer side.", rich_help_panel=CHOICE)
     ] = 16384,
     per_type: Annotated[
         bool, typer.Option("--per-type", help="Rank within each module type.", rich_help_panel=CHOICE)
     ] = False,
     shape_fair: Annotated[
         bool,
-        typer.Option("--shape-fair", help="Against a random matrix of the shape.", rich_help_panel=CHOICE),
+        typer.Option(
+            "--shape-fair",
+            help="Divide the score by that of a random matrix of the same shape.",
+            rich_help_panel=CHOICE,
+        ),
     ] = False,
     match_budget: Annotated[
         int | None,
         typer.Option(
-            metavar="RANK", min=1, help="Rank that costs as much as RANK on all.", rich_help_panel=CHOICE
+            metavar="RANK",
+            min=1,
+            help="Find the rank that trains as many parameters as RANK on all candidates.",
+            rich_help_panel=CHOICE,
         ),
     ] = None,
     compare: Annotated[
-        str, typer.Option(help="Other criteria, joined by commas.", rich_help_panel=CHOICE)
+        str, typer.Option(help="Compare with these criteria, joined by commas.", rich_help_panel=CHOICE)
     ] = "",
     targets: Targets = None,
     excludes: Excludes = None,
@@ -117,7 +132,7 @@ def select_targets(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Rank what to fine-tune by its spectrum (KappaTune, Spectrum, …) and hand the best over."""
+    """Rank weights by their spectra (KappaTune, Spectrum, …), and select the best for fine-tuning."""
     report, code = ask("select_targets", locals())
     has_text = not dry_run and report.emission is not None
     if has_text and output is None and output_format is Format.TABLE and not json_format:

@@ -13,5 +13,5 @@ def store_ls(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """List the tensors whose spectra are remembered, the one used last first."""
+    """List the tensors whose spectra are in the store, the one used last first."""
     return answer("store_ls", locals())

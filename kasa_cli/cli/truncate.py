@@ -43,32 +43,48 @@ EXAMPLE = "Example: kasa truncate org/model -o out -r 16 --rounding preserve"
 def truncate(
     model: ModelArgument,
     output: OutputOption,
-    rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Adapter rank.")] = 16,
+    rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of the adapter.")] = 16,
     truncation_rank: Annotated[
-        int | None, typer.Option(min=0, help="Components dropped; default: the rank.")
+        int | None, typer.Option(min=0, help="Drop this many components (default: the rank).")
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(min=0, max=MAX_WEIGHT, help="Default: twice the rank.")
+        float | None,
+        typer.Option(
+            min=0, max=MAX_WEIGHT, help="Scaling numerator of the adapter (default: twice the rank)."
+        ),
     ] = None,
-    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
-    emit: Annotated[str, typer.Option(help="What to write, joined by commas.")] = "base,adapter,tail",
-    dtype: Annotated[Dtype, typer.Option(help="Of the tensors operated on; auto keeps.")] = Dtype.AUTO,
+    use_rslora: Annotated[
+        bool, typer.Option("--use-rslora", help="Scale the adapter by alpha / sqrt(rank).")
+    ] = False,
+    emit: Annotated[str, typer.Option(help="Write these parts, joined by commas.")] = "base,adapter,tail",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype of the truncated tensors; auto keeps theirs.")
+    ] = Dtype.AUTO,
     rounding: Annotated[
-        RoundingName, typer.Option(help="preserve keeps the cut in half precision.")
+        RoundingName,
+        typer.Option(help="How values are rounded; preserve keeps the truncation in half precision."),
     ] = RoundingName.NEAREST,
     min_realised: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the cut that must be left.")
+        float, typer.Option(min=0, max=1, help="Least share of the truncation that rounding must leave.")
     ] = 0.9,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 11 below --min-realised.")] = False,
-    diag_init: Annotated[DiagInit, typer.Option(help="Start of the diagonal.")] = DiagInit.RANDN,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 11 if a tensor is below --min-realised.")
+    ] = False,
+    diag_init: Annotated[DiagInit, typer.Option(help="Initialisation of the diagonal.")] = DiagInit.RANDN,
     beta: Annotated[float, typer.Option(min=0, max=MAX_WEIGHT, help="Weight of KaSA's L2 loss.")] = 1e-4,
     gamma: Annotated[float, typer.Option(min=0, max=MAX_WEIGHT, help="Weight of KaSA's L3 loss.")] = 1e-3,
     compat: Annotated[
-        Compat, typer.Option(help="reference: the published code's in_features rule.")
+        Compat,
+        typer.Option(
+            help="Rule for the components kept; reference is the in_features rule of the published code."
+        ),
     ] = Compat.PEFT,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(help='Lay out shards anew, e.g. "5GB".', rich_help_panel=OUTPUT),
+        typer.Option(
+            help="Write shards of at most this size, such as 5GB, instead of the model's own.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     overwrite: Overwrite = False,
     restart: Restart = False,
@@ -91,5 +107,5 @@ def truncate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Drop the smallest singular components; write base, fresh KaSA adapter and tail."""
+    """Drop the smallest singular components; write the base, a fresh KaSA adapter and the tail."""
     return answer("truncate", locals())

@@ -22,10 +22,10 @@ EXAMPLE = "Example: kasa verify out --read-data --against org/model"
 
 
 def verify(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that kasa wrote.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory that kasa wrote.")],
     read_data: Annotated[bool, typer.Option("--read-data", help="Hash every byte.")] = False,
     against: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Recompute from the base and compare.")
+        str | None, typer.Option(metavar="BASE", help="Recompute the truncation from this base, and compare.")
     ] = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
@@ -36,5 +36,5 @@ def verify(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Check an output against its manifest, and against its base. Never writes."""
+    """Check an output against its manifest and its base. Nothing is written."""
     return answer("verify", locals())
