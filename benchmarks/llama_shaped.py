@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kasa_cli.checkpoint.safetensors_writer import filling, form
+from kasa_cli.checkpoint.safetensors_writer import filling, lay_out
 
 WIDTHS = {
     2048: {"intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -42,7 +42,9 @@ def write(folder: Path, width: int, layers: int) -> Path:
     groups = [("embed", _ends(made)), *((f"{n:02d}", _layer(made, n)) for n in range(layers))]
     for label, tensors in groups:
         file = f"model-{label}.safetensors"
-        with filling(folder / file, form((name, "BF16", shape) for name, shape in tensors.items())) as shard:
+        with filling(
+            folder / file, lay_out((name, "BF16", shape) for name, shape in tensors.items())
+        ) as shard:
             for name, shape in tensors.items():
                 shard.put(name, _random(name, shape))
         weight_map |= dict.fromkeys(tensors, file)

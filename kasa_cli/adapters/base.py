@@ -9,7 +9,7 @@ from kasa_cli.checkpoint.dtypes import FLOATS
 from kasa_cli.checkpoint.matrix import Piece
 from kasa_cli.checkpoint.safetensors_file import TensorEntry
 from kasa_cli.errors import InvalidInput
-from kasa_cli.model_names.experts import NotAssembled, Origin, is_turned, matrices, shapes_of
+from kasa_cli.model_names.experts import Composition, NotAssembled, is_turned, matrices, shapes_of
 from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
 
 Tensors = Mapping[str, TensorEntry]
@@ -57,7 +57,7 @@ class BaseIndex:
         if module in self.weights or slot is None or slot.parameter != "weight":
             return module
         weight = self.weights.get(slot.module)
-        is_whole = weight is not None and weight.made_of == Origin(((f"{module}.weight",),))
+        is_whole = weight is not None and weight.made_of == Composition(((f"{module}.weight",),))
         return slot.module if is_whole or slot.kind is Kind.ROUTER else module
 
     def weight(self, module: str) -> Weight | None:
@@ -83,7 +83,7 @@ class BaseIndex:
     def single_tensor(self, module: str, name: str, kind: Kind) -> Weight:
         """A weight that one tensor on disk holds as it is."""
         slot = self.names.slots[name]
-        made_of = Origin(((name,),))
+        made_of = Composition(((name,),))
         return Weight(module, self.shapes[name], kind, True, False, slot.in_block, slot.tied_with, made_of)
 
 

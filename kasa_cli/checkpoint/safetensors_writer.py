@@ -20,7 +20,7 @@ from kasa_cli.files.durable import new_file, pwrite_all
 
 
 @dataclass(frozen=True)
-class Form:
+class FileLayout:
     """A file to be: its header, and where each tensor goes (absolute offsets)."""
 
     header: bytes
@@ -28,9 +28,9 @@ class Form:
     size: int
 
 
-def form(
+def lay_out(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: tuple[str, str] = ("format", "pt")
-) -> Form:
+) -> FileLayout:
     """Lay out (name, dtype, shape) triples as the library would, with one (key, value) of metadata."""
     ordered = sorted(tensors, key=lambda item: (-BITS[item[1]], item[0]))
     offset, fields, places = 0, {}, []
@@ -47,11 +47,11 @@ def form(
         name: TensorEntry(name, dtype, shape, start + begin, start + end)
         for name, dtype, shape, begin, end in places
     }
-    return Form(len(raw).to_bytes(8, "little") + raw, entries, start + offset)
+    return FileLayout(len(raw).to_bytes(8, "little") + raw, entries, start + offset)
 
 
 @contextmanager
-def filling(path: Path, layout: Form) -> Iterator["Filling"]:
+def filling(path: Path, layout: FileLayout) -> Iterator["Filling"]:
     """A file of that form to put tensors into, from several threads; durable when the block ends."""
     with new_file(path, layout.size) as descriptor:
         pwrite_all(descriptor, memoryview(layout.header), 0)

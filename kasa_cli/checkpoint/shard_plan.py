@@ -14,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.model_config import encoded, retyped
-from kasa_cli.checkpoint.safetensors_writer import Form, form
+from kasa_cli.checkpoint.safetensors_writer import FileLayout, lay_out
 from kasa_cli.errors import UsageError
 from kasa_cli.files.durable import copy_file, make_folder, write_file
 
@@ -31,7 +31,7 @@ class Sheet:
     """
 
     name: str
-    form: Form
+    layout: FileLayout
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -68,7 +68,7 @@ def base_sheets(
     return [
         _kept(checkpoint, file)
         if max_shard_size is None and changed.isdisjoint(names)
-        else Sheet(file, form(triples[name] for name in names), sources)
+        else Sheet(file, lay_out(triples[name] for name in names), sources)
         for file, names in files.items()
     ]
 
@@ -86,7 +86,7 @@ def _triple(
 
 def _kept(checkpoint: Checkpoint, file: str) -> Sheet:
     shard = checkpoint.shards[file]
-    return Sheet(file, Form(_header(shard.path, shard.data_start), shard.tensors, shard.identity.size))
+    return Sheet(file, FileLayout(_header(shard.path, shard.data_start), shard.tensors, shard.identity.size))
 
 
 def copy_companions(
@@ -112,7 +112,7 @@ def copy_companions(
 def write_index(checkpoint: Checkpoint, sheets: Sequence[Sheet], folder: Path) -> None:
     """The index as it was where the layout is, else a new one; none for a single file that had none."""
     is_as_before = all(
-        checkpoint.shards.get(sheet.name) and sheet.form.tensors is checkpoint.shards[sheet.name].tensors
+        checkpoint.shards.get(sheet.name) and sheet.layout.tensors is checkpoint.shards[sheet.name].tensors
         for sheet in sheets
     )
     if is_as_before and checkpoint.index_name:
@@ -124,7 +124,7 @@ def write_index(checkpoint: Checkpoint, sheets: Sequence[Sheet], folder: Path) -
 
 def new_index(sheets: Iterable[Sheet]) -> dict[str, Any]:
     """The index of a base whose layout was written anew."""
-    entries = [(sheet.name, entry) for sheet in sheets for entry in sheet.form.tensors.values()]
+    entries = [(sheet.name, entry) for sheet in sheets for entry in sheet.layout.tensors.values()]
     return {
         "metadata": {"total_size": sum(entry.num_bytes for _, entry in entries)},
         "weight_map": {entry.name: file for file, entry in sorted(entries, key=lambda pair: pair[1].name)},
@@ -138,7 +138,7 @@ def _header(path: Path, size: int) -> bytes:
 
 def _split(triples: Triples, max_shard_size: str) -> dict[str, list[str]]:
     """The Hub's own plan of shards, from sizes alone."""
-    sizes = {name: form([triple]).size - form([]).size for name, triple in triples.items()}
+    sizes = {name: lay_out([triple]).size - lay_out([]).size for name, triple in triples.items()}
     plan = split_state_dict_into_shards_factory(
         sizes,
         get_storage_size=lambda size: size,

@@ -18,10 +18,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from kasa_cli.model_names.experts import Origin
+from kasa_cli.model_names.experts import Composition
 
 
-class Landing(NamedTuple):
+class LoadedTensor(NamedTuple):
     """The parameter that a tensor on disk goes to; `whole` when it arrives unchanged and alone.
 
     If it does not, `part` is the pattern that its name matched, one of those of `converter`.
@@ -33,24 +33,24 @@ class Landing(NamedTuple):
     converter: WeightConverter | None = None
 
 
-def landed(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Landing]:
+def loaded_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, LoadedTensor]:
     """Where transformers puts each tensor on disk. What it leaves out is left out."""
     conversions = get_model_conversion_mapping(model)  # a fresh one: some keep state between names
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     memory, prefix = model.state_dict(), model.base_model_prefix
-    landings: dict[str, Landing] = {}
+    loaded: dict[str, LoadedTensor] = {}
     taken: set[str] = set()
     for name in in_loading_order(names):
         target, pattern = rename_source_key(name, renamings, converters, prefix, memory)
         if target not in memory and name in memory:  # the loader, too, undoes a rename that leads nowhere
             target, pattern = rename_source_key(name, [], [], prefix, memory)
-        landing = Landing(target, pattern is None, pattern or "", by_pattern.get(pattern or ""))
-        if target in memory and not (landing.whole and target in taken):  # of two, the loader keeps the first
-            landings[name] = landing
+        tensor = LoadedTensor(target, pattern is None, pattern or "", by_pattern.get(pattern or ""))
+        if target in memory and not (tensor.whole and target in taken):  # of two, the loader keeps the first
+            loaded[name] = tensor
             taken.add(target)
-    return landings
+    return loaded
 
 
 def name_on_disk(model: PreTrainedModel, parameter: str) -> str:
@@ -71,23 +71,23 @@ def in_loading_order(names: Iterable[str]) -> list[str]:
         return sorted(names)
 
 
-def origins(landings: Mapping[str, Landing]) -> dict[str, Origin]:
+def compositions(loaded: Mapping[str, LoadedTensor]) -> dict[str, Composition]:
     """What each parameter is made of, from where the tensors landed, given in the loader's order."""
-    arrivals: defaultdict[str, dict[str, Landing]] = defaultdict(dict)
-    for name, landing in landings.items():
-        arrivals[landing.name][name] = landing
-    return {parameter: origin(landed) for parameter, landed in arrivals.items()}
+    arrivals: defaultdict[str, dict[str, LoadedTensor]] = defaultdict(dict)
+    for name, tensor in loaded.items():
+        arrivals[tensor.name][name] = tensor
+    return {parameter: composition(landed) for parameter, landed in arrivals.items()}
 
 
-def origin(arrivals: Mapping[str, Landing]) -> Origin:
+def composition(arrivals: Mapping[str, LoadedTensor]) -> Composition:
     """What one parameter is made of. The first tensor to arrive decides how, as it does for the loader."""
-    first, landing = next(iter(arrivals.items()))
-    if landing.converter is None:
-        return Origin(((first,),))
-    parts = landing.converter.source_patterns
+    first, tensor = next(iter(arrivals.items()))
+    if tensor.converter is None:
+        return Composition(((first,),))
+    parts = tensor.converter.source_patterns
     groups = (tuple(name for name, other in arrivals.items() if other.part == part) for part in parts)
-    operations = tuple(described(operation) for operation in landing.converter.operations)
-    return Origin(tuple(group for group in groups if group), operations)
+    operations = tuple(described(operation) for operation in tensor.converter.operations)
+    return Composition(tuple(group for group in groups if group), operations)
 
 
 def described(operation: ConversionOps) -> str:

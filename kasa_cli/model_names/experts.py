@@ -34,7 +34,7 @@ class NotAssembled(Exception):
     """The tensors on disk do not make up the weight; the message says why."""
 
 
-class Origin(NamedTuple):
+class Composition(NamedTuple):
     """The tensors on disk that a parameter is made of, and how.
 
     `sources` has one group a pattern of transformers' conversion, each in the loader's order.
@@ -49,7 +49,7 @@ class Origin(NamedTuple):
         return tuple(name for group in self.sources for name in group)
 
 
-def matrices(shape: tuple[int, ...], made_of: Origin, on_disk: Shapes) -> Matrices:
+def matrices(shape: tuple[int, ...], made_of: Composition, on_disk: Shapes) -> Matrices:
     """The pieces of every matrix of a weight of that shape in memory, each matrix its pieces stacked by rows.
 
     Raises `NotAssembled` when a tensor is absent, of another shape, or changed in a way that is not followed.
@@ -64,7 +64,7 @@ def matrices(shape: tuple[int, ...], made_of: Origin, on_disk: Shapes) -> Matric
     return found
 
 
-def grouped(shape: tuple[int, ...], made_of: Origin, on_disk: Shapes) -> Matrices:
+def grouped(shape: tuple[int, ...], made_of: Composition, on_disk: Shapes) -> Matrices:
     """The pieces of every matrix, by the number of the expert if there are several."""
     if len(shape) == 2:
         return (tuple(Piece(name) for name in made_of.names),)
@@ -75,7 +75,7 @@ def grouped(shape: tuple[int, ...], made_of: Origin, on_disk: Shapes) -> Matrice
     return tuple(tuple(Piece(name, e) for name in made_of.names) for e in range(shape[0]))
 
 
-def apart(num_experts: int, made_of: Origin) -> Matrices:
+def apart(num_experts: int, made_of: Composition) -> Matrices:
     """The pieces of experts that lie on disk one by one."""
     numbered = [{number_in(name): name for name in group} for group in made_of.sources]
     for group, named in zip(made_of.sources, numbered, strict=True):
@@ -101,7 +101,9 @@ def number_in(name: str) -> int | None:
     return next((int(part) for part in reversed(name.split(".")) if part.isdecimal()), None)
 
 
-def check_sides(pieces: tuple[Piece, ...], sides: tuple[int, ...], made_of: Origin, on_disk: Shapes) -> None:
+def check_sides(
+    pieces: tuple[Piece, ...], sides: tuple[int, ...], made_of: Composition, on_disk: Shapes
+) -> None:
     """Refuse pieces that, stacked, are no matrix of these sides."""
     may_turn = any(operation.startswith("Transpose") for operation in made_of.operations)
     shapes = shapes_of(pieces, on_disk)

@@ -12,7 +12,7 @@ from typing import Any
 from kasa_cli import __version__
 from kasa_cli.files.durable import canonical_json
 from kasa_cli.files.store import NAMES, Store
-from kasa_cli.model_names.experts import Origin
+from kasa_cli.model_names.experts import Composition
 from kasa_cli.model_names.names import Kind, NameMap, Shapes, Slot, Weight
 
 EDITION = 1
@@ -71,7 +71,7 @@ def unpacked(payload: bytes) -> NameMap:
 
 def _weight(label: str, shape: list[int], kind: str, *rest: Any) -> Weight:
     is_module, is_linear, in_block, tied_with, (sources, operations) = rest
-    made_of = Origin(tuple(map(tuple, sources)), tuple(operations))
+    made_of = Composition(tuple(map(tuple, sources)), tuple(operations))
     return Weight(label, tuple(shape), Kind(kind), is_module, is_linear, in_block, tied_with, made_of)
 
 

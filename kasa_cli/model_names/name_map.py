@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from kasa_cli.errors import InvalidInput, printable
 from kasa_cli.model_names import meta_model
-from kasa_cli.model_names.conversion import Landing, landed, origins
-from kasa_cli.model_names.experts import Origin
+from kasa_cli.model_names.conversion import LoadedTensor, compositions, loaded_tensors
+from kasa_cli.model_names.experts import Composition
 from kasa_cli.model_names.names import Kind, NameMap, Shapes, Slot, UnknownFamily, Weight, split_name
 
 
@@ -32,20 +32,20 @@ def map_names(config: Mapping[str, Any], shapes: Shapes) -> NameMap:
         note = f"names in memory are taken to be those on disk: {printable(str(reason))}"
         slots = assumed_slots(shapes)
         return NameMap(None, note, slots, (), assumed_weights(shapes, slots))
-    anatomy = Anatomy(model)
-    landings = landed(model, shapes)
+    modules = ModelModules(model)
+    loaded = loaded_tensors(model, shapes)
     if config.get("quantization_config") is None:  # a packed tensor has another shape than what it unpacks to
-        check_shapes(anatomy, landings, shapes)
-    slots = {name: anatomy.slot(name, landings.get(name)) for name in shapes}
-    weights = anatomy.weights(origins(landings))
-    return NameMap(type(model).__name__, None, slots, anatomy.linear_modules(), weights)
+        check_shapes(modules, loaded, shapes)
+    slots = {name: modules.slot(name, loaded.get(name)) for name in shapes}
+    weights = modules.weights(compositions(loaded))
+    return NameMap(type(model).__name__, None, slots, modules.linear_modules(), weights)
 
 
-def check_shapes(anatomy: "Anatomy", landings: Mapping[str, Landing], shapes: Shapes) -> None:
+def check_shapes(modules: "ModelModules", loaded: Mapping[str, LoadedTensor], shapes: Shapes) -> None:
     """Refuse weights that the config does not describe."""
-    for name, landing in landings.items():
-        wanted, found = tuple(anatomy.memory[landing.name].shape), shapes[name]
-        if landing.whole and wanted != found and anatomy.kind(split_name(landing.name)[0]) != Kind.OTHER:
+    for name, tensor in loaded.items():
+        wanted, found = tuple(modules.memory[tensor.name].shape), shapes[name]
+        if tensor.whole and wanted != found and modules.kind(split_name(tensor.name)[0]) != Kind.OTHER:
             what = f"shape {found} on disk, {wanted} by config.json"
             raise InvalidInput(what, name, "the config and the weights do not belong together")
 
@@ -59,8 +59,8 @@ def misfits(config: Mapping[str, Any], shapes: Shapes) -> list[str]:
     memory = model.state_dict()
     return [
         name
-        for name, landing in landed(model, shapes).items()
-        if landing.whole and tuple(memory[landing.name].shape) != shapes[name]
+        for name, tensor in loaded_tensors(model, shapes).items()
+        if tensor.whole and tuple(memory[tensor.name].shape) != shapes[name]
     ]
 
 
@@ -70,7 +70,7 @@ ROUTER_CLASS = re.compile(r"Router|TopK|Gating$|MoE\w*Gate$")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
-class Anatomy:
+class ModelModules:
     """The modules of a model, as kinds."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -86,15 +86,15 @@ class Anatomy:
         self.expert_counts = frozenset(expert_counts(model.config.to_dict()))
         self.aliases = aliases(model)
 
-    def slot(self, name: str, landing: Landing | None) -> Slot:
+    def slot(self, name: str, tensor: LoadedTensor | None) -> Slot:
         """The slot of a tensor on disk that landed, or did not."""
-        module, parameter = split_name(landing.name if landing else name)
-        if landing is None:
+        module, parameter = split_name(tensor.name if tensor else name)
+        if tensor is None:
             return Slot(module, parameter, Kind.OTHER, self.in_block(module), None)
         kind = self.kind(module)
-        if not landing.whole and kind != Kind.EXPERTS:
+        if not tensor.whole and kind != Kind.EXPERTS:
             kind = Kind.OTHER  # split, joined or reordered on its way: not the module's matrix
-        return Slot(module, parameter, kind, self.in_block(module), self.tied_with(landing.name))
+        return Slot(module, parameter, kind, self.in_block(module), self.tied_with(tensor.name))
 
     def kind(self, path: str) -> Kind:
         """What a module is. Routers come first: many of them are linear maps."""
@@ -135,7 +135,7 @@ class Anatomy:
         """Every linear map of the model, in the order of `named_modules`."""
         return tuple(path for path in self.unique if isinstance(self.modules[path], nn.Linear | Conv1D))
 
-    def weights(self, made_of: Mapping[str, Origin]) -> tuple[Weight, ...]:
+    def weights(self, made_of: Mapping[str, Composition]) -> tuple[Weight, ...]:
         """Every linear map and embedding, then every stack of matrices, with the tensors they are made of."""
         matrices = [
             self.weight(path, f"{path}.weight", weight.shape, made_of)
@@ -146,16 +146,16 @@ class Anatomy:
         ]
         return (*matrices, *(self.weight(name, name, shape, made_of) for name, shape in self.stacks.items()))
 
-    def weight(self, label: str, name: str, shape: torch.Size, made_of: Mapping[str, Origin]) -> Weight:
+    def weight(self, label: str, name: str, shape: torch.Size, made_of: Mapping[str, Composition]) -> Weight:
         """A weight in memory, by what it is called and by the parameter that holds it."""
         module, is_module = split_name(name)[0], label != name
         is_linear = is_module and isinstance(self.modules[module], nn.Linear)
         facts = (self.kind(module), is_module, is_linear, self.in_block(module), self.tied_with(name))
-        return Weight(label, tuple(shape), *facts, self.origin(name, made_of))
+        return Weight(label, tuple(shape), *facts, self.composition(name, made_of))
 
-    def origin(self, name: str, made_of: Mapping[str, Origin]) -> Origin:
+    def composition(self, name: str, made_of: Mapping[str, Composition]) -> Composition:
         """What a parameter is made of: its own tensors, or those of another name that it goes by."""
-        return next((made_of[n] for n in (name, *self.aliases.get(name, ())) if n in made_of), Origin())
+        return next((made_of[n] for n in (name, *self.aliases.get(name, ())) if n in made_of), Composition())
 
 
 def ancestors(path: str) -> Iterator[str]:
@@ -239,7 +239,7 @@ def assumed_weight(name: str, shape: tuple[int, ...], slot: Slot) -> Weight | No
     if not is_module and len(shape) != 3:
         return None
     label, is_linear = slot.module if is_module else name, is_module and slot.kind != Kind.EMBEDDING
-    return Weight(label, shape, slot.kind, is_module, is_linear, slot.in_block, None, Origin(((name,),)))
+    return Weight(label, shape, slot.kind, is_module, is_linear, slot.in_block, None, Composition(((name,),)))
 
 
 def assumed_kind(path: str, shape: tuple[int, ...]) -> Kind:

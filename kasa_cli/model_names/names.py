@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kasa_cli.model_names.experts import Origin, Shapes
+from kasa_cli.model_names.experts import Composition, Shapes
 
 __all__ = ["Group", "Kind", "NameMap", "Shapes", "Slot", "UnknownFamily", "Weight", "split_name"]
 
@@ -50,7 +50,7 @@ class Weight:
     is_linear: bool
     in_block: bool
     tied_with: str | None
-    made_of: Origin
+    made_of: Composition
 
 
 @dataclass(frozen=True)

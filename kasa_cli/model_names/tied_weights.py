@@ -14,7 +14,7 @@ from kasa_cli.checkpoint import model_config
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files.untrusted import enumerated
 from kasa_cli.model_names import meta_model
-from kasa_cli.model_names.conversion import landed, name_on_disk
+from kasa_cli.model_names.conversion import loaded_tensors, name_on_disk
 from kasa_cli.model_names.name_map import aliases
 from kasa_cli.model_names.names import Group, Shapes
 
@@ -59,7 +59,7 @@ def taken_apart(config: Mapping[str, Any], shapes: Shapes, touched: Iterable[Gro
 
 
 def _groups(model: PreTrainedModel, shapes: Shapes) -> tuple[Group, ...]:
-    on_disk = {landing.name: name for name, landing in landed(model, shapes).items() if landing.whole}
+    on_disk = {tensor.name: name for name, tensor in loaded_tensors(model, shapes).items() if tensor.whole}
     names = dict.fromkeys(aliases(model).values())
     groups = [Group({end: on_disk.get(end) for end in ends}) for ends in names]
     return tuple(group for group in groups if group.held)
@@ -71,7 +71,7 @@ def _require_filled(
     """Untying has freed parameters and done nothing else: each has its tensor, of its shape."""
     memory = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
     same = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
-    filled = {landing.name for landing in landed(after, shapes).values()}
+    filled = {tensor.name for tensor in loaded_tensors(after, shapes).values()}
     freed = {name for name in aliases(before) if name not in still}
     odd = [
         name for name in memory if same.get(name) != memory[name] or (name in freed and name not in filled)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
 from kasa_cli.checkpoint.hashing import blake3
 from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.safetensors_file import Reader, TensorEntry
+from kasa_cli.checkpoint.safetensors_file import TensorEntry
 from kasa_cli.checkpoint.safetensors_writer import raw_bytes
 from kasa_cli.checkpoint.shard_plan import Sheet
 from kasa_cli.errors import NumericalError
@@ -107,11 +107,11 @@ def write_base(
 
     The largest files are written first, several at once, and their tensors in parallel.
     """
-    total = sum(sheet.form.size for sheet in sheets)
-    watcher.stage("write", sum(len(sheet.form.tensors) for sheet in sheets), total)
+    total = sum(sheet.layout.size for sheet in sheets)
+    watcher.stage("write", sum(len(sheet.layout.tensors) for sheet in sheets), total)
     writer = _BaseWriter(checkpoint, rewriter, folder)
     written: list[WrittenTensor[Checks]] = []
-    ordered = sorted(sheets, key=lambda sheet: -sheet.form.size)
+    ordered = sorted(sheets, key=lambda sheet: -sheet.layout.size)
     for start in range(0, len(sheets), OPEN_FILES):
         with ExitStack() as files:
             destinations = [
@@ -125,13 +125,13 @@ def write_base(
                 num_workers,
                 lambda destination: watcher.finished(destination.name, destination.entry.num_bytes),
             )
-    headers = {sheet.name: hashlib.sha256(sheet.form.header).hexdigest() for sheet in sheets}
+    headers = {sheet.name: hashlib.sha256(sheet.layout.header).hexdigest() for sheet in sheets}
     return WrittenBase(written, headers)
 
 
 def _destinations(sheet: Sheet, opened: Opened) -> list[Destination]:
     """The tensors of a file, in the order of their bytes."""
-    entries = sorted(sheet.form.tensors.values(), key=lambda entry: entry.begin)
+    entries = sorted(sheet.layout.tensors.values(), key=lambda entry: entry.begin)
     return [
         Destination(sheet.name, opened, entry, sheet.sources.get(entry.name, entry.name)) for entry in entries
     ]
@@ -156,8 +156,8 @@ class _BaseWriter(Generic[Checks]):
     @contextmanager
     def new_file(self, sheet: Sheet) -> Iterator[Opened]:
         """A new file of the base that holds its header and awaits its tensors."""
-        with new_file(self.folder / sheet.name, sheet.form.size) as descriptor:
-            pwrite_all(descriptor, memoryview(sheet.form.header), 0)
+        with new_file(self.folder / sheet.name, sheet.layout.size) as descriptor:
+            pwrite_all(descriptor, memoryview(sheet.layout.header), 0)
             with opened_directly(descriptor) as opened:
                 yield opened
 
@@ -165,8 +165,7 @@ class _BaseWriter(Generic[Checks]):
         """Write a tensor, rewritten or copied."""
         entry, source = destination.entry, destination.source
         if not self.rewriter.rewrites(entry.name):
-            with Reader(self.checkpoint.shards[self.checkpoint.shard_of(source)]) as reader:
-                digest = self.put(destination, reader.chunks(source, CHUNK))
+            digest = self.put(destination, self.checkpoint.chunks(source, CHUNK))
             return WrittenTensor(entry.name, destination.file, entry.dtype, digest, None)
         rewrite = self.rewriter.prepare(entry.name)
         digest = self.put(destination, map(raw_bytes, rewrite.pieces(entry.dtype)))

@@ -22,8 +22,8 @@ from transformers.core_model_loading import (
 )
 
 from kasa_cli.checkpoint.matrix import Piece
-from kasa_cli.model_names.conversion import Landing, described, origins
-from kasa_cli.model_names.experts import FOLLOWED, NotAssembled, Origin, matrices
+from kasa_cli.model_names.conversion import LoadedTensor, compositions, described
+from kasa_cli.model_names.experts import FOLLOWED, Composition, NotAssembled, matrices
 from tests.builders import tiny_models
 from tests.targets.test_candidates import (
     WEIGHTS,
@@ -92,15 +92,15 @@ def test_a_followed_conversion_keeps_the_singular_values(
     converter = WeightConverter(list(shapes), "fused", operations)
     assert (dimensions, tuple(map(described, operations))) in FOLLOWED
     tensors: Tensors = {}
-    landings: dict[str, Landing] = {}
+    loaded: dict[str, LoadedTensor] = {}
     for pattern, sides in shapes.items():
         for name, shape in zip(disk_names(pattern, len(sides)), sides, strict=True):
             tensors[name] = torch.randn(shape, dtype=torch.float64)
-            landings[name] = Landing("fused", False, pattern, converter)
+            loaded[name] = LoadedTensor("fused", False, pattern, converter)
             converter.add_tensor("fused", name, pattern, lambda name=name: tensors[name])
     made = converter.convert("fused", config=SimpleNamespace(num_attention_heads=3))["fused"]
     found = matrices(
-        tuple(made.shape), origins(landings)["fused"], {n: tuple(t.shape) for n, t in tensors.items()}
+        tuple(made.shape), compositions(loaded)["fused"], {n: tuple(t.shape) for n, t in tensors.items()}
     )
     whole = made if dimensions == 3 else made[None]
     assert len(found) == len(whole)
@@ -265,41 +265,51 @@ def test_two_layouts_at_once_are_accounted_for(tmp_path: Path) -> None:
 def test_the_first_tensor_to_arrive_decides_for_all() -> None:
     """As in the loader: a tensor that arrives whole leaves no room for parts that come later."""
     merge = WeightConverter("e.*.w", "fused", [MergeModulelist(dim=0)])
-    whole, part = Landing("fused", True), Landing("fused", False, "e.*.w", merge)
-    assert origins({"a": whole, "e.0.w": part}) == {"fused": Origin((("a",),))}
-    assert origins({"e.0.w": part, "a": whole}) == {
-        "fused": Origin((("e.0.w",),), ("MergeModulelist(dim=0)",))
+    whole, part = LoadedTensor("fused", True), LoadedTensor("fused", False, "e.*.w", merge)
+    assert compositions({"a": whole, "e.0.w": part}) == {"fused": Composition((("a",),))}
+    assert compositions({"e.0.w": part, "a": whole}) == {
+        "fused": Composition((("e.0.w",),), ("MergeModulelist(dim=0)",))
     }
 
 
 @pytest.mark.parametrize(
     ("shape", "made_of", "stored", "reason"),
     [
-        ((6, 4), Origin(), {}, "no tensor"),
-        ((6, 4), Origin((("a",),)), {"a": (4, 6)}, "on disk"),
-        ((2, 6, 4), Origin((("a",),)), {"a": (2, 4, 6)}, "on disk"),
-        ((2, 6, 4), Origin((("a",),)), {"a": (3, 6, 4)}, "3 experts on disk, 2 in memory"),
-        ((2, 6, 4), Origin((("a",),)), {"a": (2, 24)}, "on disk"),
-        ((6, 4), Origin((("a",), ("b",)), ("Concatenate(dim=0)",)), {"a": (3, 4), "b": (3, 5)}, "on disk"),
+        ((6, 4), Composition(), {}, "no tensor"),
+        ((6, 4), Composition((("a",),)), {"a": (4, 6)}, "on disk"),
+        ((2, 6, 4), Composition((("a",),)), {"a": (2, 4, 6)}, "on disk"),
+        ((2, 6, 4), Composition((("a",),)), {"a": (3, 6, 4)}, "3 experts on disk, 2 in memory"),
+        ((2, 6, 4), Composition((("a",),)), {"a": (2, 24)}, "on disk"),
         (
             (6, 4),
-            Origin((("a",), ("b",)), ("Concatenate(dim=1)",)),
+            Composition((("a",), ("b",)), ("Concatenate(dim=0)",)),
+            {"a": (3, 4), "b": (3, 5)},
+            "on disk",
+        ),
+        (
+            (6, 4),
+            Composition((("a",), ("b",)), ("Concatenate(dim=1)",)),
             {"a": (6, 2), "b": (6, 2)},
             "not followed",
         ),
-        ((2, 6, 4), Origin((("a",), ("b",)), ("Concatenate(dim=2)",)), {"a": (2, 6, 2)}, "not followed"),
-        ((1, 6, 4), Origin((("a",),), ("MergeModulelist(dim=0)",)), {"a": (6, 4)}, "expert 0 of 1"),
+        ((2, 6, 4), Composition((("a",), ("b",)), ("Concatenate(dim=2)",)), {"a": (2, 6, 2)}, "not followed"),
+        ((1, 6, 4), Composition((("a",),), ("MergeModulelist(dim=0)",)), {"a": (6, 4)}, "expert 0 of 1"),
         (
             (1, 6, 4),
-            Origin((("a.0.x", "b.0.x"),), ("MergeModulelist(dim=0)",)),
+            Composition((("a.0.x", "b.0.x"),), ("MergeModulelist(dim=0)",)),
             {"a.0.x": (6, 4), "b.0.x": (6, 4)},
             "2 experts",
         ),
-        ((2, 6, 4), Origin((("a",),), ("Conv3dToLinear",)), {"a": (6, 4)}, "by Conv3dToLinear: not followed"),
+        (
+            (2, 6, 4),
+            Composition((("a",),), ("Conv3dToLinear",)),
+            {"a": (6, 4)},
+            "by Conv3dToLinear: not followed",
+        ),
     ],
 )
 def test_what_does_not_make_up_a_weight_is_refused(
-    shape: tuple[int, ...], made_of: Origin, stored: dict[str, tuple[int, ...]], reason: str
+    shape: tuple[int, ...], made_of: Composition, stored: dict[str, tuple[int, ...]], reason: str
 ) -> None:
     with pytest.raises(NotAssembled, match=reason):
         matrices(shape, made_of, stored)

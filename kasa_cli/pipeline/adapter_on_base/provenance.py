@@ -30,8 +30,8 @@ class Origin:
     manifest: Manifest | None
 
     def digest(self, name: str) -> str:
-        """Hash of a tensor of the base."""
-        return hash_tensor(self.checkpoint.shards[self.checkpoint.shard_of(name)], name)
+        """The hash of a tensor of the base."""
+        return hash_tensor(self.checkpoint, name)
 
 
 def origin(checkpoint: Checkpoint) -> Origin:

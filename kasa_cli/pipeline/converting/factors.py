@@ -25,7 +25,7 @@ from kasa_cli.checkpoint.manifest import FactorRecord
 from kasa_cli.checkpoint.matrix import measuring_bytes
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.checkpoint.safetensors_writer import Filling, filling, form
+from kasa_cli.checkpoint.safetensors_writer import Filling, filling, lay_out
 from kasa_cli.errors import IntegrityError, InvalidInput, NumericalError
 from kasa_cli.files.durable import canonical_json
 from kasa_cli.files.staging import Staging
@@ -113,7 +113,7 @@ def write_factors(
 ) -> dict[str, FactorRecord]:
     """Write all factors at one rank; dtype, shape and hash of every tensor, by name. `run_on`: workers, watcher."""
     num_workers, watcher = run_on
-    layout = form(
+    layout = lay_out(
         [shape for _, entries in items for entry in entries for shape in entry.shapes(rank)], metadata
     )
     with filling(path, layout) as file:

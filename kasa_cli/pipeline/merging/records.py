@@ -72,7 +72,7 @@ def write_records(
 def _tensor_records(
     sheets: Sequence[Sheet], written: Sequence[WrittenTensor[Merged]]
 ) -> dict[str, TensorRecord]:
-    shapes = {name: entry.shape for sheet in sheets for name, entry in sheet.form.tensors.items()}
+    shapes = {name: entry.shape for sheet in sheets for name, entry in sheet.layout.tensors.items()}
     sources = {name: source for sheet in sheets for name, source in sheet.sources.items()}
     return {
         tensor.name: TensorRecord(

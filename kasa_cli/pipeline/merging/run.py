@@ -42,12 +42,12 @@ def plan(
     check_running(running)
     case = opened_case(adapters, where, output, options)
     sheets = _sheets(case)
-    entries = {name: entry for sheet in sheets for name, entry in sheet.form.tensors.items()}
+    entries = {name: entry for sheet in sheets for name, entry in sheet.layout.tensors.items()}
     tensors = tuple(
         ToChange(name, ", ".join(order.modules), entries[name].shape, entries[name].dtype, order.kinds)
         for name, order in case.edits.items()
     )
-    num_bytes = sum(sheet.form.size for sheet in sheets)
+    num_bytes = sum(sheet.layout.size for sheet in sheets)
     held = [
         order.bytes_held(prod(entries[name].shape), options.rounding) for name, order in case.edits.items()
     ]
@@ -86,7 +86,7 @@ def merge(
     case = opened_case(adapters, where, output, options, facts)
     checkpoint, orders, made = case.checkpoint, case.edits, case.layout
     sheets = _sheets(case)
-    require_space(output.parent, sum(sheet.form.size for sheet in sheets))
+    require_space(output.parent, sum(sheet.layout.size for sheet in sheets))
     record = recorded(case, running)
     job = {
         **record.content(),

@@ -14,7 +14,7 @@ from torch import Tensor
 from kasa_cli.adapters import peft
 from kasa_cli.adapters.fused_experts import stack_entry, wrapper_names
 from kasa_cli.adapters.writing import Entry
-from kasa_cli.checkpoint.safetensors_writer import filling, form
+from kasa_cli.checkpoint.safetensors_writer import filling, lay_out
 from kasa_cli.files.durable import make_folder, write_file
 from kasa_cli.files.staging import Staging
 from kasa_cli.methods import kasa
@@ -137,7 +137,7 @@ def _forms(target: Target, rank: int, *, with_diag: bool) -> Forms:
 
 def _write_peft(folder: Path, config: dict[str, Any], members: list[Member], watcher: Watcher) -> None:
     make_folder(folder)
-    layout = form(triple for member in members for triple in member.forms)
+    layout = lay_out(triple for member in members for triple in member.forms)
     watcher.stage(folder.name, len(members), len(members))
     with filling(folder / peft.WEIGHTS, layout) as file:
         for member in members:

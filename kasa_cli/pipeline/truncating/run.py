@@ -124,7 +124,7 @@ def _bytes_to_write(made: Plan, options: Options, sheets: Sequence[Sheet]) -> in
     sides = sum(sum(target.shape) for target in targets)
     module_sides = sum(sum(target.shape) for target in made.selection.modules)
     parts = sum(8 * target.dropped * sum(target.shape) for target in targets)
-    base = sum(sheet.form.size for sheet in sheets)
+    base = sum(sheet.layout.size for sheet in sheets)
     base += sum((root / name).stat().st_size for name in made.checkpoint.companions) if sheets else 0
     adapter = 4 * options.rank * module_sides * ("adapter" in options.emit)
     tail = 4 * options.dropped * sides * ("tail" in options.emit)

@@ -16,7 +16,7 @@ from kasa_cli.checkpoint import safetensors_file
 from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
 from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
 from kasa_cli.checkpoint.safetensors_file import Reader
-from kasa_cli.checkpoint.safetensors_writer import filling, form
+from kasa_cli.checkpoint.safetensors_writer import filling, lay_out
 from kasa_cli.errors import IntegrityError, InvalidInput
 from kasa_cli.linalg.frame import StreamedWeight
 from kasa_cli.pipeline.measuring import weights
@@ -272,7 +272,7 @@ def embedding(folder, rows: int):
     """A checkpoint of an unknown family whose one tensor is an embedding in bfloat16."""
     name, block = "model.embed_tokens.weight", gaussian(rows // 8, COLUMNS, torch.bfloat16)
     folder.mkdir()
-    with filling(folder / "model.safetensors", form([(name, "BF16", (rows, COLUMNS))])) as file:
+    with filling(folder / "model.safetensors", lay_out([(name, "BF16", (rows, COLUMNS))])) as file:
         file.put(name, torch.cat([block] * 8))
     (folder / "config.json").write_text('{"model_type": "none-of-these"}')
     return folder

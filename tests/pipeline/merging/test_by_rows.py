@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from kasa_cli.checkpoint.manifest import load as load_manifest
 from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.checkpoint.safetensors_writer import filling, form
+from kasa_cli.checkpoint.safetensors_writer import filling, lay_out
 from kasa_cli.errors import IntegrityError
 from kasa_cli.files import direct_io
 from kasa_cli.pipeline import base_writer
@@ -173,7 +173,7 @@ def one_weight(folder, rows, kind):
     for place in (folder, base, adapter):
         place.mkdir()
     shapes = [(f"{TALL}.weight", "BF16", (rows, 1024)), (f"{SMALL}.weight", "BF16", (16, 1024))]
-    with filling(base / MODEL, form(shapes)) as file:
+    with filling(base / MODEL, lay_out(shapes)) as file:
         file.put(shapes[0][0], torch.randn(rows // 8, 1024).to(torch.bfloat16).repeat(8, 1))
         file.put(shapes[1][0], torch.randn(16, 1024).to(torch.bfloat16))
     (base / "config.json").write_text('{"model_type": "none-of-these"}')
