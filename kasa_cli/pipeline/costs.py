@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kasa_cli.checkpoint.matrix import decomposition_work
 from kasa_cli.linalg.solvers import DENSE_SIDE
 from kasa_cli.pipeline.workers import BUDGET
+from kasa_cli.report.totals import Cost
 from kasa_cli.targets.selection import Target
 
 RUNTIME_BYTES = 400 << 20
@@ -20,9 +21,7 @@ GRAM_FLOPS_PER_SECOND = 4e10
 """A rank-k update of float64 on one core of a server of 2023: an estimate is all that a plan asks of it."""
 
 
-def decomposition_cost(
-    shapes: Sequence[tuple[int, int]], rooms: Sequence[int], num_workers: int
-) -> dict[str, float]:
+def decomposition_cost(shapes: Sequence[tuple[int, int]], rooms: Sequence[int], num_workers: int) -> Cost:
     """Peak bytes and wall seconds expected of decomposing matrices that occupy `rooms` bytes each."""
     largest = sorted([0, *rooms])[-num_workers:]
     work = sum(decomposition_work(shape) for shape in shapes)
@@ -32,7 +31,7 @@ def decomposition_cost(
     }
 
 
-def streaming_cost(num_bytes: int, held: int, num_workers: int) -> dict[str, float]:
+def streaming_cost(num_bytes: int, held: int, num_workers: int) -> Cost:
     """Peak bytes and wall seconds expected of a pass over a base of so many bytes, by `benchmarks/merge.py`.
 
     `held`: bytes that a worker holds of one tensor, beside the rows in work.

@@ -9,6 +9,7 @@ from kasa_cli.errors import UsageError, printable
 from kasa_cli.files.store import FACTS, NAMES, Entry, Store, existing
 from kasa_cli.pipeline.measuring.facts import header
 from kasa_cli.report import StoreReport
+from kasa_cli.report.totals import StoreRow
 
 DAY = 24 * 3600
 UNKNOWN: dict[str, Any] = {"name": "?", "dtype": "?", "shape": [0, 0]}
@@ -107,7 +108,7 @@ def _doomed(held: list[Held], max_bytes: int | None, max_days: float | None) -> 
     return doomed
 
 
-def _row(opened: Store, entry: Entry) -> dict[str, Any]:
+def _row(opened: Store, entry: Entry) -> StoreRow:
     """What a person can recognise a tensor by: the name it was first measured under, and its shape."""
     payload = opened.any_fact(entry.content, "extremes") or next(
         (found for question in entry.questions if (found := opened.any_fact(entry.content, question))), None

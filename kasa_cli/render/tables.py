@@ -207,11 +207,15 @@ def checked(report: VerifyReport) -> Summary:
     return "verified", ("what", "found"), rows
 
 
+def _or_dash(figure: float | None) -> str:
+    return "–" if figure is None else number(figure)
+
+
 def roundings(report: DemoReport) -> Summary:
     """What half precision leaves of the cut, by rounding."""
     rows = [
-        (f"--rounding {one['rounding']}", number(one["realised_min"]), number(one["realised_median"]))
-        for one in report.rounding
+        (f"--rounding {row['rounding']}", _or_dash(row["realised_min"]), _or_dash(row["realised_median"]))
+        for row in report.rounding
     ]
     return "what bfloat16 leaves of the cut", ("options", "realised", "median"), rows
 

@@ -3,10 +3,11 @@
 Norms and singular values are in the units of the weight. Figures that are not known are None, with the reason.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import AdapterTotals
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class AdapterReport(Report):
     modules: tuple[ModuleRow, ...]
     values: tuple[ValueRow, ...]
     penalties: dict[str, Any] | None
-    totals: dict[str, Any] = field(default_factory=dict)
+    totals: AdapterTotals
     notes: tuple[str, ...] = ()
 
     def rows(self) -> list[Any]:

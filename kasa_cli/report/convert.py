@@ -1,9 +1,9 @@
 """Plan and result of `kasa convert`: one row for each converted weight."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import ConvertOutput, ConvertPlanTotals, ConvertTotals
 from kasa_cli.report.weights import ToChange
 
 
@@ -41,8 +41,8 @@ class ConvertReport(Report):
     rank: int
     padded_rank: int
     tensors: tuple[ConvertedRow, ...]
-    totals: dict[str, Any]
-    output: dict[str, Any]
+    totals: ConvertTotals
+    output: ConvertOutput
     notes: tuple[str, ...] = ()
 
 
@@ -60,6 +60,6 @@ class ConvertPlan(Report):
     on: str | None
     base_is: str | None
     tensors: tuple[ToChange, ...]
-    totals: dict[str, Any]
+    totals: ConvertPlanTotals
     notes: tuple[str, ...] = ()
     dry_run: bool = True

@@ -7,6 +7,7 @@ from kasa_cli.report.base import Report
 from kasa_cli.report.merge import MergeReport
 from kasa_cli.report.select import SelectReport
 from kasa_cli.report.spectrum import SpectrumReport
+from kasa_cli.report.totals import RealisedRow
 from kasa_cli.report.truncate import TruncateReport
 from kasa_cli.report.verify import VerifyReport
 
@@ -28,7 +29,7 @@ class DemoReport(Report):
     truncated: TruncateReport
     verified: VerifyReport
     merged: MergeReport
-    rounding: tuple[dict[str, Any], ...]
+    rounding: tuple[RealisedRow, ...]
     similarity: float
     tail_difference: float | None
     merge_difference: float

@@ -1,9 +1,9 @@
 """Result of `kasa inspect diff`: one row for each weight that both checkpoints hold."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import DiffTotals
 from kasa_cli.report.weights import Skipped
 
 
@@ -44,5 +44,5 @@ class DiffReport(Report):
     identical: tuple[str, ...]
     skipped: tuple[Skipped, ...]
     rank_correlation: float | None
-    totals: dict[str, Any]
+    totals: DiffTotals
     notes: tuple[str, ...] = ()

@@ -1,9 +1,9 @@
 """Plan of the verbs that only measure: which weights are decomposed, and at what cost."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import MeasurePlanTotals
 from kasa_cli.report.weights import Skipped
 
 
@@ -25,6 +25,6 @@ class MeasurePlan(Report):
     model: str
     tensors: tuple[ToMeasure, ...]
     skipped: tuple[Skipped, ...]
-    totals: dict[str, Any]
+    totals: MeasurePlanTotals
     notes: tuple[str, ...] = ()
     dry_run: bool = True

@@ -1,9 +1,9 @@
 """Plan and result of `kasa merge`: one row for each tensor that adapters change."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import MergeOutput, MergePlanTotals, MergeTotals
 from kasa_cli.report.weights import ToChange
 
 
@@ -19,7 +19,7 @@ class MergePlan(Report):
     model: str
     base_is: str | None
     tensors: tuple[ToChange, ...]
-    totals: dict[str, Any]
+    totals: MergePlanTotals
     notes: tuple[str, ...] = ()
     dry_run: bool = True
 
@@ -64,6 +64,6 @@ class MergeReport(Report):
     rounding: str
     tensors: tuple[MergedRow, ...]
     adapters: tuple[AdapterRow, ...]
-    totals: dict[str, Any]
-    output: dict[str, Any]
+    totals: MergeTotals
+    output: MergeOutput
     notes: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import CriterionComparison, SelectTotals
 from kasa_cli.report.weights import Skipped
 
 
@@ -51,9 +52,9 @@ class SelectReport(Report):
     target_modules: tuple[str, ...]
     target_parameters: tuple[str, ...] | None
     matched_rank: int | None
-    comparison: tuple[dict[str, Any], ...]
+    comparison: tuple[CriterionComparison, ...]
     skipped: tuple[Skipped, ...]
-    totals: dict[str, Any]
+    totals: SelectTotals
     emission: Emission | None = None
     notes: tuple[str, ...] = ()
 

@@ -4,9 +4,9 @@ Singular values are in the units of the weight. Figures that could not be measur
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import SpectrumOutput, SpectrumTotals
 from kasa_cli.report.weights import Skipped
 
 
@@ -63,7 +63,7 @@ class SpectrumReport(Report):
     model_class: str | None
     tensors: tuple[SpectrumRow, ...]
     skipped: tuple[Skipped, ...]
-    totals: dict[str, Any]
-    output: dict[str, Any] = field(default_factory=dict)
+    totals: SpectrumTotals
+    output: SpectrumOutput = field(default_factory=SpectrumOutput)
     notes: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = field(default=(), metadata={"json": False})

@@ -1,9 +1,9 @@
 """Result of `kasa store ls` and `kasa store prune`."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import PruneTotals, StoreRow, StoreTotals
 
 
 @dataclass(frozen=True)
@@ -12,6 +12,6 @@ class StoreReport(Report):
 
     command: str
     store: str
-    tensors: tuple[dict[str, Any], ...]
-    totals: dict[str, Any]
+    tensors: tuple[StoreRow, ...]
+    totals: StoreTotals | PruneTotals
     notes: tuple[str, ...] = ()

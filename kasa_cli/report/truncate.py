@@ -4,9 +4,9 @@ Singular values are in the units of the weight. Figures that could not be measur
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import PlannedParts, TruncateOutput, TruncatePlanTotals, TruncateTotals
 from kasa_cli.report.weights import Skipped, ToTruncate
 
 
@@ -20,8 +20,8 @@ class PlanReport(Report):
     truncation_rank: int
     tensors: tuple[ToTruncate, ...]
     skipped: tuple[Skipped, ...]
-    totals: dict[str, Any]
-    output: dict[str, Any]
+    totals: TruncatePlanTotals
+    output: PlannedParts
     notes: tuple[str, ...] = ()
     dry_run: bool = True
 
@@ -82,6 +82,6 @@ class TruncateReport(Report):
     compat: str
     tensors: tuple[TensorRow, ...]
     skipped: tuple[Skipped, ...]
-    totals: dict[str, Any]
-    output: dict[str, Any]
+    totals: TruncateTotals
+    output: TruncateOutput
     notes: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kasa_cli.report.base import Report
+from kasa_cli.report.totals import Compared
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class VerifyReport(Report):
     files: int
     tensors: int
     bytes_hashed: int
-    compared: tuple[dict[str, Any], ...] = field(default=())
+    compared: tuple[Compared, ...] = field(default=())
 
     def rows(self) -> list[Any]:
         """The tensors that were recomputed; the figures of the report where none was."""

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kasa_cli.adapters.adapter import consumed
 from kasa_cli.checkpoint.open_files import OpenFiles
@@ -33,6 +32,7 @@ from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
 from kasa_cli.pipeline.opening import Where
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
 from kasa_cli.report import ConvertPlan, ConvertReport, ToChange
+from kasa_cli.report.totals import ConvertTotals
 
 __all__ = ["Options", "Running", "Where", "convert", "plan"]
 
@@ -115,7 +115,6 @@ def convert(
         record = replace(record, adapter=replace(record.adapter, file=file, tensors=held))
         sealed = write_records(case, staging.out, record, done, config)
         staging.publish()
-    output_facts = {"file": file, "manifest_sha256": hashlib.sha256(sealed).hexdigest()}
     return ConvertReport(
         command="convert",
         model=where.model,
@@ -129,12 +128,16 @@ def convert(
         padded_rank=config.rank,
         tensors=tuple(one.row for one in done),
         totals=_totals(case, done, len(held)),
-        output={"directory": str(output), **output_facts},
+        output={
+            "directory": str(output),
+            "file": file,
+            "manifest_sha256": hashlib.sha256(sealed).hexdigest(),
+        },
         notes=(*_notes(case), *store_notes(facts)),
     )
 
 
-def _totals(case: Case, done: Sequence[Converted], num_written: int) -> dict[str, Any]:
+def _totals(case: Case, done: Sequence[Converted], num_written: int) -> ConvertTotals:
     return {
         "weights": len(done),
         "tensors_consumed": len(consumed(case.adapter)),

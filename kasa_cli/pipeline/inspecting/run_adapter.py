@@ -23,6 +23,7 @@ from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
 from kasa_cli.report import AdapterReport, ModuleRow, ValueRow
+from kasa_cli.report.totals import AdapterTotals
 
 __all__ = ["Running", "Where", "adapter"]
 
@@ -163,7 +164,7 @@ def _penalties(opened: Adapter, layers: Sequence[Layer]) -> dict[str, Any] | Non
     return {"beta": beta, "gamma": gamma, **found}
 
 
-def _totals(opened: Adapter, rows: Sequence[ModuleRow]) -> dict[str, Any]:
+def _totals(opened: Adapter, rows: Sequence[ModuleRow]) -> AdapterTotals:
     norms = [row.norm for row in rows if row.norm is not None]
     entries = opened.container.tensors.values()
     return {

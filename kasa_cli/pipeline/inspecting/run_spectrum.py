@@ -15,6 +15,7 @@ from kasa_cli.pipeline.measuring.plan import measure_plan, require_some
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
 from kasa_cli.report import Curve, MeasurePlan, SpectrumReport, SpectrumRow, module_type
+from kasa_cli.report.totals import SpectrumTotals
 from kasa_cli.targets.candidates import Candidate, candidates
 from kasa_cli.targets.patterns import Patterns, patterns
 
@@ -99,7 +100,7 @@ def _all(chosen: tuple[Candidate, ...]) -> list[Matrix]:
     return [matrix for one in chosen for matrix in one.matrices]
 
 
-def _totals(asked: Asked[Looked]) -> dict[str, int]:
+def _totals(asked: Asked[Looked]) -> SpectrumTotals:
     return {"tensors": len(asked.answers), "unmeasured": len(asked.skipped), **asked.totals}
 
 

@@ -11,6 +11,7 @@ from kasa_cli.pipeline.measuring.facts import Bench, Facts, pick_device
 from kasa_cli.pipeline.measuring.weights import weigh
 from kasa_cli.pipeline.workers import Running, Task, Watcher, blas_threads, run_stage
 from kasa_cli.report import Skipped
+from kasa_cli.report.totals import Decompositions
 
 Answer = TypeVar("Answer")
 
@@ -24,7 +25,7 @@ class Asked(Generic[Answer]):
     num_new: int
 
     @property
-    def totals(self) -> dict[str, int]:
+    def totals(self) -> Decompositions:
         """For the report: a second question costs no decomposition."""
         return {
             "decompositions": self.num_new,

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from kasa_cli.checkpoint.dtypes import DTYPES
 from kasa_cli.checkpoint.manifest import Merged
@@ -21,6 +20,7 @@ from kasa_cli.pipeline.merging.records import recorded, write_records
 from kasa_cli.pipeline.opening import Where
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
 from kasa_cli.report import MergedRow, MergePlan, MergeReport, ToChange
+from kasa_cli.report.totals import MergeTotals
 
 __all__ = ["Options", "Running", "Where", "merge", "plan"]
 
@@ -142,7 +142,7 @@ def _rows(
     )
 
 
-def _totals(written: Sequence[WrittenTensor[Merged]], sheets: Sequence[Sheet]) -> dict[str, Any]:
+def _totals(written: Sequence[WrittenTensor[Merged]], sheets: Sequence[Sheet]) -> MergeTotals:
     merged = [one.checks for one in written if one.checks]
     return {
         "tensors_merged": len(merged),

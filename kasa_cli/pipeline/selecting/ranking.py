@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from kasa_cli.errors import UsageError
 from kasa_cli.methods import selection
@@ -12,6 +11,7 @@ from kasa_cli.methods.criteria import CRITERIA, RULES, Score, Spectrum, expected
 from kasa_cli.methods.selection import SIGNS, Amount
 from kasa_cli.pipeline.measuring.facts import Bench
 from kasa_cli.report import CandidateRow, Skipped, module_type
+from kasa_cli.report.totals import CriterionComparison
 from kasa_cli.targets.candidates import Candidate
 
 KINDS = ("module", "parameter")
@@ -124,7 +124,7 @@ def rows(scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking) -> 
 
 def comparison(
     scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[CriterionComparison, ...]:
     """For each other criterion: how much of as large a choice by it is the same, and how alike the orders are."""
     return tuple(_compared(name, scored, best, ranking) for name in ranking.compare)
 
@@ -145,7 +145,7 @@ def without_nan(
 
 def _compared(
     name: str, scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking
-) -> dict[str, Any]:
+) -> CriterionComparison:
     """Orders are alike where they are of one kind; the mean over modules and parameters, by their number."""
     prefer, shared, total, correlations = CRITERIA[name].prefer, [], [], []
     for members in _by_kind(scored):

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kasa_cli.adapters import peft
 from kasa_cli.checkpoint import manifest
@@ -28,6 +28,7 @@ from kasa_cli.pipeline.truncating.records import write_records
 from kasa_cli.pipeline.truncating.rewrite import SumsByTarget, Truncated, Truncation, shares_of
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
 from kasa_cli.report import PlanReport, TensorRow, ToTruncate, TruncateReport
+from kasa_cli.report.totals import PlannedParts, TruncateOutput, TruncateTotals
 from kasa_cli.targets.patterns import Patterns
 from kasa_cli.targets.selection import Target
 
@@ -58,7 +59,9 @@ def plan(where: Where, options: Options) -> PlanReport:
             "memory_bytes": memory_needed(targets, options.num_workers),
             "seconds": round(seconds_needed(targets, options.num_workers), 1),
         },
-        output={part: part in options.emit for part in PARTS},
+        output=PlannedParts(
+            base="base" in options.emit, adapter="adapter" in options.emit, tail="tail" in options.emit
+        ),
         notes=_notes(made, options),
     )
 
@@ -257,7 +260,7 @@ def _row(one: Measured, done: Truncated) -> TensorRow:
     )
 
 
-def _totals(rows: Sequence[TensorRow], done: Truncated, options: Options) -> dict[str, Any]:
+def _totals(rows: Sequence[TensorRow], done: Truncated, options: Options) -> TruncateTotals:
     realised = [row.realised for row in rows if row.realised is not None]
     return {
         "tensors_operated": len(rows),
@@ -271,6 +274,7 @@ def _totals(rows: Sequence[TensorRow], done: Truncated, options: Options) -> dic
     }
 
 
-def _output(output: Path, sealed: bytes) -> dict[str, Any]:
-    found = {part: str(output / part) for part in PARTS if (output / part).is_dir()}
-    return {"directory": str(output), **found, "manifest_sha256": hashlib.sha256(sealed).hexdigest()}
+def _output(output: Path, sealed: bytes) -> TruncateOutput:
+    parts = {part: str(output / part) for part in PARTS if (output / part).is_dir()}
+    digest = hashlib.sha256(sealed).hexdigest()
+    return cast("TruncateOutput", {"directory": str(output), **parts, "manifest_sha256": digest})

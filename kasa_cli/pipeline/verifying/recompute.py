@@ -1,7 +1,6 @@
 """Recomputes every number of an output from its base and compares."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from kasa_cli.linalg.rounding import ExactSum, blocks, other_neighbour
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.verifying.integrity import expert_entries
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
+from kasa_cli.report.totals import Compared
 from kasa_cli.targets.selection import Target
 
 SLACK = 1e-9
@@ -31,19 +31,9 @@ TAIL_TOLERANCE = 1e-6
 REMEDY = "is this the base it was made from?"
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One target recomputed from the base: the largest distance from the exact result, in units in the last
-    place of the stored dtype, and that of the tail's product in units of σ_max; None for what was not written."""
-
-    name: str
-    ulps: float | None
-    tail_error: float | None
-
-
 def compare(
     output: Path, manifest: TruncateManifest, base: Checkpoint, num_workers: int, watcher: Watcher
-) -> list[Comparison]:
+) -> list[Compared]:
     """Recompute everything from the base; the largest target first.
 
     Raises:
@@ -131,14 +121,18 @@ def _check_companions(output: _Output, base: Checkpoint) -> None:
             raise IntegrityError("not the bytes of the base", f"{ours}", REMEDY)
 
 
-def _compare_one(output: _Output, base: Checkpoint, target: Target) -> Comparison:
+def _compare_one(output: _Output, base: Checkpoint, target: Target) -> Compared:
     if target.matrix.digest(base) != output.input_blake3(target.name):
         raise IntegrityError("not made from this tensor of the base", target.name, REMEDY)
     W = target.matrix.read(base)
     found = ends(W, target.dropped)
     if target.expert is None:
         _check_start(output, found, target)
-    return Comparison(target.name, _ulps(output, found, W, target), _tail_error(output, found, target))
+    return {
+        "name": target.name,
+        "ulps": _ulps(output, found, W, target),
+        "tail_error": _tail_error(output, found, target),
+    }
 
 
 def _ulps(output: _Output, found: Ends, W: Tensor, target: Target) -> float | None:

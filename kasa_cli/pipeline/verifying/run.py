@@ -9,6 +9,7 @@ from kasa_cli.pipeline.opening import Where, find
 from kasa_cli.pipeline.verifying import integrity, recompute
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, num_cores
 from kasa_cli.report import VerifyReport
+from kasa_cli.report.totals import Compared
 
 __all__ = ["Where", "verify"]
 
@@ -35,7 +36,7 @@ def verify(
     integrity.check_files(output, found)
     num_bytes = integrity.check_hashes(output, found, num_workers, watcher) if read_data else 0
     integrity.check_structure(output, found)
-    compared: list[recompute.Comparison] = []
+    compared: list[Compared] = []
     if against and isinstance(found, TruncateManifest):
         with blas_threads(found.environment.threads_per_worker):
             _, base = find(against)
@@ -47,5 +48,5 @@ def verify(
         files=len(found.files) + 1,
         tensors=len(found.tensors),
         bytes_hashed=num_bytes,
-        compared=tuple(vars(one) for one in compared),
+        compared=tuple(compared),
     )
