@@ -27,7 +27,7 @@ forks.set_forkserver_preload(
         "kasa_cli.commands.truncate",
         "kasa_cli.commands.verify",
         "kasa_cli.model_names.name_map",
-        "runs",
+        "tests.builders.runs",
     ]
 )
 
