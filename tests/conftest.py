@@ -1,18 +1,31 @@
 """Every test runs offline, on one BLAS thread, and keeps the user's cache and store out of it."""
 
+import atexit
 import os
 import tempfile
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-SHARED = tempfile.TemporaryDirectory(prefix="kasa-tests-")
-os.environ["KASA_STORE"] = SHARED.name
+from tests.builders import shared
+
+STORE = tempfile.TemporaryDirectory(prefix="kasa-tests-")
+atexit.register(STORE.cleanup)
+os.environ["KASA_STORE"] = STORE.name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_folder(tmp_path_factory):
+    """What the builders build once for all tests of a process."""
+    shared.start(tmp_path_factory.mktemp("shared"))
+    yield
+    assert shared.changes() == [], "a test wrote into files that all tests share"
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +34,17 @@ def store(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("store")
     monkeypatch.setenv("KASA_STORE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that the tests of a file share."""
+    return tmp_path_factory.mktemp("folder")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint of eight small weights that the tests of a file share; nothing lies beside it."""
+    from tests.builders.checkpoints import plain_model  # torch, which not every test needs
+
+    return plain_model(tmp_path_factory.mktemp("plain") / "model")

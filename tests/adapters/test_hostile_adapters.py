@@ -17,7 +17,8 @@ from kasa_cli.adapters import module_settings
 from kasa_cli.errors import ExitCode
 from tests.builders import tiny_models
 from tests.builders.adapters import CONFIG, WEIGHTS, saved, tampered
-from tests.builders.faults import st, tensor, tree_hash
+from tests.builders.faults import st, tensor
+from tests.builders.folders import tree_hash
 from tests.builders.runs import inside
 
 INVALID, UNSAFE = ExitCode.INVALID, ExitCode.UNSAFE
@@ -25,11 +26,6 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
 OTHER = "base_model.model.{}.lora_{}.weight"
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("hostile")
 
 
 @pytest.fixture(scope="module")
@@ -274,9 +270,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_refused_in_one_line_by_every_verb(name, folder, base, tmp_path, capsys):
+def test_a_fault_is_refused_in_one_line_by_every_verb(name, base, tmp_path, capsys):
     fault = FAULTS[name]
-    adapter = shutil.copytree(saved(fault.case, folder), tmp_path / "adapter")
+    adapter = shutil.copytree(saved(fault.case), tmp_path / "adapter")
     fault.change(adapter)
     verbs = commands(adapter, base, tmp_path / "OUT")
     if fault.case == "kasa":
@@ -291,14 +287,14 @@ def test_a_fault_is_refused_in_one_line_by_every_verb(name, folder, base, tmp_pa
 @pytest.mark.parametrize(
     ("case", "gone"), [("bias-all", "0.self_attn.k_proj"), ("bias-only", "1.self_attn.q_proj")]
 )
-def test_a_trained_bias_that_is_not_there_is_named(case, gone, folder, tmp_path, capsys):
+def test_a_trained_bias_that_is_not_there_is_named(case, gone, tmp_path, capsys):
     qwen = tiny_models.save("qwen2", tmp_path / "qwen2")
 
     def drop(held: Tensors) -> None:
         [name] = [name for name in held if gone in name and name.endswith(".bias")]
         del held[name]
 
-    adapter = tampered(saved(case, folder), tmp_path / "x", drop)
+    adapter = tampered(saved(case), tmp_path / "x", drop)
     arguments = commands(adapter, qwen, tmp_path / "OUT")["merge"]
     assert_refused(capsys, arguments, INVALID, f"biases of the base.*{gone}.bias", tmp_path)
 
@@ -333,10 +329,10 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_is_never_followed_changes_nothing(name, folder, base, tmp_path, capsys):
-    adapter = tampered(saved("lora", folder), tmp_path / "x", **HARMLESS[name])
+def test_what_is_never_followed_changes_nothing(name, base, tmp_path, capsys):
+    adapter = tampered(saved("lora"), tmp_path / "x", **HARMLESS[name])
     outs = []
-    for number, path in enumerate((adapter, saved("lora", folder))):
+    for number, path in enumerate((adapter, saved("lora"))):
         done = inside(capsys, "merge", path, "--into", base, "-o", tmp_path / f"OUT{number}", "--json")
         assert done.code == 0 and done.json["totals"]["tensors_merged"] == 4, done.err
         assert "\x1b" not in done.out + done.err
@@ -344,9 +340,9 @@ def test_what_is_never_followed_changes_nothing(name, folder, base, tmp_path, ca
     assert outs[0] == outs[1]
 
 
-def test_patterns_that_take_long_to_compile_are_given_up(folder, base, tmp_path, monkeypatch, capsys):
+def test_patterns_that_take_long_to_compile_are_given_up(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module_settings, "COMPILE_SECONDS", 0.0)
-    adapter = tampered(saved("lora", folder), tmp_path / "x", alpha_pattern={"(a|b|c)" * 100: 4})
+    adapter = tampered(saved("lora"), tmp_path / "x", alpha_pattern={"(a|b|c)" * 100: 4})
     for arguments in commands(adapter, base, tmp_path / "OUT").values():
         assert_refused(capsys, arguments, INVALID, "too long to compile", tmp_path)
 
@@ -355,40 +351,40 @@ def test_patterns_that_take_long_to_compile_are_given_up(folder, base, tmp_path,
 
 
 @pytest.mark.parametrize("case", ["saved", "tokens"])
-def test_values_that_are_none_are_named_by_their_tensor(case, folder, base, tmp_path, capsys):
+def test_values_that_are_none_are_named_by_their_tensor(case, base, tmp_path, capsys):
     def poison(held: Tensors) -> None:
         filled(next(name for name in held if "lm_head" in name or "token" in name), float("nan"))(held)
 
-    adapter = tampered(saved(case, folder), tmp_path / "x", poison)
+    adapter = tampered(saved(case), tmp_path / "x", poison)
     arguments = commands(adapter, base, tmp_path / "OUT")["merge"]
     assert_refused(capsys, arguments, INVALID, NOT_FINITE.format("lm_head|trainable_tokens"), tmp_path)
 
 
 @pytest.mark.parametrize("factor", [1e160, 1e300])
-def test_numbers_too_large_are_a_numeric_failure_that_leaves_nothing(factor, folder, base, tmp_path, capsys):
+def test_numbers_too_large_are_a_numeric_failure_that_leaves_nothing(factor, base, tmp_path, capsys):
     def grow(held: Tensors) -> None:
         held.update({name: one.double() * factor for name, one in held.items()})
 
-    adapter = tampered(saved("lora", folder), tmp_path / "x", grow)
+    adapter = tampered(saved("lora"), tmp_path / "x", grow)
     for arguments in commands(adapter, base, tmp_path / "OUT").values():
         assert_refused(capsys, arguments, ExitCode.NUMERIC, "layers", tmp_path)
 
 
-def test_a_decomposition_that_overflows_names_the_module(folder, base, tmp_path, capsys):
+def test_a_decomposition_that_overflows_names_the_module(base, tmp_path, capsys):
     def grow(held: Tensors) -> None:
         held.update({name: one.double() * 1e300 for name, one in held.items()})
 
-    adapter = tampered(saved("vera", folder), tmp_path / "x", grow)
+    adapter = tampered(saved("vera"), tmp_path / "x", grow)
     arguments = (*commands(adapter, base, tmp_path / "OUT")["convert"], "--rank", 3)
     said = r"beyond float64 in a decomposition: model\.layers\.[01]\.self_attn\.[qv]_proj$"
     assert_refused(capsys, arguments, ExitCode.NUMERIC, said, tmp_path)
 
 
-def test_a_sum_that_float16_does_not_hold_leaves_nothing(folder, base, tmp_path, capsys):
+def test_a_sum_that_float16_does_not_hold_leaves_nothing(base, tmp_path, capsys):
     weights = {name: one.half() for name, one in load_file(base / "model.safetensors").items()}
     half = shutil.copytree(base, tmp_path / "half")
     save_file(weights, half / "model.safetensors", {"format": "pt"})
-    adapter = tampered(saved("lora", folder), tmp_path / "x", lora_alpha=1e7)
+    adapter = tampered(saved("lora"), tmp_path / "x", lora_alpha=1e7)
     arguments = commands(adapter, half, tmp_path / "OUT")["merge"]
     assert_refused(capsys, arguments, ExitCode.NUMERIC, "does not fit F16.*--dtype", tmp_path)
     done = inside(capsys, *arguments, "--dtype", "float32")
@@ -409,8 +405,8 @@ def zeroed(held: Tensors) -> None:
     ],
     ids=["zeros", "alpha 0", "alpha -0", "weight 0"],
 )
-def test_an_update_of_nothing_keeps_every_byte(change, config, more, folder, base, tmp_path, capsys):
-    adapter = tampered(saved("lora", folder), tmp_path / "x", change, **config)
+def test_an_update_of_nothing_keeps_every_byte(change, config, more, base, tmp_path, capsys):
+    adapter = tampered(saved("lora"), tmp_path / "x", change, **config)
     done = inside(capsys, *commands(adapter, base, tmp_path / "OUT")["merge"], *more, "--json")
     assert done.code == 0 and done.json["totals"]["max_abs_change"] == 0, done.err
     before, after = (load_file(place / "model.safetensors") for place in (base, tmp_path / "OUT"))
@@ -422,9 +418,9 @@ def test_an_update_of_nothing_keeps_every_byte(change, config, more, folder, bas
             assert done.code == 0 and done.json, done.err
 
 
-def test_a_negative_alpha_is_a_negative_weight(folder, base, tmp_path, capsys):
-    adapter = tampered(saved("lora", folder), tmp_path / "x", lora_alpha=-6)
-    runs = ((adapter, ()), (saved("lora", folder), ("--weight", -1)))
+def test_a_negative_alpha_is_a_negative_weight(base, tmp_path, capsys):
+    adapter = tampered(saved("lora"), tmp_path / "x", lora_alpha=-6)
+    runs = ((adapter, ()), (saved("lora"), ("--weight", -1)))
     for number, (path, more) in enumerate(runs):
         done = inside(capsys, *commands(path, base, tmp_path / f"OUT{number}")["merge"], *more)
         assert done.code == 0, done.err
@@ -433,19 +429,19 @@ def test_a_negative_alpha_is_a_negative_weight(folder, base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "-inf", "1e400"])
-def test_a_weight_that_is_no_number_is_usage(weight, folder, base, tmp_path, capsys):
-    arguments = commands(saved("lora", folder), base, tmp_path / "OUT")["merge"]
+def test_a_weight_that_is_no_number_is_usage(weight, base, tmp_path, capsys):
+    arguments = commands(saved("lora"), base, tmp_path / "OUT")["merge"]
     assert_refused(capsys, (*arguments, "--weight", weight), ExitCode.USAGE, "finite", tmp_path)
 
 
-def test_an_adapter_all_of_whose_components_were_pruned_is_one_of_nothing(folder, base, tmp_path, capsys):
+def test_an_adapter_all_of_whose_components_were_pruned_is_one_of_nothing(base, tmp_path, capsys):
     def prune(held: Tensors) -> None:
         for name, one in held.items():
             if "ranknum" not in name:
                 held[name] = one[:, :0] if "lora_B" in name else one[:0]
 
     kept = {f"model.layers.{i}.self_attn.{m}_proj.lora_E": [False] * 6 for i in (0, 1) for m in "qv"}
-    adapter = tampered(saved("adalora", folder), tmp_path / "x", prune, rank_pattern=kept)
+    adapter = tampered(saved("adalora"), tmp_path / "x", prune, rank_pattern=kept)
     for verb, arguments in commands(adapter, base, tmp_path / "OUT").items():
         if verb != "convert":
             done = inside(capsys, *arguments, "--json")
@@ -457,8 +453,8 @@ def test_an_adapter_all_of_whose_components_were_pruned_is_one_of_nothing(folder
 
 
 @pytest.mark.parametrize("verb", ["merge", "convert"])
-def test_an_output_at_in_or_around_an_adapter_is_refused(verb, folder, base, tmp_path, capsys):
-    adapter = shutil.copytree(saved("lora", folder), tmp_path / "over" / "adapter")
+def test_an_output_at_in_or_around_an_adapter_is_refused(verb, base, tmp_path, capsys):
+    adapter = shutil.copytree(saved("lora"), tmp_path / "over" / "adapter")
     (tmp_path / "link").symlink_to(adapter)
     before = tree_hash(tmp_path)
     for out in (adapter, adapter / "OUT", tmp_path / "over", tmp_path / "link", tmp_path / "link" / "OUT"):
@@ -470,22 +466,22 @@ def test_an_output_at_in_or_around_an_adapter_is_refused(verb, folder, base, tmp
 
 
 @pytest.mark.parametrize("verb", ["merge", "convert"])
-def test_what_is_there_is_not_overwritten(verb, folder, base, tmp_path, capsys):
+def test_what_is_there_is_not_overwritten(verb, base, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").write_text("mine")
     (tmp_path / "nowhere").symlink_to("x")
     for name in ("file", "folder", "nowhere"):
-        arguments = commands(saved("lora", folder), base, tmp_path / name)[verb]
+        arguments = commands(saved("lora"), base, tmp_path / name)[verb]
         assert_refused(capsys, arguments, ExitCode.EXISTS, "exists", tmp_path)
         assert_refused(
             capsys, (*arguments, "--overwrite"), ExitCode.EXISTS, "not an output of kasa", tmp_path
         )
 
 
-def test_an_output_of_one_verb_is_replaced_by_that_of_another(folder, base, tmp_path, capsys):
+def test_an_output_of_one_verb_is_replaced_by_that_of_another(base, tmp_path, capsys):
     for verb in ("convert", "merge", "convert"):
-        arguments = commands(saved("lora", folder), base, tmp_path / "OUT")[verb]
+        arguments = commands(saved("lora"), base, tmp_path / "OUT")[verb]
         assert inside(capsys, *arguments, "--overwrite").code == 0
         assert json.loads((tmp_path / "OUT" / "kasa.manifest.json").read_text())["command"] == verb
         assert inside(capsys, "verify", tmp_path / "OUT", "--read-data").code == 0
@@ -495,8 +491,8 @@ def test_an_output_of_one_verb_is_replaced_by_that_of_another(folder, base, tmp_
 # --- bases ---
 
 
-def test_another_base_of_the_same_shapes_is_a_mismatch(folder, base, tmp_path, capsys):
-    done = inside(capsys, *commands(saved("lora", folder), base, tmp_path / "lora")["convert"])
+def test_another_base_of_the_same_shapes_is_a_mismatch(base, tmp_path, capsys):
+    done = inside(capsys, *commands(saved("lora"), base, tmp_path / "lora")["convert"])
     assert done.code == 0, done.err
     other = shutil.copytree(base, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
@@ -510,8 +506,8 @@ def test_another_base_of_the_same_shapes_is_a_mismatch(folder, base, tmp_path, c
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[" * 100_000, b'{"digest": 1}', None])
-def test_a_manifest_that_was_altered_is_a_mismatch(damage, folder, base, tmp_path, capsys):
-    assert inside(capsys, *commands(saved("lora", folder), base, tmp_path / "lora")["convert"]).code == 0
+def test_a_manifest_that_was_altered_is_a_mismatch(damage, base, tmp_path, capsys):
+    assert inside(capsys, *commands(saved("lora"), base, tmp_path / "lora")["convert"]).code == 0
     manifest = tmp_path / "lora" / "kasa.manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b"q_proj", b"k_proj") if damage is None else damage)
     for verb, arguments in commands(tmp_path / "lora", base, tmp_path / "OUT").items():
@@ -539,7 +535,7 @@ def test_a_tail_that_was_altered_is_a_mismatch(position, truncated, base, tmp_pa
             assert_refused(capsys, arguments, ExitCode.INTEGRITY, "altered.*tail", tmp_path)
 
 
-def test_a_quantised_base_is_refused_by_name(folder, base, tmp_path, capsys):
+def test_a_quantised_base_is_refused_by_name(base, tmp_path, capsys):
     quantised = shutil.copytree(base, tmp_path / "fp8")
     weights = load_file(base / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -554,6 +550,6 @@ def test_a_quantised_base_is_refused_by_name(folder, base, tmp_path, capsys):
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (gptq / "config.json").write_text(json.dumps({**fields, "quantization_config": quantization}))
     for place in (quantised, gptq):
-        for verb, arguments in commands(saved("lora", folder), place, tmp_path / "OUT").items():
+        for verb, arguments in commands(saved("lora"), place, tmp_path / "OUT").items():
             if verb != "inspect":
                 assert_refused(capsys, arguments, INVALID, "(?i)q_proj|quanti", tmp_path)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
@@ -48,11 +49,6 @@ class Base:
         }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("adapters")
-
-
 def surveyed(root: Path) -> Base:
     checkpoint = open_checkpoint(root)
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
@@ -60,8 +56,8 @@ def surveyed(root: Path) -> Base:
 
 
 @cache
-def base_of(family: str, folder: Path) -> Base:
-    return surveyed(tiny_models.save(family, folder / f"base-{family}"))
+def base_of(family: str) -> Base:
+    return surveyed(tiny_models.saved(family))
 
 
 def product(one: Placed, adapter: Tensors, expert: int) -> torch.Tensor:
@@ -107,8 +103,9 @@ def merged_by_peft(base: Base, adapter: Path) -> Tensors:
     model = getattr(transformers, config["architectures"][0]).from_pretrained(base.checkpoint.root)
     assert isinstance(model, PreTrainedModel)
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    merged.save_pretrained(adapter / "merged")
-    return load_file(adapter / "merged" / "model.safetensors")
+    with TemporaryDirectory() as folder:
+        merged.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 PLAIN = [
@@ -119,8 +116,8 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_what_is_merged_piece_by_piece_is_what_peft_merges(name, folder):
-    base, path = base_of(CASES[name].family, folder), saved(name, folder)
+def test_what_is_merged_piece_by_piece_is_what_peft_merges(name):
+    base, path = base_of(CASES[name].family), saved(name)
     adapter, tensors, mine = open_adapter(path), load_file(path / WEIGHTS), base.tensors()
     put_values(mine, base.values(adapter), tensors)
     merge(mine, base.placed(adapter), tensors)
@@ -132,17 +129,17 @@ def test_what_is_merged_piece_by_piece_is_what_peft_merges(name, folder):
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.num_patches])
-def test_every_kind_fits_the_base_that_it_was_made_on(name, folder):
+def test_every_kind_fits_the_base_that_it_was_made_on(name):
     case = CASES[name]
-    found = base_of(case.family, folder).placed(open_adapter(saved(name, folder)))
+    found = base_of(case.family).placed(open_adapter(saved(name)))
     assert len(found) == case.num_patches
     for one in found:
         assert one.patch.parameter and one.sides in (one.shape, one.shape[::-1])
         assert [part.start for part in one.matrices[0]] == [0, *(part.stop for part in one.matrices[0][:-1])]
 
 
-def test_experts_are_led_to_the_projections_of_every_expert(folder):
-    found = base_of("mixtral", folder).placed(open_adapter(saved("experts", folder)))
+def test_experts_are_led_to_the_projections_of_every_expert():
+    found = base_of("mixtral").placed(open_adapter(saved("experts")))
     fused = next(one for one in found if one.patch.parameter == "gate_up_proj")
     names = [(part.piece.name.split("experts.")[1], part.start, part.stop) for part in fused.matrices[2]]
     assert names == [("2.w1.weight", 0, 48), ("2.w3.weight", 48, 96)]
@@ -150,8 +147,8 @@ def test_experts_are_led_to_the_projections_of_every_expert(folder):
     assert router.matrices[0][0].piece.name == "model.layers.0.block_sparse_moe.gate.weight"
 
 
-def test_the_numbers_of_an_expert_parameter_follow_the_patterns_for_its_name(folder):
-    found = base_of("qwen3-moe", folder).placed(open_adapter(saved("experts-patterns", folder)))
+def test_the_numbers_of_an_expert_parameter_follow_the_patterns_for_its_name():
+    found = base_of("qwen3-moe").placed(open_adapter(saved("experts-patterns")))
     numbers = {
         (one.patch.module.split(".")[2], one.patch.parameter): (
             one.patch.settings["r"],
@@ -221,7 +218,7 @@ def test_square_experts_go_the_way_that_the_release_says(family, tmp_path):
         unknown.placed(adapter)
 
 
-def test_files_of_an_older_peft_have_the_sides_of_experts_the_other_way_round(folder, tmp_path):
+def test_files_of_an_older_peft_have_the_sides_of_experts_the_other_way_round(tmp_path):
     """Before 0.19, A had the outputs and B the inputs: made here from a file of today by a transposition."""
     r, experts = 4, 4
 
@@ -232,9 +229,9 @@ def test_files_of_an_older_peft_have_the_sides_of_experts_the_other_way_round(fo
             tensors[name] = B.permute(2, 1, 0).reshape(experts * r, -1)
             tensors[other] = A.permute(2, 1, 0).reshape(-1, r * experts)
 
-    today = saved("experts-qwen3", folder)
+    today = saved("experts-qwen3")
     old = tampered(today, tmp_path / "old", swap, peft_version="0.18.0")
-    base, merged = base_of("qwen3-moe", folder), []
+    base, merged = base_of("qwen3-moe"), []
     for path in (today, old):
         mine = base.tensors()
         merge(mine, base.placed(open_adapter(path)), load_file(path / WEIGHTS))
@@ -246,9 +243,9 @@ def test_files_of_an_older_peft_have_the_sides_of_experts_the_other_way_round(fo
     )
 
 
-def test_adapters_of_transformers_4_name_experts_as_the_files_do(folder, tmp_path):
+def test_adapters_of_transformers_4_name_experts_as_the_files_do(tmp_path):
     """Before transformers 5, every expert was a module of its own, named as on disk."""
-    base = base_of("mixtral", folder)
+    base = base_of("mixtral")
     old = {"lora_A.weight": (4, 32), "lora_B.weight": (48, 4)}
     names = [f"model.layers.0.block_sparse_moe.experts.{e}.{w}" for e in range(4) for w in ("w1", "w3")]
 
@@ -258,18 +255,16 @@ def test_adapters_of_transformers_4_name_experts_as_the_files_do(folder, tmp_pat
             {f"{PREFIX}{n}.{short}": torch.randn(shape) for n in names for short, shape in old.items()}
         )
 
-    path = tampered(
-        saved("lora", folder), tmp_path / "v4", change, target_modules=["w1", "w3"], peft_version=...
-    )
+    path = tampered(saved("lora"), tmp_path / "v4", change, target_modules=["w1", "w3"], peft_version=...)
     found = base.placed(open_adapter(path))
     assert sorted(one.matrices[0][0].piece.name for one in found) == sorted(
         f"{name}.weight" for name in names
     )
 
 
-def test_a_module_named_as_on_disk_is_the_one_in_memory(folder, tmp_path):
+def test_a_module_named_as_on_disk_is_the_one_in_memory(tmp_path):
     """GPT-2 on the Hub has no `transformer.`; an adapter made on the model without a head has none either."""
-    base = base_of("gpt2", folder)
+    base = base_of("gpt2")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in base.tensors().items()}
     (tmp_path / "hub").mkdir()
     save_file(tensors, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
@@ -280,7 +275,7 @@ def test_a_module_named_as_on_disk_is_the_one_in_memory(folder, tmp_path):
             tensors[name.replace("transformer.", "")] = tensors.pop(name)
 
     found = surveyed(tmp_path / "hub").placed(
-        open_adapter(tampered(saved("conv1d", folder), tmp_path / "x", shorter))
+        open_adapter(tampered(saved("conv1d"), tmp_path / "x", shorter))
     )
     assert {one.is_transposed for one in found} == {True}
     places = {one.patch.module: one.matrices[0][0].piece.name for one in found}
@@ -290,20 +285,18 @@ def test_a_module_named_as_on_disk_is_the_one_in_memory(folder, tmp_path):
 # --- tied weights, resized vocabularies ---
 
 
-def test_one_end_of_tied_weights_is_said_to_be_tied(folder):
-    base = base_of("llama-tied", folder)
-    [one] = base.placed(open_adapter(saved("embedding-tied", folder)))
+def test_one_end_of_tied_weights_is_said_to_be_tied():
+    base = base_of("llama-tied")
+    [one] = base.placed(open_adapter(saved("embedding-tied")))
     assert (one.tied, one.tied_with, one.is_transposed) == (True, "lm_head", True)
-    [value] = base.values(open_adapter(saved("embedding-tied", folder)))
+    [value] = base.values(open_adapter(saved("embedding-tied")))
     assert (value.tied, value.tied_with) == (True, "lm_head")
-    [rows] = base.values(open_adapter(saved("tokens-tied", folder)))
+    [rows] = base.values(open_adapter(saved("tokens-tied")))
     assert (rows.tied, rows.tied_with) == (False, "lm_head")  # PEFT ties trained rows by itself
-    assert not any(
-        one.tied for one in base_of("llama", folder).placed(open_adapter(saved("embedding", folder)))
-    )
+    assert not any(one.tied for one in base_of("llama").placed(open_adapter(saved("embedding"))))
 
 
-def test_both_ends_of_tied_weights_are_not_tied(tmp_path, folder):
+def test_both_ends_of_tied_weights_are_not_tied(tmp_path):
     case = Case(
         "llama-tied",
         peft.LoraConfig,
@@ -312,15 +305,15 @@ def test_both_ends_of_tied_weights_are_not_tied(tmp_path, folder):
     )
     model = peft.get_peft_model(copy.deepcopy(tiny_models.build("llama-tied")), case.make(**case.options))
     model.save_pretrained(tmp_path)
-    found = base_of("llama-tied", folder).placed(open_adapter(tmp_path))
+    found = base_of("llama-tied").placed(open_adapter(tmp_path))
     assert [(one.tied, one.matrices[0][0].piece.name) for one in found] == [
         (False, "model.embed_tokens.weight")
     ] * 2
 
 
 @pytest.mark.parametrize("is_targeted", [True, False])
-def test_a_resized_vocabulary_is_said(is_targeted, tmp_path, folder):
-    base = base_of("llama", folder)
+def test_a_resized_vocabulary_is_said(is_targeted, tmp_path):
+    base = base_of("llama")
     model = copy.deepcopy(tiny_models.build("llama"))
     model.resize_token_embeddings(100)
     model.name_or_path = str(base.checkpoint.root)
@@ -457,11 +450,11 @@ MISFITS: dict[str, tuple[str, str, Callable[[Tensors], Any] | None, dict[str, An
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_what_does_not_fit_the_base_is_refused_by_name(name, folder, tmp_path):
+def test_what_does_not_fit_the_base_is_refused_by_name(name, tmp_path):
     case, family, change, config, expected = MISFITS[name]
-    path = tampered(saved(case, folder), tmp_path / "x", change, **config)
+    path = tampered(saved(case), tmp_path / "x", change, **config)
     with pytest.raises(InvalidInput) as caught:
-        base_of(family, folder).placed(open_adapter(path))
+        base_of(family).placed(open_adapter(path))
     assert re.search(expected, str(caught.value)), str(caught.value)
     assert caught.value.exit_code == ExitCode.INVALID and "\n" not in str(caught.value)
 
@@ -481,31 +474,29 @@ def test_what_does_not_fit_the_base_is_refused_by_name(name, folder, tmp_path):
         ),
     ],
 )
-def test_a_value_that_does_not_fit_the_base_is_refused_by_name(
-    case, change, config, expected, folder, tmp_path
-):
-    adapter = open_adapter(tampered(saved(case, folder), tmp_path / "x", change, **config))
+def test_a_value_that_does_not_fit_the_base_is_refused_by_name(case, change, config, expected, tmp_path):
+    adapter = open_adapter(tampered(saved(case), tmp_path / "x", change, **config))
     with pytest.raises(InvalidInput, match=expected):
-        base_of("llama", folder).values(adapter)
+        base_of("llama").values(adapter)
 
 
-def test_a_quantized_base_is_refused(folder, tmp_path):
-    base = base_of("llama", folder)
+def test_a_quantized_base_is_refused(tmp_path):
+    base = base_of("llama")
     entries = {n: replace(e, dtype="I8") if "q_proj" in n else e for n, e in base.checkpoint.tensors.items()}
     with pytest.raises(InvalidInput, match="dtype I8 in the base"):
-        placed(open_adapter(saved("lora", folder)), base.names, entries)
+        placed(open_adapter(saved("lora")), base.names, entries)
 
 
-def test_without_the_class_names_are_those_on_disk(folder, tmp_path):
-    base = base_of("gpt2", folder)
+def test_without_the_class_names_are_those_on_disk(tmp_path):
+    base = base_of("gpt2")
     entries = base.checkpoint.tensors
     names = map_names({"model_type": "unheard"}, {name: entry.shape for name, entry in entries.items()})
-    found = placed(open_adapter(saved("conv1d", folder)), names, entries)
+    found = placed(open_adapter(saved("conv1d")), names, entries)
     assert {one.is_transposed for one in found} == {True}
-    moe = base_of("qwen3-moe", folder)
+    moe = base_of("qwen3-moe")
     with pytest.raises(InvalidInput):
         placed(
-            open_adapter(saved("experts-qwen3", folder)),
+            open_adapter(saved("experts-qwen3")),
             replace(moe.names, model_class=None),
             moe.checkpoint.tensors,
         )

@@ -29,11 +29,6 @@ Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], Any]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("adapters")
-
-
 def consumed(adapter: Adapter) -> list[str]:
     """Every tensor that the reader says something about, once; what modules share is one tensor."""
     patched = {
@@ -52,11 +47,11 @@ def refused(path: Path) -> KasaError:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_tensor_of_what_peft_saves_has_one_place(name, folder):
-    case, adapter = CASES[name], open_adapter(saved(name, folder))
+def test_every_tensor_of_what_peft_saves_has_one_place(name):
+    case, adapter = CASES[name], open_adapter(saved(name))
     counts = (len(adapter.patches), len(adapter.replacements), len(adapter.token_rows))
     assert (adapter.kind, *counts) == (case.kind, case.num_patches, case.num_values, case.num_rows)
-    assert consumed(adapter) == sorted(load_file(saved(name, folder) / WEIGHTS))
+    assert consumed(adapter) == sorted(load_file(saved(name) / WEIGHTS))
     for patch in adapter.patches:
         json.dumps(dict(patch.settings), allow_nan=False)  # plain data
 
@@ -76,8 +71,8 @@ WITH_LAYERS = [
 
 
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_modules_ranks_and_scalings_are_those_of_the_live_layers(name, folder):
-    adapter, layers = open_adapter(saved(name, folder)), layers_of(name)
+def test_modules_ranks_and_scalings_are_those_of_the_live_layers(name):
+    adapter, layers = open_adapter(saved(name)), layers_of(name)
     layers = {path: layer for path, layer in layers.items() if not path.endswith("token_adapter")}
     assert {patch.module for patch in adapter.patches} == layers.keys()
     for patch in adapter.patches:
@@ -94,7 +89,7 @@ def test_modules_ranks_and_scalings_are_those_of_the_live_layers(name, folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_scaling_of_a_pruned_adalora_is_that_before_pruning(folder, tmp_path):
+def test_the_scaling_of_a_pruned_adalora_is_that_before_pruning(tmp_path):
     model = live("adalora")
     kept = {f"{Q0}.lora_E": [True, False, True, False, False, True]}
     model.peft_config["default"].rank_pattern = kept
@@ -107,16 +102,16 @@ def test_the_scaling_of_a_pruned_adalora_is_that_before_pruning(folder, tmp_path
     assert patch.settings["scaling"] == pytest.approx(expected) and patch.settings["r"] == 6
 
 
-def test_patterns_are_resolved_as_peft_resolves_them(folder):
-    ranks = {patch.module: patch.settings["r"] for patch in open_adapter(saved("patterns", folder)).patches}
+def test_patterns_are_resolved_as_peft_resolves_them():
+    ranks = {patch.module: patch.settings["r"] for patch in open_adapter(saved("patterns")).patches}
     layer = "model.layers.{}.self_attn.{}"
     assert [ranks[layer.format(i, name)] for i in (0, 1) for name in QV] == [8, 2, 4, 2]
 
 
-def test_token_rows_come_with_their_indices(folder):
-    rows = {row.parameter: row.indices for row in open_adapter(saved("tokens-by-layer", folder)).token_rows}
+def test_token_rows_come_with_their_indices():
+    rows = {row.parameter: row.indices for row in open_adapter(saved("tokens-by-layer")).token_rows}
     assert rows == {"model.embed_tokens.weight": (1, 5), "lm_head.weight": (3,)}
-    [row] = open_adapter(saved("trainable-tokens", folder)).token_rows
+    [row] = open_adapter(saved("trainable-tokens")).token_rows
     assert (row.parameter, row.indices) == ("model.embed_tokens.weight", (2, 3))
 
 
@@ -129,8 +124,8 @@ def test_token_rows_come_with_their_indices(folder):
         ("ln-tuning", {("model.layers.1.input_layernorm.weight", "norm")}),
     ],
 )
-def test_what_the_file_holds_anew_has_its_reason(name, expected, folder):
-    found = {(value.parameter, value.why) for value in open_adapter(saved(name, folder)).replacements}
+def test_what_the_file_holds_anew_has_its_reason(name, expected):
+    found = {(value.parameter, value.why) for value in open_adapter(saved(name)).replacements}
     assert expected <= found
 
 
@@ -154,9 +149,9 @@ def test_a_head_that_lies_in_the_file_has_its_start_off_already(init, tmp_path):
     assert torch.allclose(merged, model.merge_and_unload().lm_head.weight, atol=1e-6)
 
 
-def test_a_start_that_cannot_be_found_again_is_said_to_be_lost(folder):
+def test_a_start_that_cannot_be_found_again_is_said_to_be_lost():
     starts = {
-        name: {patch.base_change for patch in open_adapter(saved(name, folder)).patches}
+        name: {patch.base_change for patch in open_adapter(saved(name)).patches}
         for name in ("lora", "mica", "pissa", "olora", "pissa-niter")
     }
     assert starts == {
@@ -182,12 +177,12 @@ def test_a_start_that_cannot_be_found_again_is_said_to_be_lost(folder):
         lambda name: re.sub(r"lora_(.)\.weight", r"lora_\1.other.weight", name),
     ],
 )
-def test_noise_in_names_and_a_missing_prefix_change_nothing(rename, folder, tmp_path):
+def test_noise_in_names_and_a_missing_prefix_change_nothing(rename, tmp_path):
     def change(tensors: Tensors) -> None:
         for name in list(tensors):
             tensors[rename(name)] = tensors.pop(name)
 
-    plain, other = saved("lora", folder), tampered(saved("lora", folder), tmp_path / "x", change)
+    plain, other = saved("lora"), tampered(saved("lora"), tmp_path / "x", change)
     assert facts(open_adapter(other).patches) == facts(open_adapter(plain).patches)
 
 
@@ -198,9 +193,9 @@ def facts(patches: tuple[Patch, ...]) -> list[Any]:
     )
 
 
-def test_old_files_say_less(folder, tmp_path):
+def test_old_files_say_less(tmp_path):
     """A minimal config is enough, and fields of old releases that are unset do not disturb."""
-    old = dict.fromkeys(json.loads((saved("lora", folder) / CONFIG).read_text()), ...)
+    old = dict.fromkeys(json.loads((saved("lora") / CONFIG).read_text()), ...)
     old |= {
         "peft_type": "LORA",
         "r": 4,
@@ -209,7 +204,7 @@ def test_old_files_say_less(folder, tmp_path):
         "enable_lora": None,
         "merge_weights": False,
     }
-    adapter = open_adapter(tampered(saved("lora", folder), tmp_path / "x", **old))
+    adapter = open_adapter(tampered(saved("lora"), tmp_path / "x", **old))
     assert len(adapter.patches) == 4 and version_of(adapter.config) < (0, 18)
 
 
@@ -347,9 +342,9 @@ TAMPERED: dict[str, tuple[str, Change | None, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", TAMPERED)
-def test_a_tampered_adapter_is_refused_by_name(name, folder, tmp_path):
+def test_a_tampered_adapter_is_refused_by_name(name, tmp_path):
     case, change, config, expected = TAMPERED[name]
-    error = refused(tampered(saved(case, folder), tmp_path / "x", change, **config))
+    error = refused(tampered(saved(case), tmp_path / "x", change, **config))
     assert re.search(expected, str(error)), str(error)
     assert error.exit_code == ExitCode.INVALID
 
@@ -367,9 +362,9 @@ def test_a_tampered_adapter_is_refused_by_name(name, folder, tmp_path):
         r"(a)\1",
     ],
 )
-def test_a_pattern_that_could_fill_the_memory_is_not_compiled(pattern, folder, tmp_path, monkeypatch):
+def test_a_pattern_that_could_fill_the_memory_is_not_compiled(pattern, tmp_path, monkeypatch):
     monkeypatch.setattr(module_settings.regex, "compile", None)
-    error = refused(tampered(saved("lora", folder), tmp_path / "x", alpha_pattern={pattern: 4}))
+    error = refused(tampered(saved("lora"), tmp_path / "x", alpha_pattern={pattern: 4}))
     assert "repeats groups, looks around or counts" in str(error) and error.exit_code == ExitCode.INVALID
 
 
@@ -397,8 +392,8 @@ def test_a_pattern_that_does_not_end_is_stopped(monkeypatch):
     assert caught.value.exit_code == ExitCode.INVALID
 
 
-def test_a_pattern_for_targets_is_never_matched(folder, tmp_path):
-    adapter = open_adapter(tampered(saved("lora", folder), tmp_path / "x", target_modules="(.*)*q_projX"))
+def test_a_pattern_for_targets_is_never_matched(tmp_path):
+    adapter = open_adapter(tampered(saved("lora"), tmp_path / "x", target_modules="(.*)*q_projX"))
     assert len(adapter.patches) == 4
 
 
@@ -415,26 +410,24 @@ def test_a_pattern_for_targets_is_never_matched(folder, tmp_path):
         ('{"a": ' + "[" * 100_000, "nested too deep|invalid JSON"),
     ],
 )
-def test_a_config_that_is_no_config(text, expected, folder, tmp_path):
-    adapter = tampered(saved("lora", folder), tmp_path / "x")
+def test_a_config_that_is_no_config(text, expected, tmp_path):
+    adapter = tampered(saved("lora"), tmp_path / "x")
     (adapter / CONFIG).write_text(text)
     error = refused(adapter)
     assert re.search(expected, str(error)) and error.exit_code == ExitCode.INVALID
 
 
-def test_the_name_of_the_base_does_not_talk_to_the_terminal(folder, tmp_path):
-    error = refused(tampered(saved("lora", folder), tmp_path / "x", base_model_name_or_path="a\x1b[2Jb\n"))
+def test_the_name_of_the_base_does_not_talk_to_the_terminal(tmp_path):
+    error = refused(tampered(saved("lora"), tmp_path / "x", base_model_name_or_path="a\x1b[2Jb\n"))
     assert error.exit_code == ExitCode.UNSAFE and "not printable" in str(error)
-    other = tampered(saved("lora", folder), tmp_path / "y", base_model_name_or_path=["x"])
+    other = tampered(saved("lora"), tmp_path / "y", base_model_name_or_path=["x"])
     assert refused(other).exit_code == ExitCode.INVALID
-    away = tampered(
-        saved("lora", folder), tmp_path / "z", base_model_name_or_path="../../etc", revision="../x"
-    )
+    away = tampered(saved("lora"), tmp_path / "z", base_model_name_or_path="../../etc", revision="../x")
     assert len(open_adapter(away).patches) == 4
 
 
-def test_a_pickle_is_refused_with_what_to_do(folder, tmp_path):
-    adapter = tampered(saved("lora", folder), tmp_path / "x")
+def test_a_pickle_is_refused_with_what_to_do(tmp_path):
+    adapter = tampered(saved("lora"), tmp_path / "x")
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
     error = refused(adapter)
     assert error.exit_code == ExitCode.UNSAFE and "pickle" in error.what and "safetensors" in error.remedy
@@ -442,21 +435,21 @@ def test_a_pickle_is_refused_with_what_to_do(folder, tmp_path):
     assert refused(adapter).exit_code == ExitCode.INVALID
 
 
-def test_a_link_out_of_the_folder_is_refused_but_for_the_hubs_cache(folder, tmp_path):
-    adapter = tampered(saved("lora", folder), tmp_path / "x")
+def test_a_link_out_of_the_folder_is_refused_but_for_the_hubs_cache(tmp_path):
+    adapter = tampered(saved("lora"), tmp_path / "x")
     (adapter / WEIGHTS).rename(tmp_path / "blob")
     (adapter / WEIGHTS).symlink_to(tmp_path / "blob")
     assert refused(adapter).exit_code == ExitCode.UNSAFE
     assert open_adapter(adapter, hub_cache=tmp_path).patches
 
 
-def test_what_is_no_adapter_says_so(folder, tmp_path):
+def test_what_is_no_adapter_says_so(tmp_path):
     assert "adapter_config.json is missing" in str(refused(tmp_path))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / CONFIG).write_text("{}")
     assert str(tmp_path / "adapter") in refused(tmp_path).remedy
     assert "no such file" in str(refused(tmp_path / "absent"))
-    nothing = tampered(saved("lora", folder), tmp_path / "x", lambda tensors: tensors.clear())
+    nothing = tampered(saved("lora"), tmp_path / "x", lambda tensors: tensors.clear())
     assert "without tensors" in str(refused(nothing))
 
 
@@ -560,8 +553,8 @@ def test_an_unknown_variant_lists_the_known_ones(tmp_path):
     assert "'shiny' is not known" in error.what and "antipasto" in error.remedy
 
 
-def test_a_file_without_a_config_is_no_adapter(folder):
-    assert "no cfg in its header" in str(refused(saved("lora", folder) / WEIGHTS))
+def test_a_file_without_a_config_is_no_adapter():
+    assert "no cfg in its header" in str(refused(saved("lora") / WEIGHTS))
 
 
 def test_what_kasa_writes_is_read(tmp_path):

@@ -13,8 +13,9 @@ import peft
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from tests.builders import tiny_models
+from tests.builders import shared, tiny_models
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QV = ["q_proj", "v_proj"]
@@ -156,18 +157,42 @@ def live(name: str) -> PeftModel:
         return peft.get_peft_model(copy.deepcopy(tiny_models.build(case.family)), case.make(**case.options))
 
 
-@cache
-def saved(name: str, folder: Path) -> Path:
-    """A case as PEFT saves it."""
+@torch.no_grad()
+def disturb(model: nn.Module) -> None:
+    """Add noise to all that is trainable, as if it had been trained."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+
+
+def disturb_saved(adapter: Path) -> Path:
+    """The same on disk, in place: every tensor of a saved adapter."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = load_file(adapter / WEIGHTS)
+    moved = {name: W + 0.1 * torch.randn(W.shape, generator=generator) for name, W in tensors.items()}
+    save_file(moved, adapter / WEIGHTS, {"format": "pt"})
+    return adapter
+
+
+def save(name: str, folder: Path) -> Path:
+    """Write a case as PEFT does, and return its folder."""
     model = live(name)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape))
-            assert torch.isfinite(parameter).all(), key
+    disturb(model)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters()), name
     with warnings.catch_warnings(action="ignore"):
-        model.save_pretrained(folder / name)
-    return folder / name
+        model.save_pretrained(folder)
+    return folder
+
+
+@cache
+def saved(name: str) -> Path:
+    """A case's adapter that all tests share: read it, copy it, never write into it."""
+    return shared.keep(save(name, shared.place("adapters", name)))
+
+
+def base_of(name: str) -> Path:
+    """The checkpoint that a case's adapter was made on; all tests share it."""
+    return tiny_models.saved(CASES[name].family)
 
 
 def tampered(
@@ -186,3 +211,19 @@ def tampered(
         json.dumps({key: value for key, value in fields.items() if value is not ...})
     )
     return folder
+
+
+def wrapped(model: nn.Module) -> list[str]:
+    return sorted(
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    )
+
+
+def fill_b(model: nn.Module) -> None:
+    """The same numbers in every lora_B of any copy of a model."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))

@@ -1,8 +1,6 @@
-"""Builders of files that lie: raw safetensors with any header, small checkpoints to damage, hashes of trees."""
+"""Files that lie: raw safetensors with any header, and small checkpoints to damage."""
 
-import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -58,15 +56,3 @@ def write_index(folder: Path, weight_map: object, name: str = "model.safetensors
 
 def weight_map(folder: Path, name: str = "model.safetensors.index.json") -> dict[str, str]:
     return json.loads((folder / name).read_text())["weight_map"]
-
-
-def tree_hash(folder: Path) -> dict[str, tuple[int, str]]:
-    """What every file below a folder holds, and its mode: equal before and after means untouched."""
-    found = {}
-    for directory, _, files in os.walk(folder):
-        for file in files:
-            path = Path(directory, file)
-            content = path.read_bytes() if path.is_file() else b""
-            digest = hashlib.sha256(content).hexdigest()
-            found[path.relative_to(folder).as_posix()] = (path.lstat().st_mode, digest)
-    return found

@@ -84,3 +84,24 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(
         a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     )
+
+
+def kept(W: torch.Tensor, components: int) -> np.ndarray:
+    """What the largest components make, by numpy's SVD in float64."""
+    U, S, Vh = np.linalg.svd(W.double().numpy(), full_matrices=False)
+    return (U[:, :components] * S[:components]) @ Vh[:components]
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-6) -> None:
+    """Compare with a tolerance relative to the largest entry."""
+    assert float((ours.to(theirs.dtype) - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+def positive(k: int) -> Tensor:
+    """A positive definite matrix."""
+    A = gaussian(k, k)
+    return A @ A.T + torch.eye(k, dtype=torch.float64)

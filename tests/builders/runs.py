@@ -12,14 +12,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from kasa_cli.cli import app
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_CANARYcanaryCANARYcanaryCANARY"
-LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
     [
@@ -116,34 +112,3 @@ def _after(pause: float, function):
         return function(*arguments)
 
     return slow
-
-
-def plain_model(
-    folder: Path, layers: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Path:
-    """One shard of square linear weights, of no family that transformers knows: nothing but kasa reads it."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        f"model.layers.{layer}.{module}.weight": torch.randn(dim, dim, generator=generator).to(dtype)
-        for layer in range(layers)
-        for module in LINEAR
-    }
-    weights["model.embed_tokens.weight"] = torch.randn(8, dim, generator=generator).to(dtype)
-    return save(weights, folder)
-
-
-def save(weights: dict[str, torch.Tensor], folder: Path, config: dict[str, Any] | None = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config or {"model_type": "none-of-these"}))
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
-
-
-def changed(model: Path, folder: Path, **tensors: Any) -> Path:
-    """A copy of a model with some tensors passed through functions; dots in names are spelled `__`."""
-    weights = load_file(model / "model.safetensors")
-    for name, function in tensors.items():
-        key = f"{name.replace('__', '.')}.weight"
-        weights[key] = function(weights[key])
-    return save(weights, folder, json.loads((model / "config.json").read_text()))

@@ -13,6 +13,8 @@ import transformers as tf
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from tests.builders import shared
+
 logging.disable_progress_bar()
 
 TEXT: dict[str, Any] = {
@@ -221,3 +223,9 @@ def save(family: str, directory: Path, **kwargs: Any) -> Path:
     """Write a family's checkpoint as transformers does, and return its directory."""
     build(family).save_pretrained(directory, **kwargs)
     return directory
+
+
+@cache
+def saved(family: str, **kwargs: Any) -> Path:
+    """A family's checkpoint that all tests share: read it, copy it, never write into it."""
+    return shared.keep(save(family, shared.place("-".join([family, *map(str, kwargs.values())])), **kwargs))

@@ -9,7 +9,8 @@ import pytest
 
 from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.errors import InvalidInput, KasaError, UnsafeInput
-from tests.builders.faults import shard_name, st, tensor, tiny_model, tree_hash, weight_map, write_index
+from tests.builders.faults import shard_name, st, tensor, tiny_model, weight_map, write_index
+from tests.builders.folders import tree_hash
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = shard_name(1, 2), shard_name(2, 2)

@@ -35,7 +35,7 @@ def opened(monkeypatch):
 @pytest.mark.parametrize("name", ["lora", "experts"])
 @pytest.mark.parametrize("verb", ["merge", "convert", "look"])
 def test_a_command_opens_an_adapter_once(name, verb, tmp_path, opened):
-    base, adapter = tiny_models.save(CASES[name].family, tmp_path / "base"), saved(name, tmp_path)
+    base, adapter = tiny_models.save(CASES[name].family, tmp_path / "base"), saved(name)
     if verb == "merge":
         merge([adapter], Where(str(base)), tmp_path / "OUT", running=HERE)
     elif verb == "convert":

@@ -16,8 +16,10 @@ from kasa_cli.errors import ExitCode
 from kasa_cli.files.staging import Staging
 from kasa_cli.methods.criteria import CRITERIA
 from kasa_cli.targets.trainer_configs import FORMATS as FORMATS_OF_HAND_OFF
-from tests.builders.faults import tree_hash, write_index
-from tests.builders.runs import environment, inside, outside, plain_model
+from tests.builders.checkpoints import plain_model
+from tests.builders.faults import write_index
+from tests.builders.folders import tree_hash
+from tests.builders.runs import environment, inside, outside
 
 Q0 = "model.layers.0.self_attn.q_proj"
 EVIL = "\x1b]52;c;cm0gLXJm\x07\x1b[2J[red]x[/red]\u202egnp\x9b31m\r"
@@ -60,11 +62,6 @@ MORE_OPTIONS = {
     " --overwrite --restart --json --workers --store --no-store --revision --cache-dir --config",
     "store prune": "--max-size --older-than --all --dry-run",
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return plain_model(tmp_path_factory.mktemp("cli") / "model")
 
 
 @pytest.fixture

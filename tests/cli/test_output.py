@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from kasa_cli.errors import ExitCode
 from kasa_cli.render.progress import Live
 from kasa_cli.report import Progress
+from tests.builders.checkpoints import changed
 from tests.builders.faults import st, tensor
-from tests.builders.runs import TOKEN, changed, command, environment, inside, outside, plain_model
+from tests.builders.runs import TOKEN, command, environment, inside, outside
 
 Q0 = "model.layers.0.self_attn.q_proj"
 EVIL = "\x1b]52;c;cm0gLXJm\x07\x1b[2J[red]x[bold]\u202egnp\x9b31m"
@@ -31,11 +32,6 @@ TENSOR = (
     "realised changed_fraction solver residual"
 )
 TENSOR_ADDS = " stored_dtype truncation_rank rounding_error is_tied"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return plain_model(tmp_path_factory.mktemp("output") / "model")
 
 
 @pytest.fixture

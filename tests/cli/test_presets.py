@@ -21,7 +21,8 @@ from kasa_cli.pipeline.truncating import options
 from kasa_cli.pipeline.truncating import run as verb
 from kasa_cli.render.formats import FORMATS
 from kasa_cli.targets import trainer_configs
-from tests.builders.runs import ROOT, inside, plain_model
+from tests.builders.checkpoints import plain_model
+from tests.builders.runs import ROOT, inside
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 DEFAULT = ROOT / "configs" / "default.yaml"

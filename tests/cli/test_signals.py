@@ -10,13 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.builders.runs import command, environment, forked, inside, plain_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return plain_model(tmp_path_factory.mktemp("signals") / "model")
-
+from tests.builders.runs import command, environment, forked, inside
 
 SLEEPY = """
 import signal, sys, time

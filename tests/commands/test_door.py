@@ -21,7 +21,8 @@ import torch
 import kasa_cli as kasa
 from kasa_cli.cli.output import ONLY_OF_COMMANDS
 from kasa_cli.errors import ExitCode
-from tests.builders.runs import ROOT, environment, inside, plain_model
+from tests.builders.checkpoints import plain_model
+from tests.builders.runs import ROOT, environment, inside
 
 ONLY_OF_FUNCTIONS = {"progress"}
 HEAVY = {

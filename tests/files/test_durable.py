@@ -16,6 +16,7 @@ import pytest
 
 from kasa_cli.errors import ExitCode, IntegrityError, InvalidInput, ResourceError
 from kasa_cli.files import durable
+from tests.builders.folders import names
 from tests.builders.runs import ROOT
 
 DATA = bytes(range(256)) * 40
@@ -46,10 +47,6 @@ def copy(path):
 
 
 WRITERS = pytest.mark.parametrize("writer", [write, write_unsized, fill, copy])
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @contextmanager

@@ -14,11 +14,6 @@ from kasa_cli.files.staging import Staging
 from tests.builders.runs import ROOT
 
 
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "OUT"
-
-
 def enter(output, **options):
     with Staging(output, fingerprint={}, **options):
         pass

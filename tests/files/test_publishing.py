@@ -6,26 +6,9 @@ from pathlib import Path
 import pytest
 
 from kasa_cli.errors import OutputExists, ResourceError
-from kasa_cli.files.durable import write_file
 from kasa_cli.files.staging import MANIFEST, Staging
-
-JOB = {"rank": 8}
-
-
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "OUT"
-
-
-def build(output, content=b"{}", **options):
-    with Staging(output, fingerprint=JOB, **options) as staging:
-        write_file(staging.out / MANIFEST, [content])
-        write_file(staging.out / "model.safetensors", [b"weights"])
-        staging.publish()
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+from tests.builders.folders import names
+from tests.builders.outputs import JOB, build
 
 
 def as_file(output):

@@ -10,35 +10,20 @@ import pytest
 from kasa_cli.errors import IntegrityError, OutputExists, ResourceError, UnsafeInput, UsageError
 from kasa_cli.files.durable import TEMPORARY, write_file
 from kasa_cli.files.staging import MANIFEST, Staging, check_apart, require_space
+from tests.builders.folders import names
+from tests.builders.outputs import JOB, build
 
-JOB = {"rank": 8, "inputs": {"a": "00"}, "seed": None}
 PAYLOAD = b"\x08\0\0\0\0\0\0\0{}      "
-
-
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "OUT"
 
 
 def partial(output):
     return output.with_name("OUT.kasa-partial")
 
 
-def build(output, content=b"{}", **options):
-    with Staging(output, fingerprint=JOB, **options) as staging:
-        write_file(staging.out / MANIFEST, [content])
-        write_file(staging.out / "model.safetensors", [b"weights"])
-        staging.publish()
-
-
 def stop_midway(output, **options):
     with pytest.raises(KeyboardInterrupt), Staging(output, fingerprint=JOB, **options) as staging:
         staging.keep_part("one", PAYLOAD)
         raise KeyboardInterrupt
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_output_appears_whole_and_nothing_else_remains(output):

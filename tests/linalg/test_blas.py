@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from kasa_cli.linalg import blas
-from tests.builders.matrices import gaussian
+from tests.builders.matrices import gaussian, positive
 
 
-def positive(k: int, dtype=torch.float64) -> torch.Tensor:
-    A = gaussian(k, k)
-    return blas.fortran((A @ A.T + torch.eye(k, dtype=torch.float64)).to(dtype))
+def in_fortran_order(k: int, dtype=torch.float64) -> torch.Tensor:
+    return blas.fortran(positive(k).to(dtype))
 
 
 def counted_meanwhile(call) -> int:
@@ -46,13 +45,13 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_other_threads_run_meanwhile(name):
-    A, X = positive(900), blas.fortran(gaussian(900, 64))
+    A, X = in_fortran_order(900), blas.fortran(gaussian(900, 64))
     assert counted_meanwhile(lambda: CALLS[name](A, X)) >= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_eigenpairs_of_a_range_are_those_of_the_whole(dtype):
-    A = positive(40, dtype)
+    A = in_fortran_order(40, dtype)
     values, Z = torch.linalg.eigh(A)
     some, vectors = blas.syevr(blas.fortran(torch.triu(A)), b"U", 37, 39)
     assert torch.allclose(some, values[37:], rtol=1e-5)

@@ -6,7 +6,7 @@ import torch
 from kasa_cli.linalg import kernels
 from kasa_cli.linalg.bottom import ends
 from kasa_cli.linalg.solvers import SOLVERS
-from tests.builders.matrices import cliff, distance, gaussian, log, with_spectrum
+from tests.builders.matrices import cliff, distance, gaussian, log, positive, with_spectrum
 
 
 @pytest.fixture(params=["scipy", "torch"])
@@ -22,11 +22,6 @@ SIDES = [(1, 1), (1, 9), (7, 1), (7, 5), (40, 97)]
 
 def fortran(A: torch.Tensor) -> torch.Tensor:
     return A.T.contiguous().T
-
-
-def positive(k: int) -> torch.Tensor:
-    A = gaussian(k, k)
-    return A @ A.T + torch.eye(k, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("k", [1, 2, 30])

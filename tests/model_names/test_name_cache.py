@@ -15,7 +15,7 @@ from kasa_cli.model_names.name_cache import QUESTION, names_of, packed, unpacked
 from kasa_cli.pipeline import kept_facts as verb
 from tests.builders import tiny_models
 from tests.builders.adapters import saved
-from tests.builders.faults import tree_hash
+from tests.builders.folders import tree_hash
 from tests.builders.runs import environment, inside
 
 
@@ -110,7 +110,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_second_command_on_a_model_does_without_transformers(name, tmp_path, store):
     """The whole of a command in a process of its own, and the same results."""
-    places = {"BASE": tiny_models.save("llama", tmp_path / "base"), "ADAPTER": saved("lora", tmp_path)}
+    places = {"BASE": tiny_models.save("llama", tmp_path / "base"), "ADAPTER": saved("lora")}
     said = []
     for number, has_it in enumerate((True, False)):
         words = [str(places.get(word, word)) for word in COMMANDS[name]]
@@ -135,7 +135,7 @@ def test_the_second_command_on_a_model_does_without_transformers(name, tmp_path,
 
 @pytest.mark.parametrize("name", ["merge", "spectrum", "select"])
 def test_a_dry_run_keeps_nothing(name, tmp_path, store, capsys):
-    places = {"BASE": tiny_models.save("llama", tmp_path / "base"), "ADAPTER": saved("lora", tmp_path)}
+    places = {"BASE": tiny_models.save("llama", tmp_path / "base"), "ADAPTER": saved("lora")}
     places["OUT"] = tmp_path / "OUT"
     assert inside(capsys, *(places.get(word, word) for word in COMMANDS[name]), "--dry-run").code == 0
     assert list(store.iterdir()) == []

@@ -206,7 +206,7 @@ def prepare() -> None:
         copy.deepcopy(tiny_models.build(family)).to(torch.bfloat16).save_pretrained(f"{family}-bf16")
     tiny_models.save("llama", Path("llama-shards"), max_shard_size="20KB")
     for name in adapters.CASES:
-        adapters.saved(name, Path("adapters"))
+        adapters.save(name, Path("adapters") / name)
     lite("lora", lora_A=(4, 32), lora_B=(32, 4))
     lite("pissa", lora_A=(4, 32), lora_B=(32, 4))
     lite("hra", lora_U=(4, 32))

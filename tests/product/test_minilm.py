@@ -31,11 +31,6 @@ Run = tuple[Path, TruncateReport]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("minilm")
-
-
-@pytest.fixture(scope="module")
 def wide(folder: Path) -> Run:
     return folder / "wide", truncate(Where(str(MODEL)), folder / "wide", Options(rank=RANK))
 

@@ -8,18 +8,14 @@ import time
 import pytest
 
 from kasa_cli.errors import ExitCode
-from tests.builders.faults import tree_hash
-from tests.builders.runs import finished, forked, inside, plain_model
+from tests.builders.checkpoints import plain_model
+from tests.builders.folders import tree_hash
+from tests.builders.runs import finished, forked, inside
 
 NUM_KILLS = int(os.environ.get("KASA_KILLS", "20"))
 PAUSE = 0.04
 RUN = ("-r", 4, "--workers", 2, "--json", "--no-store")
 STORED = RUN[:-1]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return plain_model(tmp_path_factory.mktemp("resume") / "model")
 
 
 @pytest.fixture(scope="module")

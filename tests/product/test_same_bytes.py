@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from kasa_cli.checkpoint.safetensors_file import read_header
-from tests.builders.faults import tree_hash
-from tests.builders.runs import TOKEN, finished, outside, save
+from tests.builders.checkpoints import save_plain
+from tests.builders.folders import tree_hash
+from tests.builders.runs import TOKEN, finished, outside
 
 RUN = ("-r", 8, "--rounding", "preserve", "--max-shard-size", "2MB")
 USER, HOME = "kasacanaryuser", "kasacanaryhome"
@@ -29,7 +30,7 @@ def model(tmp_path_factory):
         for module, shape in shapes.items()
     }
     weights["model.embed_tokens.weight"] = torch.randn(32, 640, generator=generator)
-    return save(weights, tmp_path_factory.mktemp("same") / "model")
+    return save_plain(weights, tmp_path_factory.mktemp("same") / "model")
 
 
 @pytest.fixture(scope="module")

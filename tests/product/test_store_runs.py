@@ -20,8 +20,9 @@ from kasa_cli.files.durable import TEMPORARY
 from kasa_cli.files.store import Store
 from kasa_cli.pipeline import kept_facts as verb
 from kasa_cli.pipeline.measuring.facts import Extremes, pack
-from tests.builders.faults import tree_hash
-from tests.builders.runs import ROOT, Ran, changed, environment, finished, forked, inside, plain_model, save
+from tests.builders.checkpoints import changed, plain_model, save_plain
+from tests.builders.folders import tree_hash
+from tests.builders.runs import ROOT, Ran, environment, finished, forked, inside
 
 RANKS = (4, 20, 80)
 SHAPES = {"q_proj": (640, 640), "k_proj": (96, 640), "v_proj": (101, 97)}
@@ -47,7 +48,7 @@ def linear(place: Path) -> Path:
         f"model.layers.0.mlp.{module}.weight": torch.randn(shape, generator=generator).bfloat16()
         for module, shape in SHAPES.items()
     }
-    return save(weights, place / "linear")
+    return save_plain(weights, place / "linear")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_two_tensors_of_one_content_are_measured_once(
 ) -> None:
     W = torch.randn(20, 24, generator=torch.Generator().manual_seed(3))
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
-    model = save({name: W.clone() for name in names}, tmp_path / "model")
+    model = save_plain({name: W.clone() for name in names}, tmp_path / "model")
     assert counts(inside(capsys, "select-targets", model, "--json", "--workers", 1)) == (1, 2)
     for number, more in enumerate((("--workers", 1), ("--workers", 3, "--no-store"), ("--workers", 3))):
         truncate(capsys, model, tmp_path / str(number), 4, *more)
@@ -175,7 +176,7 @@ def test_the_same_bits_in_another_dtype_are_another_weight(
     bits = torch.randn(20, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
     name = "model.layers.0.mlp.up_proj.weight"
     for dtype in (torch.bfloat16, torch.float16):
-        model = save({name: bits.view(dtype)}, tmp_path / str(dtype))
+        model = save_plain({name: bits.view(dtype)}, tmp_path / str(dtype))
         assert counts(truncate(capsys, model, tmp_path / f"{dtype}-out", 4)) == (1, 0)
         truncate(capsys, model, tmp_path / f"{dtype}-alone", 4, "--no-store")
         assert tree_hash(tmp_path / f"{dtype}-out") == tree_hash(tmp_path / f"{dtype}-alone")
@@ -187,7 +188,7 @@ def test_a_conv1d_and_a_linear_weight_of_the_same_bytes_share_no_factors(
     from safetensors.torch import load_file
 
     stored = load_file(conv / "model.safetensors")["transformer.h.0.attn.c_proj.weight"]
-    twin = save({"model.layers.0.mlp.up_proj.weight": stored}, tmp_path / "twin")
+    twin = save_plain({"model.layers.0.mlp.up_proj.weight": stored}, tmp_path / "twin")
     new, _ = counts(truncate(capsys, conv, tmp_path / "conv", 4))
     assert new == 4
     assert counts(truncate(capsys, twin, tmp_path / "warm", 4)) == (1, 0)

@@ -23,7 +23,7 @@ from kasa_cli.model_names import meta_model
 from kasa_cli.targets import peft_trial, trainer_configs
 from kasa_cli.targets.trainer_configs import EMISSIONS, FORMATS, Chosen
 from tests.builders import tiny_models
-from tests.builders.truncated import logits
+from tests.builders.checkpoints import logits
 
 PEFT = f"peft {__version__}"
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from kasa_cli.errors import IntegrityError
 from kasa_cli.pipeline.measuring.facts import Bench
 from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
-from kasa_cli.pipeline.truncating.run import Options as Truncation
-from kasa_cli.pipeline.truncating.run import Patterns, truncate
 from tests.builders import tiny_models
-from tests.builders.truncated import kept
+from tests.builders.adapters import disturb_saved
+from tests.builders.matrices import assert_close, kept
+from tests.builders.truncated import cut
 
 WEIGHTS = "adapter_model.safetensors"
 TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "c_proj")}
@@ -43,34 +43,23 @@ class Output:
 
 @pytest.fixture(params=sorted(TARGETS))
 def output(request, tmp_path):
-    model = tiny_models.save(request.param, tmp_path / "model")
-    options = Truncation(
-        rank=RANK,
-        truncation_rank=DEEP,
-        alpha=7,
-        workers=1,
-        patterns=Patterns(TARGETS[request.param]),
-        use_store=False,
-    )
-    truncate(Where(str(model)), tmp_path / "out", options)
-    path, generator = tmp_path / "out" / "adapter" / WEIGHTS, torch.Generator().manual_seed(3)
-    trained = {
-        name: 0.1 * torch.randn(one.shape, generator=generator) for name, one in load_file(path).items()
-    }
-    save_file(trained, path, {"format": "pt"})
+    model, targets = tiny_models.saved(request.param), TARGETS[request.param]
+    options = {"rank": RANK, "truncation_rank": DEEP, "alpha": 7, "workers": 1, "use_store": False}
+    cut(model, tmp_path / "out", *targets, **options)
+    disturb_saved(tmp_path / "out" / "adapter")
     return Output(model, tmp_path / "out")
 
 
-def assert_close(ours, theirs, tolerance=1e-6):
+def assert_all_close(ours, theirs, tolerance=1e-6):
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        assert float((ours[name] - tensor).abs().max()) <= tolerance * float(tensor.abs().max()), name
+        assert_close(ours[name], tensor, tolerance)
 
 
 def test_the_cut_of_the_original_is_as_deep_as_that_of_the_truncated_base(output, tmp_path):
     """Not as deep as the adapter has rank, which is what a reader without the manifest would make of it."""
     one = output.merged(output.model, tmp_path / "a")
-    assert_close(one, output.merged(output.out / "base", tmp_path / "b"))
+    assert_all_close(one, output.merged(output.out / "base", tmp_path / "b"))
     name = next(name for name in one if name.endswith(("q_proj.weight", "c_attn.weight")))
     module = f"base_model.model.{name.removesuffix('.weight')}"
     adapter, W = load_file(output.adapter / WEIGHTS), load_file(output.model / "model.safetensors")[name]
@@ -94,7 +83,7 @@ def test_factors_of_the_tail_the_store_and_a_decomposition_agree(output, tmp_pat
     monkeypatch.setattr(Bench, "bottom", lambda *args: pytest.fail("the tail was there"))
     by_tail = output.merged(output.model, tmp_path / "c")
     assert all(torch.equal(stored[name], one) for name, one in computed.items())
-    assert_close(by_tail, computed)
+    assert_all_close(by_tail, computed)
 
 
 def test_a_tail_of_another_base_is_not_used(output, tmp_path):
@@ -105,7 +94,7 @@ def test_a_tail_of_another_base_is_not_used(output, tmp_path):
     forced = {"base_is": "original", "force_base": True}
     with_tail = output.merged(stranger, tmp_path / "a", **forced)
     shutil.rmtree(output.out / "tail")
-    assert_close(with_tail, output.merged(stranger, tmp_path / "b", **forced), 0)
+    assert_all_close(with_tail, output.merged(stranger, tmp_path / "b", **forced), 0)
 
 
 def test_an_altered_tail_is_named(output, tmp_path):

@@ -26,11 +26,11 @@ from kasa_cli.pipeline.merging.run import Options as MergeOptions
 from kasa_cli.pipeline.merging.run import merge
 from kasa_cli.pipeline.truncating.run import Options as Truncation
 from kasa_cli.pipeline.truncating.run import Patterns, truncate
-from tests.builders import tiny_models
-from tests.builders.adapters import CASES, CONFIG, WEIGHTS, live, saved, tampered
-from tests.builders.faults import tree_hash
+from tests.builders.adapters import CASES, CONFIG, WEIGHTS, base_of, fill_b, live, saved, tampered
+from tests.builders.checkpoints import load, logits
+from tests.builders.folders import tree_hash
+from tests.builders.matrices import close
 from tests.builders.runs import finished, inside
-from tests.builders.truncated import close, fill_b, load, logits
 
 HERE = Running(1, use_store=False)
 EXACT = {
@@ -79,16 +79,6 @@ MORE = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("convert")
-
-
-def base_of(name, folder):
-    place = folder / CASES[name].family
-    return place if place.exists() else tiny_models.save(CASES[name].family, place)
-
-
 def converted(adapter, base, out, running=HERE, **options):
     return convert(adapter, Where(str(base)), out, Options(**{"base_is": "original", **options}), running)
 
@@ -130,8 +120,8 @@ def test_every_case_is_sorted():
 
 
 @pytest.mark.parametrize("name", sorted(EXACT))
-def test_peft_answers_as_with_the_adapter_itself(name, folder, tmp_path):
-    base, adapter = base_of(name, folder), saved(name, folder)
+def test_peft_answers_as_with_the_adapter_itself(name, tmp_path):
+    base, adapter = base_of(name), saved(name)
     report = converted(adapter, base, tmp_path / "OUT")
     expected, bare = logits(with_peft(base, adapter)), logits(load(base))
     found, plain = answers(base, tmp_path / "OUT")
@@ -148,9 +138,9 @@ def test_peft_answers_as_with_the_adapter_itself(name, folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(EXACT))
-def test_the_files_are_what_servers_read(name, folder, tmp_path):
+def test_the_files_are_what_servers_read(name, tmp_path):
     """The rules of vLLM, llama.cpp and TGI: two tensors a module, one rank, alpha = rank, nothing else."""
-    base, adapter = base_of(name, folder), saved(name, folder)
+    base, adapter = base_of(name), saved(name)
     report = converted(adapter, base, tmp_path / "OUT", pad_rank=True)
     tensors, config = parts(tmp_path / "OUT")
     rank = report.padded_rank
@@ -169,8 +159,8 @@ def test_the_files_are_what_servers_read(name, folder, tmp_path):
     assert list(read_header(tmp_path / "OUT" / WEIGHTS).metadata) == ["format"]
 
 
-def test_ranks_and_scalings_of_patterns_become_one(folder, tmp_path):
-    base, adapter = base_of("patterns", folder), saved("patterns", folder)
+def test_ranks_and_scalings_of_patterns_become_one(tmp_path):
+    base, adapter = base_of("patterns"), saved("patterns")
     report = converted(adapter, base, tmp_path / "OUT")
     assert {row.rank for row in report.tensors} == {2, 4, 8} and report.rank == report.padded_rank == 8
     tensors, _ = parts(tmp_path / "OUT")
@@ -184,8 +174,8 @@ def test_ranks_and_scalings_of_patterns_become_one(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return base_of("kasa", folder)
+def model():
+    return base_of("kasa")
 
 
 def train(peft_model, steps=4):
@@ -333,9 +323,9 @@ def test_in_half_precision_it_is_said_that_the_cut_is_not_what_was_stored(traine
 
 
 @pytest.mark.parametrize("name", ["lora", "conv1d", "neox", "vlm", "experts", "experts-qwen3", "embedding"])
-def test_names_on_disk_are_those_of_tensors_of_these_shapes(name, folder, tmp_path):
+def test_names_on_disk_are_those_of_tensors_of_these_shapes(name, tmp_path):
     """And what they add is what `kasa merge` adds to those tensors."""
-    base, adapter = base_of(name, folder), saved(name, folder)
+    base, adapter = base_of(name), saved(name)
     converted(adapter, base, tmp_path / "OUT", names="disk")
     tensors, config = parts(tmp_path / "OUT")
     before = load_file(base / "model.safetensors")
@@ -359,15 +349,15 @@ def test_names_on_disk_are_those_of_tensors_of_these_shapes(name, folder, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["experts-gpt-oss", "experts-llama4"])
-def test_experts_in_one_tensor_have_no_names_on_disk(name, folder, tmp_path):
+def test_experts_in_one_tensor_have_no_names_on_disk(name, tmp_path):
     with pytest.raises(InvalidInput, match=r"one tensor on disk.*experts.*--names peft"):
-        converted(saved(name, folder), base_of(name, folder), tmp_path / "OUT", names="disk")
+        converted(saved(name), base_of(name), tmp_path / "OUT", names="disk")
 
 
 @pytest.mark.parametrize("name", ["experts", "experts-qwen3", "experts-gpt-oss"])
-def test_experts_lie_as_peft_stacks_them(name, folder, tmp_path):
+def test_experts_lie_as_peft_stacks_them(name, tmp_path):
     """The shapes of PEFT's own file, with the rank of all."""
-    base, adapter = base_of(name, folder), saved(name, folder)
+    base, adapter = base_of(name), saved(name)
     converted(adapter, base, tmp_path / "OUT")
     ours, theirs = load_file(tmp_path / "OUT" / WEIGHTS), load_file(adapter / WEIGHTS)
     assert {key: one.shape for key, one in ours.items()} == {key: one.shape for key, one in theirs.items()}
@@ -378,8 +368,8 @@ def test_experts_lie_as_peft_stacks_them(name, folder, tmp_path):
     )
 
 
-def test_a_router_that_is_no_linear_module_goes_by_its_parameter(folder, tmp_path):
-    base = base_of("experts-gpt-oss", folder)
+def test_a_router_that_is_no_linear_module_goes_by_its_parameter(tmp_path):
+    base = base_of("experts-gpt-oss")
     config = peft.LoraConfig(
         r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=["router.weight"]
     )
@@ -393,8 +383,8 @@ def test_a_router_that_is_no_linear_module_goes_by_its_parameter(folder, tmp_pat
     assert parts(tmp_path / "OUT")[1]["target_parameters"][0].endswith("mlp.router.weight")
 
 
-def test_an_expert_named_as_on_disk_is_converted_by_those_names_only(folder, tmp_path):
-    base = base_of("experts", folder)
+def test_an_expert_named_as_on_disk_is_converted_by_those_names_only(tmp_path):
+    base = base_of("experts")
     name = "model.layers.0.block_sparse_moe.experts.2.w2"
     A, B = torch.randn(2, 48), torch.randn(32, 2)
     (tmp_path / "old").mkdir()
@@ -411,9 +401,9 @@ def test_an_expert_named_as_on_disk_is_converted_by_those_names_only(folder, tmp
 # --- recompressed ---
 
 
-def updates(name, folder):
+def updates(name):
     """W' - W of every weight that PEFT's merge changes, as numpy's float64."""
-    base, adapter = base_of(name, folder), saved(name, folder)
+    base, adapter = base_of(name), saved(name)
     before = load(base, dtype=torch.float64)
     with warnings.catch_warnings(action="ignore"):
         merged = PeftModel.from_pretrained(load(base, dtype=torch.float64), adapter).merge_and_unload()
@@ -424,9 +414,9 @@ def updates(name, folder):
 
 @pytest.mark.parametrize("name", ["patterns", "kasa", "hra", *sorted(DENSE)])
 @pytest.mark.parametrize("limit", [{"rank": 3}, {"energy": 0.8}], ids=["rank", "energy"])
-def test_what_is_lost_is_what_the_singular_values_say(name, limit, folder, tmp_path):
-    report = converted(saved(name, folder), base_of(name, folder), tmp_path / "OUT", **limit)
-    deltas, lost, total = updates(name, folder), 0.0, 0.0
+def test_what_is_lost_is_what_the_singular_values_say(name, limit, tmp_path):
+    report = converted(saved(name), base_of(name), tmp_path / "OUT", **limit)
+    deltas, lost, total = updates(name), 0.0, 0.0
     assert {f"{row.module}.weight" for row in report.tensors} == deltas.keys()
     for row in report.tensors:
         squares = np.linalg.svd(deltas[f"{row.module}.weight"], compute_uv=False) ** 2
@@ -458,8 +448,8 @@ def assert_stored_loss(report, deltas, out):
 
 
 @pytest.mark.parametrize("name", ["loha", "dora", "oft"])
-def test_at_full_rank_anything_is_exact(name, folder, tmp_path):
-    base, adapter = base_of(name, folder), saved(name, folder)
+def test_at_full_rank_anything_is_exact(name, tmp_path):
+    base, adapter = base_of(name), saved(name)
     report = converted(adapter, base, tmp_path / "OUT", rank=64)
     found, _ = answers(base, tmp_path / "OUT")
     assert close(found, logits(with_peft(base, adapter)), 1e-5)
@@ -516,9 +506,9 @@ def test_what_float32_cannot_hold_is_no_factor():
 
 
 @pytest.mark.parametrize("name", sorted(DENSE))
-def test_what_has_no_low_rank_form_is_refused_by_its_kind(name, folder, tmp_path, capsys):
-    arguments = ("--to", "lora", "--base", base_of(name, folder), "-o", tmp_path / "OUT")
-    done = inside(capsys, "convert", saved(name, folder), *arguments)
+def test_what_has_no_low_rank_form_is_refused_by_its_kind(name, tmp_path, capsys):
+    arguments = ("--to", "lora", "--base", base_of(name), "-o", tmp_path / "OUT")
+    done = inside(capsys, "convert", saved(name), *arguments)
     assert (done.code, done.out) == (ExitCode.INVALID, "")
     assert (
         f"kind {CASES[name].kind} " in done.err
@@ -529,23 +519,23 @@ def test_what_has_no_low_rank_form_is_refused_by_its_kind(name, folder, tmp_path
 
 
 @pytest.mark.parametrize("name", sorted(MORE))
-def test_what_is_more_than_a_change_of_weights_is_refused_by_name(name, folder, tmp_path):
+def test_what_is_more_than_a_change_of_weights_is_refused_by_name(name, tmp_path):
     for limit in ({}, {"rank": 4}) if name != "ia3-conv1d" else ({"rank": 4},):
         with pytest.raises(InvalidInput, match="bias" if name == "ia3-conv1d" else MORE[name]):
-            converted(saved(name, folder), base_of(name, folder), tmp_path / "OUT", **limit)
+            converted(saved(name), base_of(name), tmp_path / "OUT", **limit)
 
 
-def test_a_base_layer_in_the_file_must_be_that_of_the_base(folder, tmp_path):
+def test_a_base_layer_in_the_file_must_be_that_of_the_base(tmp_path):
     def other(tensors):
         tensors["base_model.model.model.embed_tokens.base_layer.weight"][0, 0] += 1
 
-    adapter = tampered(saved("embedding", folder), tmp_path / "other", other)
+    adapter = tampered(saved("embedding"), tmp_path / "other", other)
     with pytest.raises(InvalidInput, match=r"base layer.*embed_tokens"):
-        converted(adapter, base_of("embedding", folder), tmp_path / "OUT")
+        converted(adapter, base_of("embedding"), tmp_path / "OUT")
 
 
 @pytest.mark.parametrize("name", ["pissa", "kasa"])
-def test_a_start_taken_off_a_tied_weight_is_no_lora_on_one_end(name, folder, tmp_path):
+def test_a_start_taken_off_a_tied_weight_is_no_lora_on_one_end(name, tmp_path):
     def moved(tensors):
         for key in list(tensors):
             one = tensors.pop(key)
@@ -553,9 +543,9 @@ def test_a_start_taken_off_a_tied_weight_is_no_lora_on_one_end(name, folder, tmp
                 one = torch.randn(96, 4) if "lora_B" in key else one
                 tensors[key.replace("model.layers.0.self_attn.q_proj", "lm_head")] = one
 
-    adapter = tampered(saved(name, folder), tmp_path / "tied", moved, target_modules=["lm_head"])
+    adapter = tampered(saved(name), tmp_path / "tied", moved, target_modules=["lm_head"])
     with pytest.raises(InvalidInput, match="embed_tokens"):
-        converted(adapter, base_of("embedding-tied", folder), tmp_path / "OUT")
+        converted(adapter, base_of("embedding-tied"), tmp_path / "OUT")
 
 
 @pytest.mark.parametrize(
@@ -566,15 +556,15 @@ def test_a_start_taken_off_a_tied_weight_is_no_lora_on_one_end(name, folder, tmp
         (lambda tensors: next(iter(tensors.values())).fill_(torch.nan), {}, "finite"),
     ],
 )
-def test_nothing_is_lost_in_silence(change, config, said, folder, tmp_path):
-    adapter = tampered(saved("lora", folder), tmp_path / "odd", change, **config)
+def test_nothing_is_lost_in_silence(change, config, said, tmp_path):
+    adapter = tampered(saved("lora"), tmp_path / "odd", change, **config)
     with pytest.raises(InvalidInput, match=said):
-        converted(adapter, base_of("lora", folder), tmp_path / "OUT")
+        converted(adapter, base_of("lora"), tmp_path / "OUT")
 
 
-def test_another_shape_is_refused_by_name(folder, tmp_path):
+def test_another_shape_is_refused_by_name(tmp_path):
     with pytest.raises(InvalidInput, match="q_proj"):
-        converted(saved("lora", folder), base_of("conv1d", folder), tmp_path / "OUT")
+        converted(saved("lora"), base_of("conv1d"), tmp_path / "OUT")
 
 
 @pytest.mark.parametrize(
@@ -591,9 +581,9 @@ def test_another_shape_is_refused_by_name(folder, tmp_path):
         (("--to", "lora-lite", "--names", "disk"), "--names"),
     ],
 )
-def test_what_cannot_be_meant_is_usage(options, said, folder, tmp_path, capsys):
-    given = ("--base", base_of("lora", folder), "-o", tmp_path / "OUT", "--to", "lora", *options)
-    done = inside(capsys, "convert", saved("lora", folder), *given)
+def test_what_cannot_be_meant_is_usage(options, said, tmp_path, capsys):
+    given = ("--base", base_of("lora"), "-o", tmp_path / "OUT", "--to", "lora", *options)
+    done = inside(capsys, "convert", saved("lora"), *given)
     assert (done.code, done.out) == (ExitCode.USAGE, "") and said in done.err
 
 
@@ -607,8 +597,8 @@ def test_ranks_that_servers_accept():
 
 
 @pytest.mark.parametrize("name", ["lora", "patterns", "kasa", "hra", "vlm"])
-def test_a_lora_lite_file_reads_back_and_merges_to_the_same(name, folder, tmp_path):
-    base, adapter = base_of(name, folder), saved(name, folder)
+def test_a_lora_lite_file_reads_back_and_merges_to_the_same(name, tmp_path):
+    base, adapter = base_of(name), saved(name)
     report = converted(adapter, base, tmp_path / "OUT", to="lora-lite")
     back = open_adapter(tmp_path / "OUT" / "adapter.safetensors")
     assert (back.kind, report.names, len(back.patches)) == ("lite-lora", None, len(report.tensors))
@@ -625,43 +615,40 @@ def test_a_lora_lite_file_reads_back_and_merges_to_the_same(name, folder, tmp_pa
         assert float((ours[key] - tensor).abs().max()) <= 1e-6 * float(tensor.abs().max()), key
 
 
-def test_lora_lite_takes_no_module_for_another_of_that_end(folder, tmp_path):
+def test_lora_lite_takes_no_module_for_another_of_that_end(tmp_path):
     def only_one(tensors):
         for key in [key for key in tensors if "layers.1.self_attn.q_proj" not in key]:
             del tensors[key]
 
     module = "model.layers.1.self_attn.q_proj"
-    adapter = tampered(saved("lora", folder), tmp_path / "one", only_one, target_modules=[module])
-    converted(adapter, base_of("lora", folder), tmp_path / "OUT", to="lora-lite")
+    adapter = tampered(saved("lora"), tmp_path / "one", only_one, target_modules=[module])
+    converted(adapter, base_of("lora"), tmp_path / "OUT", to="lora-lite")
     (pattern,) = open_adapter(tmp_path / "OUT" / "adapter.safetensors").config["target_names"]
-    names = [name for name, _ in load(base_of("lora", folder)).named_modules()]
+    names = [name for name, _ in load(base_of("lora")).named_modules()]
     assert [name for name in names if re.search(pattern, name)] == [module]
 
 
 @pytest.mark.parametrize("name", ["conv1d", "experts", "embedding"])
-def test_lora_lite_knows_linear_modules_only(name, folder, tmp_path):
+def test_lora_lite_knows_linear_modules_only(name, tmp_path):
     with pytest.raises(InvalidInput, match="lora-lite knows linear modules only"):
-        converted(saved(name, folder), base_of(name, folder), tmp_path / "OUT", to="lora-lite")
+        converted(saved(name), base_of(name), tmp_path / "OUT", to="lora-lite")
 
 
 # --- the output ---
 
 
-def test_the_output_verifies_and_says_where_it_comes_from(folder, tmp_path, capsys):
-    base, adapter = base_of("lora", folder), saved("lora", folder)
+def test_the_output_verifies_and_says_where_it_comes_from(tmp_path, capsys):
+    base, adapter = shutil.copytree(base_of("lora"), tmp_path / "base"), saved("lora")
     (base / "README.md").write_text("---\nlicense: mit\n---\n# card\n")
     arguments = ("--to", "lora", "--base", base, "-o", tmp_path / "OUT")
     done = inside(capsys, "convert", adapter, *arguments, "--json")
-    (base / "README.md").unlink()
     assert done.code == 0, done.err
     assert {"module", "names", "rank", "exact_rank", "norm", "loss"} == done.json["tensors"][0].keys()
     assert inside(capsys, "verify", tmp_path / "OUT", "--read-data").code == 0
     card = (tmp_path / "OUT" / "README.md").read_text()
     assert "license: mit" in card and "library_name: peft" in card
     for path in (tmp_path / "OUT").iterdir():
-        assert (
-            str(tmp_path).encode() not in path.read_bytes() and str(folder).encode() not in path.read_bytes()
-        )
+        assert not any(str(place).encode() in path.read_bytes() for place in (tmp_path, adapter.parent))
     manifest = json.loads((tmp_path / "OUT" / "kasa.manifest.json").read_text())
     assert manifest["command"] == "convert"
     assert manifest["tensors"].keys() == {name for row in done.json["tensors"] for name in row["names"]}
@@ -671,8 +658,8 @@ def test_the_output_verifies_and_says_where_it_comes_from(folder, tmp_path, caps
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "README.md"])
-def test_verify_finds_a_flipped_byte(name, folder, tmp_path, capsys):
-    converted(saved("lora", folder), base_of("lora", folder), tmp_path / "OUT")
+def test_verify_finds_a_flipped_byte(name, tmp_path, capsys):
+    converted(saved("lora"), base_of("lora"), tmp_path / "OUT")
     path = tmp_path / "OUT" / name
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
@@ -682,8 +669,8 @@ def test_verify_finds_a_flipped_byte(name, folder, tmp_path, capsys):
     assert ("tensor base_model" in done.err) == (name == WEIGHTS)
 
 
-def test_verify_finds_another_header(folder, tmp_path, capsys):
-    converted(saved("lora", folder), base_of("lora", folder), tmp_path / "OUT")
+def test_verify_finds_another_header(tmp_path, capsys):
+    converted(saved("lora"), base_of("lora"), tmp_path / "OUT")
     path = tmp_path / "OUT" / WEIGHTS
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b'"F32"', b'"I32"', 1))
@@ -692,9 +679,9 @@ def test_verify_finds_another_header(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("to", ["lora", "lora-lite"])
-def test_it_is_merged_into_its_own_base_only(to, folder, tmp_path, capsys):
-    base = base_of("lora", folder)
-    converted(saved("lora", folder), base, tmp_path / "OUT", to=to)
+def test_it_is_merged_into_its_own_base_only(to, tmp_path, capsys):
+    base = base_of("lora")
+    converted(saved("lora"), base, tmp_path / "OUT", to=to)
     adapter = tmp_path / "OUT" if to == "lora" else tmp_path / "OUT" / "adapter.safetensors"
     stranger = shutil.copytree(base, tmp_path / "stranger")
     weights = load_file(stranger / "model.safetensors")
@@ -710,8 +697,8 @@ def test_it_is_merged_into_its_own_base_only(to, folder, tmp_path, capsys):
     assert inside(capsys, *again).code == ExitCode.INTEGRITY
 
 
-def test_workers_change_no_byte(folder, tmp_path):
-    base, adapter = base_of("experts", folder), saved("experts", folder)
+def test_workers_change_no_byte(tmp_path):
+    base, adapter = base_of("experts"), saved("experts")
     trees = []
     for workers in (1, 2):
         arguments = ("--to", "lora", "--base", base, "-o", tmp_path / f"OUT{workers}", "--rank", 2)
@@ -721,8 +708,8 @@ def test_workers_change_no_byte(folder, tmp_path):
     assert trees[0] == trees[1]
 
 
-def test_an_interrupted_run_goes_on_with_the_factors_it_has(folder, tmp_path, monkeypatch):
-    base, adapter = base_of("lora", folder), saved("lora", folder)
+def test_an_interrupted_run_goes_on_with_the_factors_it_has(tmp_path, monkeypatch):
+    base, adapter = base_of("lora"), saved("lora")
 
     def stopped(*_):
         raise KeyboardInterrupt
@@ -741,13 +728,13 @@ def test_an_interrupted_run_goes_on_with_the_factors_it_has(folder, tmp_path, mo
     assert tree_hash(tmp_path / "OUT") == tree_hash(tmp_path / "whole")
 
 
-def test_a_person_sees_what_was_kept_and_what_comes_next(folder, tmp_path, capsys):
-    base = base_of("patterns", folder)
+def test_a_person_sees_what_was_kept_and_what_comes_next(tmp_path, capsys):
+    base = base_of("patterns")
     arguments = ("--to", "lora", "--base", base, "-o", tmp_path / "OUT")
-    done = inside(capsys, "convert", saved("patterns", folder), *arguments, "--rank", 2)
+    done = inside(capsys, "convert", saved("patterns"), *arguments, "--rank", 2)
     assert done.code == 0 and "most lost" in done.out and "loss over all" in done.out
     assert re.search(r"q_proj +2 +2 +4–8", done.out) and "kasa verify" in done.out
-    exact = inside(capsys, "convert", saved("patterns", folder), *arguments, "--overwrite")
+    exact = inside(capsys, "convert", saved("patterns"), *arguments, "--overwrite")
     assert "most lost" not in exact.out and "exact:" in exact.out
 
 
@@ -755,8 +742,8 @@ def test_a_person_sees_what_was_kept_and_what_comes_next(folder, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name", ["kasa", "lora", "experts", "hra"])
-def test_the_plan_names_what_is_converted_and_writes_nothing(name, folder, tmp_path, capsys):
-    adapter, base = saved(name, folder), base_of(name, folder)
+def test_the_plan_names_what_is_converted_and_writes_nothing(name, tmp_path, capsys):
+    adapter, base = saved(name), base_of(name)
     asked = (
         "convert",
         adapter,
@@ -778,8 +765,8 @@ def test_the_plan_names_what_is_converted_and_writes_nothing(name, folder, tmp_p
     assert f"{len(done['tensors'])} updates would become lora" in table and "nothing was written" in table
 
 
-def test_what_a_conversion_refuses_its_plan_refuses(folder, tmp_path, capsys):
-    adapter, base = saved("dora", folder), base_of("dora", folder)
+def test_what_a_conversion_refuses_its_plan_refuses(tmp_path, capsys):
+    adapter, base = saved("dora"), base_of("dora")
     done = inside(
         capsys, "convert", adapter, "--to", "lora", "--base", base, "-o", tmp_path / "OUT", "--dry-run"
     )

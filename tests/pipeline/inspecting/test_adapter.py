@@ -23,10 +23,10 @@ from kasa_cli.pipeline.truncating.run import Options, Patterns, truncate
 from kasa_cli.render.adapters import adapter_tables
 from kasa_cli.render.tables import _table, as_text
 from kasa_cli.report import AdapterReport, ModuleRow
-from tests.builders import tiny_models
-from tests.builders.adapters import CASES, CONFIG, WEIGHTS, saved, tampered
+from tests.builders import tiny_models, truncated
+from tests.builders.adapters import CASES, CONFIG, WEIGHTS, base_of, disturb_saved, saved, tampered
+from tests.builders.checkpoints import load
 from tests.builders.runs import ROOT, inside
-from tests.builders.truncated import load
 
 HERE = Running(1, use_store=False)
 EXACT = 1e-12
@@ -45,16 +45,6 @@ NEED_BASE = {
 }
 WITHOUT_PATCHES = {"trainable-tokens", "ln-tuning"}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("adapters")
-
-
-def base_of(name, folder):
-    place = folder / CASES[name].family
-    return place if place.exists() else tiny_models.save(CASES[name].family, place)
 
 
 def looked(path, base=None, base_is="auto") -> AdapterReport:
@@ -84,8 +74,8 @@ def cut(W: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return U[:, -t:], S[-t:], Vh[-t:]
 
 
-def updates(name, folder) -> dict[str, np.ndarray]:
-    base, path = base_of(name, folder), saved(name, folder)
+def updates(name) -> dict[str, np.ndarray]:
+    base, path = base_of(name), saved(name)
     found = changes(base, path)
     if CASES[name].kind == "kasa":  # PEFT's merge holds the cut of the base, which is no part of the update
         for key, W in load(base).state_dict().items():
@@ -104,9 +94,9 @@ def update_of(row: ModuleRow, found: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - LOST - WITHOUT_PATCHES))
-def test_norm_and_singular_values_are_those_of_the_change_that_peft_makes(name, folder):
-    found, tolerance = updates(name, folder), BY_SVD if name in IN_FLOAT32 else EXACT
-    rows = looked(saved(name, folder), base_of(name, folder), "original").modules
+def test_norm_and_singular_values_are_those_of_the_change_that_peft_makes(name):
+    found, tolerance = updates(name), BY_SVD if name in IN_FLOAT32 else EXACT
+    rows = looked(saved(name), base_of(name), "original").modules
     assert rows and len({row.name for row in rows}) == len(rows)
     for row in rows:
         D = update_of(row, found)
@@ -129,9 +119,9 @@ def test_norm_and_singular_values_are_those_of_the_change_that_peft_makes(name, 
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - WITHOUT_PATCHES))
-def test_what_the_file_alone_tells_is_the_same_as_with_the_base(name, folder):
-    alone = looked(saved(name, folder))
-    whole = looked(saved(name, folder), base_of(name, folder), "original")
+def test_what_the_file_alone_tells_is_the_same_as_with_the_base(name):
+    alone = looked(saved(name))
+    whole = looked(saved(name), base_of(name), "original")
     known = [row for row in alone.modules if row.norm is not None]
     assert bool(known) == (name not in NEED_BASE)
     if name in NEED_BASE:
@@ -147,16 +137,16 @@ def test_what_the_file_alone_tells_is_the_same_as_with_the_base(name, folder):
         assert (one.rank, one.alpha, one.scaling) == (other.rank, other.alpha, other.scaling)
 
 
-def test_a_start_that_is_in_no_file_is_said_and_not_guessed(folder):
-    report = looked(saved("pissa-niter", folder), base_of("pissa-niter", folder))
+def test_a_start_that_is_in_no_file_is_said_and_not_guessed():
+    report = looked(saved("pissa-niter"), base_of("pissa-niter"))
     assert all(row.norm is None and "not in the file" in row.why for row in report.modules)
     assert report.totals["norm"] is None and report.totals["modules_without_norm"] == 4
     assert all(row.defect_a is not None for row in report.modules)
 
 
-def test_an_adapter_in_half_precision_counts_as_it_is_stored(folder, tmp_path):
+def test_an_adapter_in_half_precision_counts_as_it_is_stored(tmp_path):
     half = tampered(
-        saved("lora", folder),
+        saved("lora"),
         tmp_path / "half",
         lambda tensors: tensors.update({name: one.to(torch.bfloat16) for name, one in tensors.items()}),
     )
@@ -167,12 +157,12 @@ def test_an_adapter_in_half_precision_counts_as_it_is_stored(folder, tmp_path):
         np.testing.assert_allclose(row.singular_values, S, rtol=1e-10)
 
 
-def test_of_experts_each_is_a_row_in_order(folder):
-    rows = looked(saved("experts-qwen3", folder), base_of("experts-qwen3", folder)).modules
+def test_of_experts_each_is_a_row_in_order():
+    rows = looked(saved("experts-qwen3"), base_of("experts-qwen3")).modules
     names = [row.name for row in rows if row.parameter == "down_proj" and ".0." in row.module]
     module = "model.layers.0.mlp.experts"
     assert names == [f"{module}.down_proj[{k}]" for k in range(4)]
-    alone = [row.name for row in looked(saved("experts-qwen3", folder)).modules]
+    alone = [row.name for row in looked(saved("experts-qwen3")).modules]
     assert f"{module}[3]" in alone and f"{module}.base_layer[0]" in alone
 
 
@@ -180,10 +170,10 @@ def test_of_experts_each_is_a_row_in_order(folder):
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "patterns", "kasa", "dora", "conv1d", "experts", "vlm"])
-def test_scaling_rank_and_alpha_are_those_of_peft_s_live_modules(name, folder):
+def test_scaling_rank_and_alpha_are_those_of_peft_s_live_modules(name):
     with warnings.catch_warnings(action="ignore"):
-        model = PeftModel.from_pretrained(load(base_of(name, folder)), saved(name, folder))
-    rows = looked(saved(name, folder), base_of(name, folder)).modules
+        model = PeftModel.from_pretrained(load(base_of(name)), saved(name))
+    rows = looked(saved(name), base_of(name)).modules
     live = {
         key.removeprefix("base_model.model.").replace(".base_layer", ""): module
         for key, module in model.named_modules()
@@ -196,22 +186,22 @@ def test_scaling_rank_and_alpha_are_those_of_peft_s_live_modules(name, folder):
         assert (row.rank, row.alpha) == (module.r["default"], module.lora_alpha["default"])
 
 
-def test_the_scalings_that_are_not_alpha_over_r(folder):
+def test_the_scalings_that_are_not_alpha_over_r():
     with warnings.catch_warnings(action="ignore"):
-        model = PeftModel.from_pretrained(load(base_of("adalora", folder)), saved("adalora", folder))
+        model = PeftModel.from_pretrained(load(base_of("adalora")), saved("adalora"))
     live = {
         key.removeprefix("base_model.model."): module
         for key, module in model.named_modules()
         if hasattr(module, "ranknum")
     }
-    for row in looked(saved("adalora", folder)).modules:
+    for row in looked(saved("adalora")).modules:
         module = live[row.module]
         assert row.scaling == pytest.approx(
             module.scaling["default"] / (float(module.ranknum["default"]) + 1e-5), rel=1e-6
         )
         assert row.rank == module.lora_E["default"].shape[0]
-    tensors = load_file(saved("delora", folder) / WEIGHTS)
-    for row in looked(saved("delora", folder)).modules:
+    tensors = load_file(saved("delora") / WEIGHTS)
+    for row in looked(saved("delora")).modules:
         length = float(tensors[f"base_model.model.{row.module}.delora_lambda"])
         assert row.scaling == length / (2 if "v_proj" in row.module else 4) and row.alpha is None
 
@@ -228,11 +218,9 @@ def test_the_scalings_that_are_not_alpha_over_r(folder):
         ("osf", "osf_svd_params.V_low", "osf_svd_params.U_low"),
     ],
 )
-def test_the_orthogonality_defect_is_that_of_the_gram_matrices(name, A, B, folder):
-    tensors = load_file(saved(name, folder) / WEIGHTS)
-    rows = [
-        row for row in looked(saved(name, folder)).modules if f"base_model.model.{row.module}.{A}" in tensors
-    ]
+def test_the_orthogonality_defect_is_that_of_the_gram_matrices(name, A, B):
+    tensors = load_file(saved(name) / WEIGHTS)
+    rows = [row for row in looked(saved(name)).modules if f"base_model.model.{row.module}.{A}" in tensors]
     assert rows
     for row in rows:
         left, right = (numpy(tensors[f"base_model.model.{row.module}.{short}"]) for short in (A, B))
@@ -241,11 +229,11 @@ def test_the_orthogonality_defect_is_that_of_the_gram_matrices(name, A, B, folde
         assert row.defect_b == pytest.approx(np.linalg.norm(right.T @ right - one), rel=EXACT)
 
 
-def test_the_factors_of_an_expert_are_its_own(folder):
-    tensors = load_file(saved("experts-qwen3", folder) / WEIGHTS)
+def test_the_factors_of_an_expert_are_its_own():
+    tensors = load_file(saved("experts-qwen3") / WEIGHTS)
     A = numpy(tensors["base_model.model.model.layers.0.mlp.experts.lora_A.weight"])
     B = numpy(tensors["base_model.model.model.layers.0.mlp.experts.lora_B.weight"])
-    rows = [row for row in looked(saved("experts-qwen3", folder)).modules if ".0.mlp.experts[" in row.name]
+    rows = [row for row in looked(saved("experts-qwen3")).modules if ".0.mlp.experts[" in row.name]
     assert len(rows) == 4
     for row in rows:
         k = row.expert
@@ -258,24 +246,24 @@ def test_the_factors_of_an_expert_are_its_own(folder):
 @pytest.mark.parametrize(
     ("name", "short"), [("kasa", "lora_diag"), ("adalora", "lora_E"), ("vera", "vera_lambda_d")]
 )
-def test_the_learned_diagonal_is_the_file_s_with_its_signs(name, short, folder, tmp_path):
+def test_the_learned_diagonal_is_the_file_s_with_its_signs(name, short, tmp_path):
     def change(tensors):
         for key in tensors:
             if key.endswith(short):
                 tensors[key].view(-1)[:3] = torch.tensor([5.0, -5.0, 0.001])
 
-    path = tampered(saved(name, folder), tmp_path / "adapter", change)
+    path = tampered(saved(name), tmp_path / "adapter", change)
     tensors = load_file(path / WEIGHTS)
-    for row in looked(path, base_of(name, folder), "original").modules:
+    for row in looked(path, base_of(name), "original").modules:
         d = numpy(tensors[f"base_model.model.{row.module}.{short}"]).ravel()
         assert row.diagonal == tuple(d) and row.core is None
         assert row.diagonal_signs["positive"] == (d > 0.05).sum()
         assert row.diagonal_signs["negative"] == (d < -0.05).sum()
         assert sum(row.diagonal_signs.values()) == len(d) and row.diagonal_signs["near_zero"] >= 1
-    assert all(row.diagonal is None for row in looked(saved("lora", folder)).modules)
+    assert all(row.diagonal is None for row in looked(saved("lora")).modules)
 
 
-def test_a_dense_core_has_singular_values_and_no_diagonal(folder, tmp_path):
+def test_a_dense_core_has_singular_values_and_no_diagonal(tmp_path):
     torch.manual_seed(1)
 
     def change(tensors):
@@ -283,7 +271,7 @@ def test_a_dense_core_has_singular_values_and_no_diagonal(folder, tmp_path):
             if key.endswith("lora_diag"):
                 tensors[key] = torch.randn(4, 4)
 
-    path = tampered(saved("kasa", folder), tmp_path / "core", change)
+    path = tampered(saved("kasa"), tmp_path / "core", change)
     tensors, report = load_file(path / WEIGHTS), looked(path)
     for row in report.modules:
         A, B, D = (
@@ -311,13 +299,13 @@ def terms(path):
 
 
 @pytest.fixture
-def regularised(folder, tmp_path):
-    return tampered(saved("kasa", folder), tmp_path / "kasa", None, kasa_config={"beta": 0.3, "gamma": 0.07})
+def regularised(tmp_path):
+    return tampered(saved("kasa"), tmp_path / "kasa", None, kasa_config={"beta": 0.3, "gamma": 0.07})
 
 
-def test_peft_s_convention_is_peft_s_own_loss(regularised, folder):
+def test_peft_s_convention_is_peft_s_own_loss(regularised):
     with warnings.catch_warnings(action="ignore"):
-        model = PeftModel.from_pretrained(load(base_of("kasa", folder)), regularised)
+        model = PeftModel.from_pretrained(load(base_of("kasa")), regularised)
     found = looked(regularised).penalties
     assert (found["beta"], found["gamma"]) == (0.3, 0.07)
     assert found["peft"]["loss"] == pytest.approx(float(model._get_kasa_loss()), rel=1e-5)
@@ -358,10 +346,10 @@ def test_each_layer_has_its_own_penalties_and_they_add_up(regularised):
     assert by_l2[0].penalties["l3_reference"] == pytest.approx(expected, rel=EXACT)
 
 
-def test_other_kinds_have_no_penalties_and_an_empty_config_has_peft_s_weights(folder, tmp_path):
-    report = looked(saved("lora", folder))
+def test_other_kinds_have_no_penalties_and_an_empty_config_has_peft_s_weights(tmp_path):
+    report = looked(saved("lora"))
     assert report.penalties is None and all(row.penalties is None for row in report.modules)
-    bare = tampered(saved("kasa", folder), tmp_path / "bare", None, kasa_config={})
+    bare = tampered(saved("kasa"), tmp_path / "bare", None, kasa_config={})
     default = peft.KasaConfig()
     found = looked(bare).penalties
     assert (found["beta"], found["gamma"]) == (default.beta, default.gamma)
@@ -373,17 +361,10 @@ def test_other_kinds_have_no_penalties_and_an_empty_config_has_peft_s_weights(fo
 @pytest.fixture(scope="module")
 def pretruncated(folder):
     """Square, wide and tall weights, cut by more than the rank; the adapter trained a little."""
-    model, out = base_of("kasa", folder), folder / "truncated"
-    options = Options(
-        rank=4, truncation_rank=6, alpha=6, workers=1, patterns=Patterns(TARGETS), use_store=False
-    )
-    truncate(Where(str(model)), out, options)
-    tensors = load_file(out / "adapter" / WEIGHTS)
-    torch.manual_seed(2)
-    moved = {name: one + 0.1 * torch.randn(one.shape) for name, one in tensors.items()}
+    model, out = base_of("kasa"), folder / "truncated"
+    truncated.cut(model, out, *TARGETS, rank=4, truncation_rank=6, alpha=6, workers=1, use_store=False)
+    disturb_saved(out / "adapter")
     trained = shutil.copytree(out / "adapter", folder / "trained")
-    save_file(moved, trained / WEIGHTS, {"format": "pt"})
-    save_file(moved, out / "adapter" / WEIGHTS, {"format": "pt"})
     return model, out, trained
 
 
@@ -453,15 +434,15 @@ def test_a_base_of_which_nothing_is_known_is_not_taken_for_the_original(pretrunc
     assert all("truncated already" in row.in_cut_why for row in told.modules)
 
 
-def test_the_tail_lies_in_the_cut_whole_and_a_plain_lora_has_no_share(pretruncated, folder):
+def test_the_tail_lies_in_the_cut_whole_and_a_plain_lora_has_no_share(pretruncated):
     _, out, _ = pretruncated
     for row in looked(out / "tail").modules:
         assert row.in_cut.both == pytest.approx(1.0) and row.in_cut.left == pytest.approx(1.0)
-    report = looked(saved("lora", folder), base_of("lora", folder))
+    report = looked(saved("lora"), base_of("lora"))
     assert all(row.in_cut is None and row.in_cut_why is None for row in report.modules)
 
 
-def test_an_altered_tail_and_another_base_are_mismatches(pretruncated, folder, tmp_path):
+def test_an_altered_tail_and_another_base_are_mismatches(pretruncated, tmp_path):
     model, out, _ = pretruncated
     copy = shutil.copytree(out, tmp_path / "OUT")
     tail = load_file(copy / "tail" / WEIGHTS)
@@ -493,13 +474,13 @@ def test_a_fresh_adapter_has_a_zero_update_and_sound_json(tmp_path, capsys):
     assert inside(capsys, "inspect", "adapter", tmp_path / "OUT" / "adapter").code == 0
 
 
-def test_padded_and_dependent_factors_have_zeros_in_their_spectrum(folder, tmp_path):
+def test_padded_and_dependent_factors_have_zeros_in_their_spectrum(tmp_path):
     def change(tensors):
         for name in [key for key in tensors if key.endswith("lora_A.weight")]:
             tensors[name][2] = tensors[name][1]
             tensors[name][3] = 0
 
-    path = tampered(saved("lora", folder), tmp_path / "padded", change)
+    path = tampered(saved("lora"), tmp_path / "padded", change)
     tensors = load_file(path / WEIGHTS)
     for row in looked(path).modules:
         A, B = (numpy(tensors[f"base_model.model.{row.module}.lora_{side}.weight"]) for side in "AB")
@@ -509,9 +490,9 @@ def test_padded_and_dependent_factors_have_zeros_in_their_spectrum(folder, tmp_p
         assert row.norm == pytest.approx(np.linalg.norm(S), rel=EXACT) and row.rank == 4
 
 
-def test_a_rank_above_the_sides_has_as_many_values_as_the_smaller_side(folder, tmp_path):
+def test_a_rank_above_the_sides_has_as_many_values_as_the_smaller_side(tmp_path):
     A, B = torch.randn(9, 16), torch.randn(5, 9)
-    path = tampered(saved("lora", folder), tmp_path / "wide", None, r=9, target_modules=["proj"])
+    path = tampered(saved("lora"), tmp_path / "wide", None, r=9, target_modules=["proj"])
     name = "base_model.model.layers.0.proj.lora_{}.weight"
     save_file({name.format("A"): A, name.format("B"): B}, path / WEIGHTS, {"format": "pt"})
     (row,) = looked(path).modules
@@ -551,10 +532,10 @@ def test_files_of_lora_lite_are_read_too(tmp_path):
         assert row.norm == pytest.approx(np.linalg.norm(D), rel=1e-10) and row.scaling == 0.75
 
 
-def test_values_beside_updates_are_listed_and_none_is_left_out(folder):
+def test_values_beside_updates_are_listed_and_none_is_left_out():
     for name in ("saved", "bias-all", "tokens", "lora-bias", "ln-tuning", "trainable-tokens", "embedding"):
-        case, report = CASES[name], looked(saved(name, folder))
-        tensors = load_file(saved(name, folder) / WEIGHTS)
+        case, report = CASES[name], looked(saved(name))
+        tensors = load_file(saved(name) / WEIGHTS)
         biases = [key for key in tensors if key.endswith("lora_B.bias")]
         assert len(report.values) == case.num_values + case.num_rows + len(biases)
         for one in report.values:
@@ -564,20 +545,20 @@ def test_values_beside_updates_are_listed_and_none_is_left_out(folder):
 
 
 @pytest.mark.parametrize("short", ["lora_A", "lora_B", "lora_diag"])
-def test_a_number_that_is_none_is_named(short, folder, tmp_path, capsys):
+def test_a_number_that_is_none_is_named(short, tmp_path, capsys):
     def change(tensors):
         name = next(key for key in tensors if short in key and "layers.1" in key)
         tensors[name].view(-1)[0] = math.nan
 
-    path = tampered(saved("kasa", folder), tmp_path / "nan", change)
+    path = tampered(saved("kasa"), tmp_path / "nan", change)
     done = inside(capsys, "inspect", "adapter", path, "--json")
     assert (done.code, done.out) == (ExitCode.INVALID, "")
     assert "not finite" in done.err and f"layers.1.self_attn.q_proj.{short}" in done.err
     assert done.err.count("\n") == 1
 
 
-def test_bad_input_is_one_line_with_its_code(folder, tmp_path, capsys):
-    good = saved("kasa", folder)
+def test_bad_input_is_one_line_with_its_code(tmp_path, capsys):
+    good = saved("kasa")
     unknown = tampered(good, tmp_path / "unknown", None, use_telepathy=True)
     left = tampered(good, tmp_path / "left", lambda t: t.update({"base_model.model.x.y": torch.ones(2)}))
     (tmp_path / "empty").mkdir()
@@ -600,15 +581,15 @@ def test_bad_input_is_one_line_with_its_code(folder, tmp_path, capsys):
         looked(good, None, "maybe")
 
 
-def test_a_factor_that_does_not_fit_its_base_is_refused(folder, tmp_path):
+def test_a_factor_that_does_not_fit_its_base_is_refused(tmp_path):
     def change(tensors):
         for name in [key for key in tensors if "q_proj.lora_A" in key]:
             tensors[name] = torch.ones(4, 7)
 
-    path = tampered(saved("lora", folder), tmp_path / "odd", change)
+    path = tampered(saved("lora"), tmp_path / "odd", change)
     assert len(looked(path).modules) == 4
     with pytest.raises(InvalidInput, match="lora_A"):
-        looked(path, base_of("lora", folder))
+        looked(path, base_of("lora"))
 
 
 # --- output ---
@@ -622,8 +603,8 @@ def test_every_field_of_a_row_is_documented():
         )
 
 
-def test_csv_has_a_line_a_weight_and_markdown_and_tables_have_text(folder, capsys):
-    path = saved("kasa", folder)
+def test_csv_has_a_line_a_weight_and_markdown_and_tables_have_text(capsys):
+    path = saved("kasa")
     done = inside(capsys, "inspect", "adapter", path, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(done.out)))
     report = looked(path)
@@ -668,8 +649,8 @@ def test_the_table_fits_and_of_many_weights_it_is_by_type(width, pretruncated):
     assert "model.layers.0" not in few and "▲ most" in lots and "▼ least" in lots
 
 
-def test_what_is_not_known_has_no_column(folder):
-    text = as_text(looked(saved("pissa", folder)))
+def test_what_is_not_known_has_no_column():
+    text = as_text(looked(saved("pissa")))
     assert "‖ΔW‖" not in text and "⊥A" in text and "cut" not in text
     assert "singular" not in text and "KaSA" not in text
 
@@ -681,12 +662,12 @@ def test_the_report_does_not_depend_on_the_number_of_workers(pretruncated):
     assert one == three
 
 
-def test_layers_are_in_natural_order(folder, tmp_path):
+def test_layers_are_in_natural_order(tmp_path):
     tensors = {}
     for n in (2, 10, 1):
         tensors[f"base_model.model.layers.{n}.proj.lora_A.weight"] = torch.ones(4, 6)
         tensors[f"base_model.model.layers.{n}.proj.lora_B.weight"] = torch.ones(5, 4)
-    path = tampered(saved("lora", folder), tmp_path / "order", None, target_modules=["proj"])
+    path = tampered(saved("lora"), tmp_path / "order", None, target_modules=["proj"])
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
     assert [row.module for row in looked(path).modules] == [f"layers.{n}.proj" for n in (1, 2, 10)]
     assert json.loads((path / CONFIG).read_text())["target_modules"] == ["proj"]

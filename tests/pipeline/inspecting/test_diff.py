@@ -16,8 +16,9 @@ from kasa_cli.pipeline.inspecting import diff as diff_file
 from kasa_cli.pipeline.inspecting.run_diff import Patterns, Running, Where, diff
 from kasa_cli.report import DiffReport, DiffRow
 from tests.builders import tiny_models
+from tests.builders.checkpoints import changed, plain_model, save_plain
 from tests.builders.matrices import gaussian, orthonormal
-from tests.builders.runs import changed, inside, plain_model, save
+from tests.builders.runs import inside
 
 DIM, RANK = 64, 8
 UP1 = "model.layers.1.mlp.up_proj.weight"
@@ -132,7 +133,7 @@ def test_tall_and_wide_weights_are_compared_by_their_left_vectors(tmp_path, shap
     A = {f"model.layers.{n}.mlp.up_proj.weight": gaussian(*shape, torch.float32, seed=n) for n in (1, 2)}
     B = {name: W + 0.2 * gaussian(*shape, torch.float32, seed=9) for name, W in A.items()}
     rank = min(RANK, min(shape) // 4)
-    for row in compared(save(A, tmp_path / "a"), save(B, tmp_path / "b")).tensors:
+    for row in compared(save_plain(A, tmp_path / "a"), save_plain(B, tmp_path / "b")).tensors:
         assert_right(row, A[row.name], B[row.name], rank)
 
 
@@ -191,12 +192,12 @@ def test_an_exact_cut_is_orthogonal_to_what_is_left_at_the_bottom(tmp_path):
     cut[-RANK:] = S[-2 * RANK : -RANK] / 20
     cut[-2 * RANK : -RANK] = S[-RANK:] * 20
     name = "model.layers.0.mlp.up_proj.weight"
-    models = [save({name: (U * s) @ V.T}, tmp_path / label) for label, s in (("a", S), ("b", cut))]
+    models = [save_plain({name: (U * s) @ V.T}, tmp_path / label) for label, s in (("a", S), ("b", cut))]
     [row] = compared(*models).tensors
     assert row.bottom_angle < 1e-5  # the same space, its values exchanged
     swapped = S.clone()
     swapped[-RANK:], swapped[-2 * RANK : -RANK] = S[-2 * RANK : -RANK], S[-RANK:]
-    [row] = compared(models[0], save({name: (U * swapped) @ V.T}, tmp_path / "c")).tensors
+    [row] = compared(models[0], save_plain({name: (U * swapped) @ V.T}, tmp_path / "c")).tensors
     assert row.bottom_angle == pytest.approx(90)
     assert row.top_angle < 1e-5
     assert row.kappa[0] == pytest.approx(row.kappa[1])
@@ -282,7 +283,7 @@ def test_other_shapes_and_absent_weights_are_skipped_with_a_reason(base, tmp_pat
     del B["model.layers.0.mlp.up_proj.weight"]
     B["model.layers.0.mlp.down_proj.weight"] = gaussian(DIM, 30, torch.float32)
     B["model.layers.2.mlp.up_proj.weight"] = gaussian(DIM, 30, torch.float32)
-    report = compared(base, save(B, tmp_path / "other"))
+    report = compared(base, save_plain(B, tmp_path / "other"))
     assert {one.name: one.reason for one in report.skipped} == {
         "model.layers.0.mlp.up_proj": "only in A",
         "model.layers.2.mlp.up_proj": "only in B",
@@ -292,7 +293,7 @@ def test_other_shapes_and_absent_weights_are_skipped_with_a_reason(base, tmp_pat
 
 
 def test_nothing_in_common_is_a_slip_of_the_pen(base, tmp_path, capsys):
-    other = save({"model.layers.0.elsewhere.weight": torch.ones(4, 4)}, tmp_path / "other")
+    other = save_plain({"model.layers.0.elsewhere.weight": torch.ones(4, 4)}, tmp_path / "other")
     with pytest.raises(UsageError, match="no weight in common"):
         compared(base, other)
     ran = inside(capsys, "inspect", "diff", base, other)
@@ -320,8 +321,8 @@ def test_a_weight_and_its_cast_differ_by_the_rounding(base, tmp_path, dtype):
 def test_zeros_are_far_from_anything_but_zeros(tmp_path):
     name = "model.layers.{}.mlp.up_proj.weight".format
     zero, W = torch.zeros(12, 8), gaussian(12, 8, torch.float32)
-    A = save({name(0): zero, name(1): zero.clone(), name(2): W}, tmp_path / "a")
-    B = save({name(0): zero.to(torch.float16), name(1): W, name(2): zero}, tmp_path / "b")
+    A = save_plain({name(0): zero, name(1): zero.clone(), name(2): W}, tmp_path / "a")
+    B = save_plain({name(0): zero.to(torch.float16), name(1): W, name(2): zero}, tmp_path / "b")
     rows = compared(A, B).tensors
     assert [row.relative_distance for row in rows] == [0, math.inf, pytest.approx(1)]
     assert [row.spectrum_change for row in rows] == [0, math.inf, pytest.approx(1)]
@@ -332,7 +333,7 @@ def test_zeros_are_far_from_anything_but_zeros(tmp_path):
 def test_the_narrowest_weights_have_subspaces_of_one_direction(tmp_path, shape):
     name = "model.layers.0.mlp.up_proj.weight"
     A, B = (gaussian(*shape, torch.float32, seed=n) for n in (1, 2))
-    [row] = compared(save({name: A}, tmp_path / "a"), save({name: B}, tmp_path / "b")).tensors
+    [row] = compared(save_plain({name: A}, tmp_path / "a"), save_plain({name: B}, tmp_path / "b")).tensors
     assert_right(row, A, B, rank=1)
 
 
@@ -362,7 +363,7 @@ def test_experts_apart_and_experts_fused_are_the_same_weights(tmp_path, entries,
     fused = {name: p.detach().clone() for name, p in in_memory.items()}
     changed_name = "model.layers.1.mlp.experts.down_proj"
     fused[changed_name][2] *= 1.5
-    other = save(fused, tmp_path / "fused")
+    other = save_plain(fused, tmp_path / "fused")
     (other / "config.json").write_text((apart / "config.json").read_text())
     report = compared(apart, other)
     [row] = report.tensors
@@ -385,7 +386,7 @@ def everywhere_gpt2(model, folder):
         name: W + 0.02 * gaussian(*W.shape, torch.float32, seed=4) if W.ndim == 2 else W
         for name, W in tensors(model).items()
     }
-    save(weights, folder)
+    save_plain(weights, folder)
     (folder / "config.json").write_text((model / "config.json").read_text())
     return folder
 
@@ -411,7 +412,7 @@ def test_of_one_weight_there_is_no_order(base, intruded):
 def test_large_weights_are_read_by_rows(tmp_path, monkeypatch):
     name = "model.embed_tokens.weight"
     A, B = gaussian(3000, 24, torch.bfloat16), gaussian(3000, 24, torch.bfloat16, seed=1)
-    models = save({name: A}, tmp_path / "a"), save({name: B}, tmp_path / "b")
+    models = save_plain({name: A}, tmp_path / "a"), save_plain({name: B}, tmp_path / "b")
     held = compared(*models, "embed_tokens", use_store=False)
     monkeypatch.setattr(matrix, "STREAMED_BYTES", 1000)
     monkeypatch.setattr(matrix, "BLOCK_ENTRIES", 24 * 100)

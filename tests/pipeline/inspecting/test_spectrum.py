@@ -17,8 +17,8 @@ from kasa_cli.pipeline.inspecting.spectrum import RANKS, best_and_worst
 from kasa_cli.pipeline.measuring import facts
 from kasa_cli.render.units import number
 from tests.builders import tiny_models
-from tests.builders.runs import changed, inside, plain_model
-from tests.builders.runs import save as save_plain
+from tests.builders.checkpoints import changed, plain_model, save_plain
+from tests.builders.runs import inside
 
 Row = dict[str, object]
 FAMILIES = ["llama", "bert", "gpt2", "mixtral"]

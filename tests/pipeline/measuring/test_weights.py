@@ -21,14 +21,15 @@ from kasa_cli.errors import IntegrityError, InvalidInput
 from kasa_cli.linalg.frame import StreamedWeight
 from kasa_cli.pipeline.measuring import weights
 from kasa_cli.pipeline.measuring.facts import HashedMatrix
+from tests.builders.checkpoints import save_plain
 from tests.builders.matrices import FLOATS, gaussian, same_bytes
-from tests.builders.runs import environment, save
+from tests.builders.runs import environment
 
 CPU = torch.device("cpu")
 
 
 def opened(folder, **tensors: torch.Tensor) -> Checkpoint:
-    return open_checkpoint(save(tensors, folder))
+    return open_checkpoint(save_plain(tensors, folder))
 
 
 @dataclass(frozen=True)

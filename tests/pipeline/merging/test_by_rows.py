@@ -24,7 +24,7 @@ from kasa_cli.pipeline.verifying.integrity import check_hashes
 from kasa_cli.pipeline.workers import Silent
 from tests.builders import tiny_models
 from tests.builders.adapters import CASES, CONFIG, WEIGHTS, saved
-from tests.builders.faults import tree_hash
+from tests.builders.folders import tree_hash
 from tests.builders.runs import environment
 
 MODEL = "model.safetensors"
@@ -39,7 +39,7 @@ def merged(name, tmp_path, out, **options):
         model = copy.deepcopy(tiny_models.build(CASES[name].family)).to(torch.bfloat16)
         model.save_pretrained(base)
     options = Options(base_is="original", force_base=True, untie=name in UNTIED, **options)
-    report = merge([saved(name, tmp_path)], Where(str(base)), out, options, Running(1, use_store=False))
+    report = merge([saved(name)], Where(str(base)), out, options, Running(1, use_store=False))
     return report, (out / MODEL).read_bytes()
 
 
@@ -88,7 +88,7 @@ def test_few_tensors_are_ever_held_whole(name, tmp_path, monkeypatch):
 
 
 def test_many_workers_and_one_make_the_same_output(tmp_path):
-    base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora", tmp_path)
+    base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora")
     options = Options(max_shard_size="20KB")
     for workers in (1, 16):
         merge(
@@ -100,7 +100,7 @@ def test_many_workers_and_one_make_the_same_output(tmp_path):
 
 def test_of_many_files_few_are_open(tmp_path, monkeypatch):
     """A process may have few files open: not one for each of thousands of small shards."""
-    base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora", tmp_path)
+    base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora")
     options = Options(max_shard_size="20KB")
     num_open, most = [0], [0]
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from kasa_cli.checkpoint import manifest
 from kasa_cli.errors import ExitCode
 from tests.builders import tiny_models
+from tests.builders.checkpoints import tensors_of
+from tests.builders.matrices import assert_close
 from tests.builders.runs import inside
-from tests.builders.truncated import tensors_of
 
 Tensors = dict[str, Tensor]
 Layer = Callable[[Tensor], Tensor]
@@ -245,29 +246,15 @@ def run_layers(name: str, file: Path, base: Path) -> dict[str, tuple[Tensor, Ten
     return found
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("lite")
-
-
-def base_of(family: str, folder: Path) -> Path:
-    place = folder / family
-    return place if place.exists() else tiny_models.save(family, place)
-
-
 def merged(capsys, file: Path, base: Path, out: Path, *options: object):
     return inside(capsys, "merge", file, "--into", base, "-o", out, "--no-store", *options)
-
-
-def assert_close(found: Tensor, exact: Tensor, tolerance: float = 1e-6) -> None:
-    assert float((found.double() - exact).abs().max()) <= tolerance * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_a_merged_layer_answers_as_the_one_that_ran(name, dtype, family, folder, tmp_path, capsys):
-    base = base_of(family, folder)
+def test_a_merged_layer_answers_as_the_one_that_ran(name, dtype, family, tmp_path, capsys):
+    base = tiny_models.saved(family)
     file = written(name, tmp_path / "adapter.safetensors", base, dtype)
     done = merged(capsys, file, base, tmp_path / "OUT", "--json")
     assert done.code == 0, done.err
@@ -289,8 +276,8 @@ def test_a_merged_layer_answers_as_the_one_that_ran(name, dtype, family, folder,
 
 
 @pytest.mark.parametrize("name", ["lora", "pissa", "delora", "antipasto-V"])
-def test_a_weight_scales_what_is_a_sum(name, folder, tmp_path, capsys):
-    base = base_of("llama", folder)
+def test_a_weight_scales_what_is_a_sum(name, tmp_path, capsys):
+    base = tiny_models.saved("llama")
     file = written(name, tmp_path / "adapter.safetensors", base)
     done = merged(capsys, file, base, tmp_path / "OUT", "--weight", -0.5)
     assert done.code == 0, done.err
@@ -301,15 +288,15 @@ def test_a_weight_scales_what_is_a_sum(name, folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["dora", "hra", "ia3", "ia3_ff", "road-1"])
-def test_what_multiplies_has_no_weight(name, folder, tmp_path, capsys):
-    base = base_of("llama", folder)
+def test_what_multiplies_has_no_weight(name, tmp_path, capsys):
+    base = tiny_models.saved("llama")
     file = written(name, tmp_path / "adapter.safetensors", base)
     done = merged(capsys, file, base, tmp_path / "OUT", "--weight", 0.5)
     assert (done.code, done.out) == (ExitCode.USAGE, "") and "weight" in done.err
 
 
-def test_two_files_of_different_methods_add_up(folder, tmp_path, capsys):
-    base = base_of("llama", folder)
+def test_two_files_of_different_methods_add_up(tmp_path, capsys):
+    base = tiny_models.saved("llama")
     files = [written(name, tmp_path / f"{name}.safetensors", base) for name in ("lora", "pissa")]
     done = inside(
         capsys, "merge", *files, "--into", base, "-o", tmp_path / "OUT", "--weight", 2, "--weight", 1
@@ -327,8 +314,8 @@ def test_two_files_of_different_methods_add_up(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["pissa", "antipasto-V", "lora", "hra"])
-def test_a_file_is_merged_once(name, folder, tmp_path, capsys):
-    base = base_of("llama", folder)
+def test_a_file_is_merged_once(name, tmp_path, capsys):
+    base = tiny_models.saved("llama")
     file = written(name, tmp_path / "adapter.safetensors", base)
     assert merged(capsys, file, base, tmp_path / "OUT").code == 0
     moved = file.rename(tmp_path / "moved.safetensors")
@@ -343,16 +330,16 @@ def test_a_file_is_merged_once(name, folder, tmp_path, capsys):
     ("name", "said"),
     [("pissa", "recomputed from this base"), ("antipasto-V", "from its own tensors"), ("lora", None)],
 )
-def test_what_was_taken_off_the_base_is_said(name, said, folder, tmp_path, capsys):
-    base = base_of("llama", folder)
+def test_what_was_taken_off_the_base_is_said(name, said, tmp_path, capsys):
+    base = tiny_models.saved("llama")
     file = written(name, tmp_path / "adapter.safetensors", base)
     notes = merged(capsys, file, base, tmp_path / "OUT", "--json").json["notes"]
     assert any(said in note for note in notes) if said else not notes
 
 
-def test_a_base_that_lost_the_start_already_is_refused(folder, tmp_path, capsys):
+def test_a_base_that_lost_the_start_already_is_refused(tmp_path, capsys):
     """Its manifest says so: the start would be taken off once more, and not even the same one."""
-    base = base_of("llama", folder)
+    base = tiny_models.saved("llama")
     file = written("pissa", tmp_path / "pissa.safetensors", base)
     other = written("lora", tmp_path / "lora.safetensors", base)
     residual = tmp_path / "residual"
@@ -385,16 +372,16 @@ def test_a_base_that_lost_the_start_already_is_refused(folder, tmp_path, capsys)
         ({"r": 5}, "lora_A"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(config, said, folder, tmp_path, capsys):
-    base = base_of("llama", folder)
+def test_what_is_not_understood_is_refused_by_name(config, said, tmp_path, capsys):
+    base = tiny_models.saved("llama")
     file = written("lora", tmp_path / "adapter.safetensors", base, **config)
     done = merged(capsys, file, base, tmp_path / "OUT")
     assert (done.code, done.out) == (ExitCode.INVALID, "")
     assert said in done.err and done.err.count("\n") == 1 and not (tmp_path / "OUT").exists()
 
 
-def test_a_tensor_of_another_method_is_refused_by_name(folder, tmp_path, capsys):
-    base = base_of("llama", folder)
+def test_a_tensor_of_another_method_is_refused_by_name(tmp_path, capsys):
+    base = tiny_models.saved("llama")
     file = written("dora", tmp_path / "adapter.safetensors", base, variant="lora")
     done = merged(capsys, file, base, tmp_path / "OUT")
     assert done.code == ExitCode.INVALID and "lora_m" in done.err

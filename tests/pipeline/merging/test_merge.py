@@ -5,6 +5,7 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,29 +15,20 @@ from safetensors.torch import load_file, save_file
 from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.checkpoint.safetensors_file import Reader, read_header
 from kasa_cli.errors import AlreadyMerged, ExitCode, IntegrityError, InvalidInput, UsageError
-from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
 from tests.builders import tiny_models
-from tests.builders.adapters import CASES, CONFIG, WEIGHTS, saved, tampered
-from tests.builders.faults import tree_hash
+from tests.builders.adapters import CASES, CONFIG, WEIGHTS, base_of, disturb_saved, saved, tampered
+from tests.builders.checkpoints import load
+from tests.builders.folders import tree_hash
+from tests.builders.merged import merged
 from tests.builders.runs import finished, inside
-from tests.builders.truncated import load
+from tests.builders.truncated import cut
 
 TIED = {"embedding-tied", "dora-embedding-tied"}
 LOST = {"pissa-niter"}
 EXACT = 1e-6
 """Of the largest entry; where PEFT decomposes in float32, what that is off by."""
 BY_SVD = {"kasa": 4e-6, "osf": 1e-5}
-HERE = Running(1, use_store=False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("merge")
-
-
-def base_of(name, folder):
-    place = folder / CASES[name].family
-    return place if place.exists() else tiny_models.save(CASES[name].family, place)
+onto_original = partial(merged, base_is="original")
 
 
 def by_peft(base, adapter, **kwargs):
@@ -46,11 +38,6 @@ def by_peft(base, adapter, **kwargs):
     return model.state_dict()
 
 
-def merged(adapter, base, out, **options):
-    adapters = adapter if isinstance(adapter, list) else [adapter]
-    return merge(adapters, Where(str(base)), out, Options(base_is="original", **options), HERE)
-
-
 def assert_equal(ours, theirs, tolerance=EXACT):
     for name, tensor in theirs.items():
         largest = float(tensor.abs().max()) or 1.0
@@ -58,9 +45,9 @@ def assert_equal(ours, theirs, tolerance=EXACT):
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - LOST - TIED))
-def test_a_merged_model_is_that_of_peft(name, folder, tmp_path):
-    base, adapter = base_of(name, folder), saved(name, folder)
-    report = merged(adapter, base, tmp_path / "OUT")
+def test_a_merged_model_is_that_of_peft(name, tmp_path):
+    base, adapter = base_of(name), saved(name)
+    report = onto_original(adapter, base, tmp_path / "OUT")
     ours, theirs = load(tmp_path / "OUT").state_dict(), by_peft(base, adapter)
     assert ours.keys() >= theirs.keys()
     assert_equal(ours, theirs, BY_SVD.get(name, EXACT))
@@ -80,9 +67,9 @@ def test_a_merged_model_is_that_of_peft(name, folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(LOST | (TIED & CASES.keys())))
-def test_what_has_no_exact_merge_is_refused_by_name(name, folder, tmp_path):
+def test_what_has_no_exact_merge_is_refused_by_name(name, tmp_path):
     with pytest.raises(InvalidInput, match=r"initialisation|--untie"):
-        merged(saved(name, folder), base_of(name, folder), tmp_path / "OUT")
+        onto_original(saved(name), base_of(name), tmp_path / "OUT")
     assert not (tmp_path / "OUT").exists()
 
 
@@ -95,26 +82,24 @@ def test_what_has_no_exact_merge_is_refused_by_name(name, folder, tmp_path):
     ],
 )
 def test_an_initialisation_that_cannot_be_undone_is_refused_with_its_own_remedy(
-    name, init, what, remedy, folder, tmp_path
+    name, init, what, remedy, tmp_path
 ):
-    adapter = tampered(saved(name, folder), tmp_path / "adapter", init_lora_weights=init)
+    adapter = tampered(saved(name), tmp_path / "adapter", init_lora_weights=init)
     with pytest.raises(InvalidInput, match=what) as caught:
-        merged(adapter, base_of(name, folder), tmp_path / "OUT")
+        onto_original(adapter, base_of(name), tmp_path / "OUT")
     assert remedy in caught.value.remedy and not (tmp_path / "OUT").exists()
 
 
 @pytest.mark.parametrize(
     "name", ["lora", "rslora", "patterns", "dora", "kasa", "ia3", "hra", "loha", "experts"]
 )
-def test_in_half_precision_the_result_is_no_further_from_the_exact_one_than_that_of_peft(
-    name, folder, tmp_path
-):
-    adapter = saved(name, folder)
+def test_in_half_precision_the_result_is_no_further_from_the_exact_one_than_that_of_peft(name, tmp_path):
+    adapter = saved(name)
     model = copy.deepcopy(tiny_models.build(CASES[name].family)).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
     load(tmp_path / "half", dtype=torch.float64).save_pretrained(tmp_path / "exact")
-    merged(adapter, tmp_path / "half", tmp_path / "OUT")
-    merged(adapter, tmp_path / "exact", tmp_path / "double")
+    onto_original(adapter, tmp_path / "half", tmp_path / "OUT")
+    onto_original(adapter, tmp_path / "exact", tmp_path / "double")
     ours = load(tmp_path / "OUT", dtype=torch.bfloat16).state_dict()
     theirs = by_peft(tmp_path / "half", adapter, dtype=torch.bfloat16)
     exact = load(tmp_path / "double", dtype=torch.float64).state_dict()
@@ -123,12 +108,12 @@ def test_in_half_precision_the_result_is_no_further_from_the_exact_one_than_that
         assert mine <= float((tensor.double() - exact[key]).norm()) * (1 + 1e-9), key
 
 
-def test_every_entry_is_rounded_once(folder, tmp_path):
+def test_every_entry_is_rounded_once(tmp_path):
     """To the nearest of the exact sum: no entry is further than half a unit in the last place."""
     model = copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
-    adapter = saved("lora", folder)
-    merged(adapter, tmp_path / "half", tmp_path / "OUT")
+    adapter = saved("lora")
+    onto_original(adapter, tmp_path / "half", tmp_path / "OUT")
     before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("half", "OUT"))
     tensors = load_file(adapter / WEIGHTS)
     for layer in range(2):
@@ -146,10 +131,10 @@ def test_every_entry_is_rounded_once(folder, tmp_path):
 # --- several at once, weights ---
 
 
-def test_adapters_add_up_with_their_weights_kasa_among_them(folder, tmp_path):
-    base = base_of("kasa", folder)
-    adapters = [saved("kasa", folder), saved("lora", folder)]
-    merged(adapters, base, tmp_path / "OUT", weights=(0.5, -2.0))
+def test_adapters_add_up_with_their_weights_kasa_among_them(tmp_path):
+    base = base_of("kasa")
+    adapters = [saved("kasa"), saved("lora")]
+    onto_original(adapters, base, tmp_path / "OUT", weights=(0.5, -2.0))
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "OUT" / "model.safetensors")
     kasa, lora = (load_file(one / WEIGHTS) for one in adapters)
     for layer in range(2):
@@ -172,20 +157,20 @@ def test_adapters_add_up_with_their_weights_kasa_among_them(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dora", "hra", "ia3"])
-def test_a_map_has_no_weight_but_one(name, folder, tmp_path):
+def test_a_map_has_no_weight_but_one(name, tmp_path):
     with pytest.raises(UsageError, match="weight"):
-        merged(saved(name, folder), base_of(name, folder), tmp_path / "OUT", weights=(0.5,))
+        onto_original(saved(name), base_of(name), tmp_path / "OUT", weights=(0.5,))
 
 
-def test_the_same_adapter_is_merged_once(folder, tmp_path, capsys):
-    base, adapter = base_of("lora", folder), saved("lora", folder)
+def test_the_same_adapter_is_merged_once(tmp_path, capsys):
+    base, adapter = base_of("lora"), saved("lora")
     with pytest.raises(AlreadyMerged):
-        merged([adapter, adapter], base, tmp_path / "twice")
-    merged(adapter, base, tmp_path / "OUT")
+        onto_original([adapter, adapter], base, tmp_path / "twice")
+    onto_original(adapter, base, tmp_path / "OUT")
     elsewhere = shutil.copytree(adapter, tmp_path / "elsewhere")
     done = inside(capsys, "merge", elsewhere, "--into", tmp_path / "OUT", "-o", tmp_path / "again")
     assert done.code == ExitCode.EXISTS and "merged already" in done.err
-    other = saved("rslora", folder)
+    other = saved("rslora")
     assert inside(capsys, "merge", other, "--into", tmp_path / "OUT", "-o", tmp_path / "more").code == 0
 
 
@@ -195,30 +180,17 @@ def test_the_same_adapter_is_merged_once(folder, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def pretruncated(folder):
     """A base that kasa truncated, beside its adapter, trained a little."""
-    from kasa_cli.pipeline.truncating.run import Options as Truncation
-    from kasa_cli.pipeline.truncating.run import Patterns, truncate
-
-    model, out = base_of("kasa", folder), folder / "truncated"
-    patterns = Patterns(("q_proj", "v_proj"))
-    truncate(
-        Where(str(model)), out, Truncation(rank=4, alpha=6, workers=1, patterns=patterns, use_store=False)
-    )
-    tensors = load_file(out / "adapter" / WEIGHTS)
-    trained = shutil.copytree(out / "adapter", folder / "trained")
-    moved = {name: one + 0.1 * torch.randn(one.shape) for name, one in tensors.items()}
-    save_file(moved, trained / WEIGHTS, {"format": "pt"})
+    model, out = base_of("kasa"), folder / "truncated"
+    cut(model, out, "q_proj", "v_proj", rank=4, alpha=6, workers=1, use_store=False)
+    trained = disturb_saved(shutil.copytree(out / "adapter", folder / "trained"))
     return model, out, trained
-
-
-def asked(adapter, base, out, base_is="auto", **options):
-    return merge([adapter], Where(str(base)), out, Options(base_is=base_is, **options), HERE)
 
 
 def test_the_manifest_of_a_truncated_base_says_so(pretruncated, tmp_path):
     model, out, trained = pretruncated
-    report = asked(trained, out / "base", tmp_path / "from-truncated")
+    report = merged(trained, out / "base", tmp_path / "from-truncated")
     assert report.base_is == "truncated"
-    told = asked(trained, model, tmp_path / "from-original", base_is="original")
+    told = merged(trained, model, tmp_path / "from-original", base_is="original")
     assert told.base_is == "original"
     one, other = (load(tmp_path / place).state_dict() for place in ("from-truncated", "from-original"))
     assert_equal(one, other, 1e-6)
@@ -233,28 +205,29 @@ def test_what_cannot_be_known_stops_the_command(pretruncated, tmp_path, capsys):
     assert "--base-is" in done.err and not (tmp_path / "OUT").exists()
 
 
-def test_the_manifest_beside_an_adapter_knows_both_of_its_bases(pretruncated, folder, tmp_path):
+def test_the_manifest_beside_an_adapter_knows_both_of_its_bases(pretruncated, tmp_path):
     model, out, trained = pretruncated
     copied = shutil.copytree(out, tmp_path / "copy")
     shutil.copy(trained / WEIGHTS, copied / "adapter" / WEIGHTS)
-    assert asked(copied / "adapter", model, tmp_path / "a").base_is == "original"
-    assert asked(copied / "adapter", out / "base", tmp_path / "b").base_is == "truncated"
+    assert merged(copied / "adapter", model, tmp_path / "a").base_is == "original"
+    assert merged(copied / "adapter", out / "base", tmp_path / "b").base_is == "truncated"
     stranger = tiny_models.save("llama", tmp_path / "stranger")
     weights = load_file(stranger / "model.safetensors")
     weights["model.layers.0.self_attn.q_proj.weight"] += 1
     save_file(weights, stranger / "model.safetensors", {"format": "pt"})
     with pytest.raises(IntegrityError, match="not the one"):
-        asked(copied / "adapter", stranger, tmp_path / "c")
+        merged(copied / "adapter", stranger, tmp_path / "c")
     with pytest.raises(IntegrityError, match="not the base"):
-        asked(copied / "adapter", stranger, tmp_path / "c", base_is="original")
+        merged(copied / "adapter", stranger, tmp_path / "c", base_is="original")
     assert (
-        asked(copied / "adapter", stranger, tmp_path / "c", "original", force_base=True).base_is == "original"
+        merged(copied / "adapter", stranger, tmp_path / "c", base_is="original", force_base=True).base_is
+        == "original"
     )
 
 
 def test_the_tail_makes_the_truncated_base(pretruncated, tmp_path):
     model, out, _ = pretruncated
-    asked(out / "tail", model, tmp_path / "OUT")
+    merged(out / "tail", model, tmp_path / "OUT")
     assert_equal(
         load_file(tmp_path / "OUT" / "model.safetensors"), load_file(out / "base" / "model.safetensors"), 1e-6
     )
@@ -276,27 +249,27 @@ def test_a_cut_that_rounding_brought_back_in_one_weight_leaves_the_base_known(pr
         assert base_is("auto", base, known, names) == expected
 
 
-def test_trained_rows_are_rounded_once_when_the_dtype_is_wider(folder, tmp_path):
+def test_trained_rows_are_rounded_once_when_the_dtype_is_wider(tmp_path):
     model = copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
-    adapter = saved("tokens", folder)
-    merged(adapter, tmp_path / "half", tmp_path / "OUT", dtype="float32")
+    adapter = saved("tokens")
+    onto_original(adapter, tmp_path / "half", tmp_path / "OUT", dtype="float32")
     stored = load_file(tmp_path / "OUT" / "model.safetensors")["model.embed_tokens.weight"]
     trained = next(one for name, one in load_file(adapter / WEIGHTS).items() if "trainable_tokens" in name)
     assert torch.equal(stored[[1, 5]], trained)
 
 
-def test_a_dense_core_of_old_files_is_merged(folder, tmp_path):
+def test_a_dense_core_of_old_files_is_merged(tmp_path):
     """`lora_diag` of shape (r, r), as the published code trained it for a while."""
 
     def core(tensors):
         for name in [name for name in tensors if name.endswith("lora_diag")]:
             tensors[name] = torch.diag(tensors[name])
 
-    base, adapter = base_of("kasa", folder), saved("kasa", folder)
+    base, adapter = base_of("kasa"), saved("kasa")
     dense = tampered(adapter, tmp_path / "dense", core)
-    merged(adapter, base, tmp_path / "a")
-    merged(dense, base, tmp_path / "b")
+    onto_original(adapter, base, tmp_path / "a")
+    onto_original(dense, base, tmp_path / "b")
     one, other = (load_file(tmp_path / part / "model.safetensors") for part in "ab")
     assert_equal(one, other, 1e-7)
 
@@ -304,26 +277,24 @@ def test_a_dense_core_of_old_files_is_merged(folder, tmp_path):
 # --- nothing lost in silence ---
 
 
-def test_a_tensor_that_nothing_consumes_is_named(folder, tmp_path, capsys):
-    adapter = tampered(
-        saved("lora", folder), tmp_path / "odd", lambda tensors: tensors.update(extra=torch.ones(3))
-    )
-    done = inside(capsys, "merge", adapter, "--into", base_of("lora", folder), "-o", tmp_path / "OUT")
+def test_a_tensor_that_nothing_consumes_is_named(tmp_path, capsys):
+    adapter = tampered(saved("lora"), tmp_path / "odd", lambda tensors: tensors.update(extra=torch.ones(3)))
+    done = inside(capsys, "merge", adapter, "--into", base_of("lora"), "-o", tmp_path / "OUT")
     assert (done.code, done.out) == (ExitCode.INVALID, "") and "extra" in done.err
 
 
-def test_a_shape_that_does_not_fit_is_named(folder, tmp_path, capsys):
-    adapter, other = saved("lora", folder), tiny_models.save("gpt2", tmp_path / "gpt2")
+def test_a_shape_that_does_not_fit_is_named(tmp_path, capsys):
+    adapter, other = saved("lora"), tiny_models.save("gpt2", tmp_path / "gpt2")
     done = inside(capsys, "merge", adapter, "--into", other, "-o", tmp_path / "OUT")
     assert done.code == ExitCode.INVALID and "q_proj" in done.err
 
 
-def test_numbers_that_are_none_are_refused(folder, tmp_path, capsys):
+def test_numbers_that_are_none_are_refused(tmp_path, capsys):
     def poison(tensors):
         next(iter(tensors.values()))[0, 0] = torch.nan
 
-    adapter = tampered(saved("lora", folder), tmp_path / "nan", poison)
-    done = inside(capsys, "merge", adapter, "--into", base_of("lora", folder), "-o", tmp_path / "OUT")
+    adapter = tampered(saved("lora"), tmp_path / "nan", poison)
+    done = inside(capsys, "merge", adapter, "--into", base_of("lora"), "-o", tmp_path / "OUT")
     assert done.code in (ExitCode.INVALID, ExitCode.NUMERIC) and "finite" in done.err
     assert not (tmp_path / "OUT").exists()
 
@@ -336,13 +307,13 @@ def test_numbers_that_are_none_are_refused(folder, tmp_path, capsys):
         (("--base-is", "x"), "x"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(options, said, folder, tmp_path, capsys):
+def test_what_cannot_be_meant_is_refused(options, said, tmp_path, capsys):
     done = inside(
         capsys,
         "merge",
-        saved("lora", folder),
+        saved("lora"),
         "--into",
-        base_of("lora", folder),
+        base_of("lora"),
         "-o",
         tmp_path / "OUT",
         *options,
@@ -353,11 +324,10 @@ def test_what_cannot_be_meant_is_refused(options, said, folder, tmp_path, capsys
 # --- the output ---
 
 
-def test_the_output_verifies_and_says_what_was_done(folder, tmp_path, capsys):
-    base, adapter = base_of("lora", folder), saved("lora", folder)
+def test_the_output_verifies_and_says_what_was_done(tmp_path, capsys):
+    base, adapter = shutil.copytree(base_of("lora"), tmp_path / "base"), saved("lora")
     (base / "README.md").write_text("---\nlicense: mit\n---\n# card\n")
     done = inside(capsys, "merge", adapter, "--into", base, "-o", tmp_path / "OUT", "--json")
-    (base / "README.md").unlink()
     assert done.code == 0, done.err
     assert {"name", "module", "terms", "max_abs_change", "rounding_error"} <= done.json["tensors"][0].keys()
     assert inside(capsys, "verify", tmp_path / "OUT", "--read-data").code == 0
@@ -374,9 +344,9 @@ def test_the_output_verifies_and_says_what_was_done(folder, tmp_path, capsys):
     assert inside(capsys, "verify", tmp_path / "OUT", "--against", base).code == ExitCode.USAGE
 
 
-def test_workers_and_a_store_change_no_byte_and_shards_stay(folder, tmp_path):
+def test_workers_and_a_store_change_no_byte_and_shards_stay(tmp_path):
     base = tiny_models.save("mixtral", tmp_path / "base", max_shard_size="40KB")
-    adapter = saved("experts", folder)
+    adapter = saved("experts")
     trees = []
     for number, options in enumerate((("--workers", 1, "--no-store"), ("--workers", 4))):
         out = tmp_path / f"OUT{number}"
@@ -388,12 +358,12 @@ def test_workers_and_a_store_change_no_byte_and_shards_stay(folder, tmp_path):
     assert len(list(base.glob("*.safetensors"))) > 2
 
 
-def test_a_wider_dtype_and_preserve_are_rounded_as_told(folder, tmp_path):
+def test_a_wider_dtype_and_preserve_are_rounded_as_told(tmp_path):
     model = copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
-    adapter = saved("lora", folder)
+    adapter = saved("lora")
     reports = {
-        name: merged(adapter, tmp_path / "half", tmp_path / name, **options)
+        name: onto_original(adapter, tmp_path / "half", tmp_path / name, **options)
         for name, options in {
             "nearest": {},
             "wide": {"dtype": "float32"},
@@ -410,12 +380,12 @@ def test_a_wider_dtype_and_preserve_are_rounded_as_told(folder, tmp_path):
     assert "float32" in (config.get("dtype"), config.get("torch_dtype"))
 
 
-def test_a_pickle_is_not_opened(folder, tmp_path, capsys):
+def test_a_pickle_is_not_opened(tmp_path, capsys):
     adapter = tmp_path / "pickle"
     adapter.mkdir()
-    shutil.copy(saved("lora", folder) / CONFIG, adapter)
+    shutil.copy(saved("lora") / CONFIG, adapter)
     (adapter / "adapter_model.bin").write_bytes(b"cos\nsystem\n")
-    done = inside(capsys, "merge", adapter, "--into", base_of("lora", folder), "-o", tmp_path / "OUT")
+    done = inside(capsys, "merge", adapter, "--into", base_of("lora"), "-o", tmp_path / "OUT")
     assert done.code == ExitCode.UNSAFE
 
 
@@ -423,8 +393,8 @@ def test_a_pickle_is_not_opened(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["lora", "experts", "saved", "tokens", "dora", "bias-all"])
-def test_the_plan_names_what_the_merge_does_and_reads_no_weight(name, folder, tmp_path, capsys, monkeypatch):
-    base, adapter = base_of(name, folder), saved(name, folder)
+def test_the_plan_names_what_the_merge_does_and_reads_no_weight(name, tmp_path, capsys, monkeypatch):
+    base, adapter = base_of(name), saved(name)
     asked = ("merge", adapter, "--into", base, "-o", tmp_path / "OUT", "--max-shard-size", "30KB", "--json")
     with monkeypatch.context() as headers_only:
         for reading in ("tensor", "chunks", "rows"):
@@ -442,11 +412,7 @@ def test_the_plan_names_what_the_merge_does_and_reads_no_weight(name, folder, tm
     assert f"{len(changed)} tensors would change" in table and "nothing was written" in table
 
 
-def test_what_a_merge_refuses_its_plan_refuses(folder, tmp_path, capsys):
-    adapter = tampered(
-        saved("lora", folder), tmp_path / "odd", lambda tensors: tensors.update(extra=torch.ones(3))
-    )
-    done = inside(
-        capsys, "merge", adapter, "--into", base_of("lora", folder), "-o", tmp_path / "O", "--dry-run"
-    )
+def test_what_a_merge_refuses_its_plan_refuses(tmp_path, capsys):
+    adapter = tampered(saved("lora"), tmp_path / "odd", lambda tensors: tensors.update(extra=torch.ones(3)))
+    done = inside(capsys, "merge", adapter, "--into", base_of("lora"), "-o", tmp_path / "O", "--dry-run")
     assert (done.code, done.out) == (ExitCode.INVALID, "") and "extra" in done.err

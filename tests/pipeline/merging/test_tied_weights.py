@@ -6,9 +6,9 @@ ends; and PEFT's merge on a base that was untied first.
 
 import copy
 import json
-import logging
 import shutil
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ from safetensors.torch import load_file, save_file
 from kasa_cli.checkpoint.layout import open_checkpoint
 from kasa_cli.errors import ExitCode, InvalidInput
 from kasa_cli.model_names.tied_weights import groups_of, taken_apart
-from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
-from kasa_cli.report import MergeReport
-from tests.builders import tiny_models
-from tests.builders.adapters import WEIGHTS, tampered
+from tests.builders import shared, tiny_models
+from tests.builders.adapters import WEIGHTS, disturb, tampered
+from tests.builders.checkpoints import load, logits, tensors_of
+from tests.builders.matrices import assert_close
+from tests.builders.merged import assert_accounted, loaded, merged
 from tests.builders.runs import inside
-from tests.builders.truncated import load, logits, tensors_of
 
-HERE = Running(1, use_store=False)
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QV = {"target_modules": ["q_proj"]}
 ONE_END: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,17 +70,15 @@ def bart() -> transformers.PreTrainedModel:
     return transformers.BartForConditionalGeneration(config)
 
 
-def base_of(family: str, folder: Path) -> Path:
-    place = folder / family
-    if place.exists():
-        return place
+@cache
+def base_of(family: str) -> Path:
     if family != "bart":
-        return tiny_models.save(family, place)
+        return tiny_models.saved(family)
     torch.manual_seed(0)
     model = bart()
     tiny_models.fill(model)
-    model.save_pretrained(place)
-    return place
+    model.save_pretrained(shared.place(family))
+    return shared.keep(shared.place(family))
 
 
 def trained(base: Path, folder: Path, make=peft.LoraConfig, **options: Any) -> torch.Tensor:
@@ -90,61 +87,15 @@ def trained(base: Path, folder: Path, make=peft.LoraConfig, **options: Any) -> t
     rank = {"r": 4, "lora_alpha": 6} if make is peft.LoraConfig else {}
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         model = peft.get_peft_model(load(base), make(**{**rank, **options})).eval()
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape))
+        disturb(model)
         model.save_pretrained(folder)
         return logits(model.base_model.model)
 
 
-def merged(adapter: Path | list[Path], base: Path, out: Path, **options: Any) -> MergeReport:
-    paths = adapter if isinstance(adapter, list) else [adapter]
-    return merge(paths, Where(str(base)), out, Options(**options), HERE)
-
-
-def loaded(folder: Path, caplog) -> transformers.PreTrainedModel:
-    """The model, of which transformers has nothing to say: no key missing, unexpected, or tied after all."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        caplog.clear()
-        kind = json.loads((folder / "config.json").read_text())["architectures"][0]
-        model, told = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
-        assert not any(told.values()), told
-        assert not [one.message for one in caplog.records if one.levelno >= logging.WARNING]
-    finally:
-        logger.removeHandler(caplog.handler)
-    return model.eval()
-
-
-def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert float((found - wanted).abs().max()) <= 1e-6 * float(wanted.abs().max())
-
-
-def assert_accounted(report: MergeReport, base: Path, out: Path) -> None:
-    """Every tensor of the output is merged or copied, a copy is a copy, every tensor of the adapters is used."""
-    before, after = tensors_of(base), tensors_of(out)
-    told = {one.name for one in report.tensors}
-    records = json.loads((out / "kasa.manifest.json").read_text())["tensors"]
-    assert records.keys() == after.keys() and told <= after.keys()
-    assert report.totals["tensors_merged"] == len(told)
-    assert report.totals["tensors_copied"] == len(after) - len(told)
-    for name in after.keys() - told:
-        assert torch.equal(after[name], before[records[name].get("made_from", name)]), name
-    assert all(row.tensors_consumed == row.tensors_total for row in report.adapters)
-    for row in report.adapters:
-        assert row.tensors_total == len(load_file(Path(row.path) / WEIGHTS))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ties")
-
-
 @pytest.mark.parametrize("name", sorted(ONE_END))
-def test_untied_ends_are_those_of_the_trained_model(name, folder, tmp_path, caplog, capsys):
+def test_untied_ends_are_those_of_the_trained_model(name, tmp_path, caplog, capsys):
     family, options = ONE_END[name]
-    base = base_of(family, folder)
+    base = base_of(family)
     said = trained(base, tmp_path / "adapter", **options)
     done = inside(capsys, "merge", tmp_path / "adapter", "--into", base, "-o", tmp_path / "OUT")
     assert (done.code, done.out) == (ExitCode.INVALID, "") and "--untie" in done.err
@@ -163,8 +114,8 @@ def test_untied_ends_are_those_of_the_trained_model(name, folder, tmp_path, capl
 
 
 @pytest.mark.parametrize("name", sorted(BOTH_ENDS))
-def test_what_is_said_of_both_ends_keeps_them_one(name, folder, tmp_path, caplog):
-    base = base_of("llama-tied", folder)
+def test_what_is_said_of_both_ends_keeps_them_one(name, tmp_path, caplog):
+    base = base_of("llama-tied")
     said = trained(base, tmp_path / "adapter", **BOTH_ENDS[name])
     report = merged(tmp_path / "adapter", base, tmp_path / "OUT")
     model = loaded(tmp_path / "OUT", caplog)
@@ -180,8 +131,8 @@ def test_what_is_said_of_both_ends_keeps_them_one(name, folder, tmp_path, caplog
 
 
 @pytest.mark.parametrize("make", ["lora", "dora", "ia3"])
-def test_untying_is_pefts_merge_on_a_base_that_was_untied_first(make, folder, tmp_path, caplog):
-    base = base_of("llama-tied", folder)
+def test_untying_is_pefts_merge_on_a_base_that_was_untied_first(make, tmp_path, caplog):
+    base = base_of("llama-tied")
     model = load(base, tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)
@@ -204,8 +155,8 @@ def test_untying_is_pefts_merge_on_a_base_that_was_untied_first(make, folder, tm
     assert not torch.equal(found[HEAD], found[EMBED])
 
 
-def test_two_adapters_one_on_each_end(folder, tmp_path, caplog):
-    base = base_of("llama-tied", folder)
+def test_two_adapters_one_on_each_end(tmp_path, caplog):
+    base = base_of("llama-tied")
     for name in ("embed_tokens", "lm_head"):
         trained(base, tmp_path / name, target_modules=[name])
     report = merged(
@@ -244,8 +195,8 @@ def test_a_shard_that_nothing_comes_to_keeps_its_bytes(tmp_path, caplog):
     assert loaded(tmp_path / "OUT", caplog).cls.predictions.decoder.weight is not None
 
 
-def test_new_tensors_go_into_shards_of_a_size(folder, tmp_path, caplog, capsys):
-    base = base_of("bart", folder)
+def test_new_tensors_go_into_shards_of_a_size(tmp_path, caplog, capsys):
+    base = base_of("bart")
     said = trained(base, tmp_path / "adapter", target_modules=["lm_head"])
     merged(tmp_path / "adapter", base, tmp_path / "OUT", untie=True, max_shard_size="20KB")
     assert len(list((tmp_path / "OUT").glob("*.safetensors"))) > 2
@@ -253,9 +204,9 @@ def test_new_tensors_go_into_shards_of_a_size(folder, tmp_path, caplog, capsys):
     assert inside(capsys, "verify", tmp_path / "OUT", "--read-data").code == 0
 
 
-def test_a_head_that_is_on_disk_too_gets_no_third_tensor(folder, tmp_path, caplog):
+def test_a_head_that_is_on_disk_too_gets_no_third_tensor(tmp_path, caplog):
     """As converters write it: both ends in the file, equal, and the config says that they are one."""
-    base = shutil.copytree(base_of("llama-tied", folder), tmp_path / "base")
+    base = shutil.copytree(base_of("llama-tied"), tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     save_file({**weights, HEAD: weights[EMBED].clone()}, base / "model.safetensors", {"format": "pt"})
     said = trained(base, tmp_path / "adapter", target_modules=["lm_head"])
@@ -272,9 +223,9 @@ def test_a_head_that_is_on_disk_too_gets_no_third_tensor(folder, tmp_path, caplo
     assert_close(logits(loaded(tmp_path / "both", caplog)), tied)
 
 
-def test_ends_that_differ_on_disk_are_not_tied(folder, tmp_path):
+def test_ends_that_differ_on_disk_are_not_tied(tmp_path):
     """transformers warns and does not tie them, whatever the config says: T5 1.1 is stored so."""
-    base = shutil.copytree(base_of("t5", folder), tmp_path / "base")
+    base = shutil.copytree(base_of("t5"), tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     other = {
         f"{part}.embed_tokens.weight": weights["shared.weight"].clone() for part in ("encoder", "decoder")
@@ -288,24 +239,24 @@ def test_ends_that_differ_on_disk_are_not_tied(folder, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["lm_head", "shared", "embed_tokens"])
-def test_a_class_that_ties_whatever_the_config_says_is_refused_by_name(target, folder, tmp_path, capsys):
-    base = base_of("t5", folder)
+def test_a_class_that_ties_whatever_the_config_says_is_refused_by_name(target, tmp_path, capsys):
+    base = base_of("t5")
     trained(base, tmp_path / "adapter", target_modules=[target])
     done = inside(capsys, "merge", tmp_path / "adapter", "--into", base, "-o", tmp_path / "OUT", "--untie")
     assert (done.code, done.out) == (ExitCode.INVALID, "")
     assert "T5ForConditionalGeneration" in done.err and not (tmp_path / "OUT").exists()
 
 
-def test_trained_rows_of_both_ends_and_a_lora_of_one_are_refused_by_name(folder, tmp_path, capsys):
-    base = base_of("llama-tied", folder)
+def test_trained_rows_of_both_ends_and_a_lora_of_one_are_refused_by_name(tmp_path, capsys):
+    base = base_of("llama-tied")
     trained(base, tmp_path / "adapter", target_modules=["lm_head"], trainable_token_indices=[1])
     done = inside(capsys, "merge", tmp_path / "adapter", "--into", base, "-o", tmp_path / "OUT", "--untie")
     assert done.code == ExitCode.INVALID and "trained rows of tied weights" in done.err
 
 
-def test_factors_that_were_tied_and_differ_now_are_two(folder, tmp_path):
+def test_factors_that_were_tied_and_differ_now_are_two(tmp_path):
     """The config says that they were trained as one; the tensors say that they are not."""
-    base = base_of("llama-tied", folder)
+    base = base_of("llama-tied")
     trained(base, tmp_path / "adapter", **BOTH_ENDS["tied factors"])
 
     def pulled(tensors):
@@ -315,7 +266,7 @@ def test_factors_that_were_tied_and_differ_now_are_two(folder, tmp_path):
         merged(tampered(tmp_path / "adapter", tmp_path / "odd", pulled), base, tmp_path / "OUT")
 
 
-def test_the_half_precision_base_under_an_untied_head_is_copied(folder, tmp_path, caplog):
+def test_the_half_precision_base_under_an_untied_head_is_copied(tmp_path, caplog):
     copy.deepcopy(tiny_models.build("llama-tied")).to(torch.bfloat16).save_pretrained(tmp_path / "half")
     trained(tmp_path / "half", tmp_path / "adapter", target_modules=["lm_head"])
     report = merged(tmp_path / "adapter", tmp_path / "half", tmp_path / "OUT", untie=True, dtype="float32")
@@ -334,8 +285,8 @@ def test_the_half_precision_base_under_an_untied_head_is_copied(folder, tmp_path
         ("bart", {HEAD, "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"}),
     ],
 )
-def test_the_new_tensors_have_the_names_that_transformers_would_give_them(family, new, folder, tmp_path):
-    base = open_checkpoint(base_of(family, folder))
+def test_the_new_tensors_have_the_names_that_transformers_would_give_them(family, new, tmp_path):
+    base = open_checkpoint(base_of(family))
     shapes = {name: entry.shape for name, entry in base.tensors.items()}
     apart = taken_apart(base.config, shapes, groups_of(base.config, shapes))
     assert apart.sources.keys() == new

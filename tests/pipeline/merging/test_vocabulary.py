@@ -19,10 +19,11 @@ from kasa_cli.checkpoint.model_config import resized
 from kasa_cli.errors import ExitCode, InvalidInput
 from kasa_cli.pipeline.merging import by_rows
 from tests.builders import tiny_models
-from tests.builders.adapters import WEIGHTS, tampered
+from tests.builders.adapters import WEIGHTS, disturb, tampered
+from tests.builders.checkpoints import load, logits, tensors_of
+from tests.builders.matrices import assert_close
+from tests.builders.merged import assert_accounted, loaded, merged
 from tests.builders.runs import inside
-from tests.builders.truncated import load, logits, tensors_of
-from tests.pipeline.merging.test_tied_weights import assert_accounted, assert_close, loaded, merged
 
 QV = {"target_modules": ["q_proj"]}
 BOTH = ["embed_tokens", "lm_head"]
@@ -45,6 +46,7 @@ KEPT: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral, in shards": ("mixtral", QV),
 }
 """Adapters on a resized base that hold all of the vocabulary, and leave tied ends tied."""
+SHARDS = {"mixtral": {"max_shard_size": "40KB"}}
 UNTIED: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["embed_tokens"]},
     "head": {"target_modules": ["lm_head"]},
@@ -52,17 +54,6 @@ UNTIED: dict[str, dict[str, Any]] = {
     "saved apart": {**QV, "modules_to_save": BOTH},
     "embedding saved": {**QV, "modules_to_save": ["embed_tokens"]},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("vocabulary")
-
-
-def base_of(family: str, folder: Path) -> Path:
-    shards = {"max_shard_size": "40KB"} if family == "mixtral" else {}
-    place = folder / family
-    return place if place.exists() else tiny_models.save(family, place, **shards)
 
 
 def trained(
@@ -74,18 +65,16 @@ def trained(
         model = load(base)
         model.resize_token_embeddings(rows, mean_resizing=False)
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **options)).eval()
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape))
+        disturb(adapted)
         adapted.save_pretrained(folder, save_embedding_layers=saves)
         said = logits(adapted.base_model.model)
         return said, adapted.merge_and_unload().state_dict()
 
 
 @pytest.mark.parametrize("name", sorted(KEPT))
-def test_a_resized_vocabulary_is_merged(name, folder, tmp_path, caplog, capsys):
+def test_a_resized_vocabulary_is_merged(name, tmp_path, caplog, capsys):
     family, options = KEPT[name]
-    base = base_of(family, folder)
+    base = tiny_models.saved(family, **SHARDS.get(family, {}))
     saves = True if family in ("t5", "whisper", "gemma3-vlm") else "auto"
     said, theirs = trained(base, tmp_path / "adapter", saves=saves, **options)
     report = merged(tmp_path / "adapter", base, tmp_path / "OUT")
@@ -109,8 +98,8 @@ def test_a_resized_vocabulary_is_merged(name, folder, tmp_path, caplog, capsys):
 
 
 @pytest.mark.parametrize("rows", [OLD - 6, OLD + 1, 3 * OLD])
-def test_a_vocabulary_shrinks_and_grows(rows, folder, tmp_path, caplog):
-    base = base_of("llama", folder)
+def test_a_vocabulary_shrinks_and_grows(rows, tmp_path, caplog):
+    base = tiny_models.saved("llama")
     said, _ = trained(base, tmp_path / "adapter", rows, **QV)
     merged(tmp_path / "adapter", base, tmp_path / "OUT")
     assert_close(logits(loaded(tmp_path / "OUT", caplog)), said)
@@ -118,11 +107,11 @@ def test_a_vocabulary_shrinks_and_grows(rows, folder, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("rows", [OLD - 6, 3 * OLD])
-def test_the_hash_on_record_is_that_of_all_rows_of_the_base(rows, folder, tmp_path, monkeypatch):
+def test_the_hash_on_record_is_that_of_all_rows_of_the_base(rows, tmp_path, monkeypatch):
     """Of those that a smaller vocabulary leaves out, too; whether they fit into one block or not."""
     monkeypatch.setattr(by_rows, "BLOCK_ENTRIES", 64)
     monkeypatch.setattr(by_rows, "LEAST_ROWS", 4)
-    base = base_of("llama", folder)
+    base = tiny_models.saved("llama")
     trained(base, tmp_path / "adapter", rows, **QV)
     merged(tmp_path / "adapter", base, tmp_path / "OUT")
     before, records = load_file(base / "model.safetensors"), load_manifest(tmp_path / "OUT").tensors
@@ -132,8 +121,8 @@ def test_the_hash_on_record_is_that_of_all_rows_of_the_base(rows, folder, tmp_pa
 
 
 @pytest.mark.parametrize("name", sorted(UNTIED))
-def test_tied_ends_that_differ_are_untied_at_the_new_size(name, folder, tmp_path, caplog):
-    base = base_of("llama-tied", folder)
+def test_tied_ends_that_differ_are_untied_at_the_new_size(name, tmp_path, caplog):
+    base = tiny_models.saved("llama-tied")
     said, _ = trained(base, tmp_path / "adapter", **UNTIED[name])
     with pytest.raises(InvalidInput, match="--untie"):
         merged(tmp_path / "adapter", base, tmp_path / "OUT")
@@ -148,16 +137,16 @@ def test_tied_ends_that_differ_are_untied_at_the_new_size(name, folder, tmp_path
 @pytest.mark.parametrize(
     ("target", "missing"), [("embed_tokens", "lm_head.weight"), ("lm_head", "model.embed_tokens.weight")]
 )
-def test_an_end_that_keeps_the_old_size_is_named(target, missing, folder, tmp_path, capsys):
-    base = base_of("llama", folder)
+def test_an_end_that_keeps_the_old_size_is_named(target, missing, tmp_path, capsys):
+    base = tiny_models.saved("llama")
     trained(base, tmp_path / "adapter", target_modules=[target])
     done = inside(capsys, "merge", tmp_path / "adapter", "--into", base, "-o", tmp_path / "OUT")
     assert (done.code, done.out) == (ExitCode.INVALID, "")
     assert missing in done.err and str(NEW) in done.err and not (tmp_path / "OUT").exists()
 
 
-def test_a_bias_over_the_vocabulary_that_stays_is_named(folder, tmp_path, capsys):
-    base = base_of("bert-mlm", folder)
+def test_a_bias_over_the_vocabulary_that_stays_is_named(tmp_path, capsys):
+    base = tiny_models.saved("bert-mlm")
     trained(
         base, tmp_path / "adapter", target_modules=["query"], modules_to_save=["word_embeddings", "decoder"]
     )
@@ -188,8 +177,8 @@ def test_the_bias_of_a_head_comes_with_it(tmp_path, caplog):
         merged(tampered(tmp_path / "adapter", tmp_path / "less", without), tmp_path / "base", tmp_path / "no")
 
 
-def test_adapters_of_two_vocabularies_are_not_merged(folder, tmp_path):
-    base = base_of("llama", folder)
+def test_adapters_of_two_vocabularies_are_not_merged(tmp_path):
+    base = tiny_models.saved("llama")
     trained(base, tmp_path / "a", NEW, **QV)
     trained(base, tmp_path / "b", NEW + 4, **QV)
     trained(base, tmp_path / "c", OLD, target_modules=["embed_tokens"])
@@ -199,9 +188,9 @@ def test_adapters_of_two_vocabularies_are_not_merged(folder, tmp_path):
         merged([tmp_path / "a", tmp_path / "c"], base, tmp_path / "OUT")
 
 
-def test_adapters_of_one_resized_base_are_merged_with_their_weights(folder, tmp_path, caplog):
+def test_adapters_of_one_resized_base_are_merged_with_their_weights(tmp_path, caplog):
     """Each file holds the same base anew: it is none of the things that a weight scales."""
-    base = base_of("llama", folder)
+    base = tiny_models.saved("llama")
     for seed, name in enumerate("ab"):
         trained(base, tmp_path / name, target_modules=BOTH)
 
@@ -224,9 +213,9 @@ def test_adapters_of_one_resized_base_are_merged_with_their_weights(folder, tmp_
     assert_close(found, exact)
 
 
-def test_a_copy_that_is_none_is_refused(folder, tmp_path):
+def test_a_copy_that_is_none_is_refused(tmp_path):
     """PEFT writes an embedding that it saves and that was resized three times."""
-    base = base_of("llama", folder)
+    base = tiny_models.saved("llama")
     trained(base, tmp_path / "adapter", **KEPT["both ends in modules_to_save"][1])
     name = "base_model.model.lm_head.modules_to_save.weight"
 

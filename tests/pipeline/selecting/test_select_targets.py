@@ -16,8 +16,8 @@ from kasa_cli.errors import ExitCode
 from kasa_cli.methods.criteria import CRITERIA, Spectrum
 from kasa_cli.pipeline.selecting.run import Amount, Choice, Running, Where, select_targets
 from tests.builders import tiny_models
-from tests.builders.runs import changed, inside, plain_model
-from tests.builders.truncated import load
+from tests.builders.checkpoints import changed, load, plain_model
+from tests.builders.runs import inside
 
 FAMILIES = list(tiny_models.FAMILIES)
 NAMED = ["llama", "bert", "gpt2", "qwen3-moe", "mixtral", "llama4-text", "gpt-oss"]

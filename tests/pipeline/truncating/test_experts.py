@@ -17,8 +17,10 @@ from kasa_cli.pipeline.verifying.run import verify
 from kasa_cli.report import TensorRow
 from kasa_cli.targets.patterns import Patterns
 from tests.builders import tiny_models
+from tests.builders.checkpoints import load, logits
+from tests.builders.matrices import close
 from tests.builders.runs import inside
-from tests.builders.truncated import Case, close, cut, load, logits
+from tests.builders.truncated import Case, cut
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -20,7 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from kasa_cli.report import TruncateReport
 from tests.builders import tiny_models
-from tests.builders.truncated import INDEX, RANK, kept, tensors_of, weight_files
+from tests.builders.checkpoints import INDEX, tensors_of, weight_files
+from tests.builders.matrices import kept
+from tests.builders.truncated import RANK
 
 SHARDED = {"llama": "20KB", "gemma3-vlm": "30KB", "mixtral": "40KB", "t5": "20KB", "gpt2": "30KB"}
 HALVES = {"llama-bfloat16": torch.bfloat16, "llama-float16": torch.float16}

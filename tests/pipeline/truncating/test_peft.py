@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 
 from kasa_cli.pipeline.truncating.run import Patterns
 from tests.builders import tiny_models
-from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Case, close, fill_b, logits, made, wrapped
+from tests.builders.adapters import fill_b, wrapped
+from tests.builders.checkpoints import logits
+from tests.builders.matrices import close
+from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Case, made
 
 # every warning is an error: of missing keys, unknown keyword arguments, patterns without a match
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

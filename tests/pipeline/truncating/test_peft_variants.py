@@ -17,7 +17,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from kasa_cli.adapters import peft as peft_format
 from kasa_cli.pipeline.truncating.run import Options, Patterns, Where, truncate
 from tests.builders import tiny_models
-from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Case, close, load, logits, made, wrapped
+from tests.builders.adapters import wrapped
+from tests.builders.checkpoints import load, logits
+from tests.builders.matrices import close
+from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Case, made
 
 # every warning is an error: of missing keys, unknown keyword arguments, patterns without a match
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

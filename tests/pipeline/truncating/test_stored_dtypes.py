@@ -12,19 +12,9 @@ from safetensors.torch import load_file
 
 from kasa_cli.errors import InvalidInput, NumericalError
 from tests.builders import tiny_models
-from tests.builders.truncated import (
-    INDEX,
-    RANK,
-    WEIGHTS,
-    Tensors,
-    chosen,
-    cut,
-    kept,
-    logits,
-    refused,
-    rewritten,
-    tensors_of,
-)
+from tests.builders.checkpoints import INDEX, WEIGHTS, Tensors, logits, rewritten, tensors_of
+from tests.builders.matrices import kept
+from tests.builders.truncated import RANK, chosen, cut, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -13,22 +13,10 @@ from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.pipeline.truncating.options import check
 from kasa_cli.pipeline.truncating.run import Options, Patterns, Where, plan
 from tests.builders import tiny_models
-from tests.builders.truncated import (
-    RANK,
-    WEIGHTS,
-    Tensors,
-    chosen,
-    close,
-    cut,
-    kept,
-    load,
-    logits,
-    made,
-    refused,
-    rewritten,
-    tensors_of,
-    wrapped,
-)
+from tests.builders.adapters import wrapped
+from tests.builders.checkpoints import WEIGHTS, Tensors, load, logits, rewritten, tensors_of
+from tests.builders.matrices import close, kept
+from tests.builders.truncated import RANK, chosen, cut, made, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -14,15 +14,10 @@ from kasa_cli.files.typed_json import to_json
 from kasa_cli.pipeline.file_records import file_records
 from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from kasa_cli.pipeline.verifying.run import verify
-from tests.builders.faults import tree_hash
-from tests.builders.runs import changed, plain_model
+from tests.builders.checkpoints import changed, plain_model
+from tests.builders.folders import tree_hash
 
 Q0 = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return plain_model(tmp_path_factory.mktemp("against") / "model")
 
 
 @pytest.fixture

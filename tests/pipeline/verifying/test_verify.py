@@ -18,18 +18,14 @@ from kasa_cli.files.staging import MANIFEST
 from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from kasa_cli.pipeline.verifying.run import verify
 from tests.builders import tiny_models
-from tests.builders.faults import tree_hash
-from tests.builders.runs import inside, plain_model
+from tests.builders.checkpoints import plain_model
+from tests.builders.folders import tree_hash
+from tests.builders.runs import inside
 
 ALL = bool(os.environ.get("KASA_ALL_BYTES"))
 NUM_BYTES = 2500
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 SHARDS = "base/model-00001-of-00003.safetensors", "base/model-00002-of-00003.safetensors"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return plain_model(tmp_path_factory.mktemp("verify") / "model")
 
 
 @pytest.fixture(scope="module")
