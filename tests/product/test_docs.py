@@ -46,6 +46,11 @@ def test_the_picture_names_every_package_and_no_other():
     assert set(re.findall(r"\b(\w+)/", picture)) == packages
 
 
+def test_every_path_on_the_page_of_the_architecture_exists():
+    for path in re.findall(r"`([\w/]+(?:/|\.py))`", ARCHITECTURE):
+        assert (ROOT / "kasa_cli" / path).exists() or (ROOT / path).exists(), path
+
+
 def test_the_readme_holds_both_commands_and_ci_runs_the_second():
     assert "pip install -c configs/constraints.txt '.[demo]' && kasa demo" in README
     assert "pip install -c configs/constraints.txt -e '.[dev]' && python -m tests" in README
