@@ -1,4 +1,4 @@
-"""What a model folder holds, and which of its files belong to the model.
+"""Lists a model folder and decides which of its files belong to the model.
 
 Everything that is not a weight goes along: tokenizers, templates, custom code, the modules of
 sentence-transformers with their own small safetensors. Left out are the same weights in other formats, which
@@ -55,7 +55,7 @@ LEFT_AT_TOP = {  # deeper down, an adapter is a part of the model that its code 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file, or a directory, that is not taken along."""
+    """A file, or a directory, that is not copied."""
 
     name: str
     reason: str
@@ -94,7 +94,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def entries_of(directory: Path) -> Iterator[os.DirEntry[str]]:
-    """The entries of one directory, whose names are fit to be written down."""
+    """The entries of one directory; refused if a name is not printable."""
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
@@ -106,14 +106,14 @@ def entries_of(directory: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def is_directory(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is, or leads to, a directory. A link in a loop leads nowhere."""
+    """Whether an entry is a directory or a link to one. A link in a loop is neither."""
     with suppress(OSError):
         return entry.is_dir()
     return False
 
 
 def reason_not_to_enter(entry: os.DirEntry[str]) -> str | None:
-    """Why a directory is passed by; None for one to enter."""
+    """The reason why a directory is not entered; None if it is."""
     return match(entry.name, LEFT_DIRECTORIES) or ("a link to a directory" if entry.is_symlink() else None)
 
 
@@ -131,7 +131,7 @@ def match(name: str, table: dict[str, str]) -> str | None:
 
 
 def reason_to_leave(name: str) -> str | None:
-    """Why a file is not taken along, judged by its relative path; None if it is.
+    """The reason why a file is not copied, from its relative path; None if it is copied.
 
     >>> reason_to_leave("pytorch_model.bin")
     'weights in another format (pickle)'
@@ -142,7 +142,7 @@ def reason_to_leave(name: str) -> str | None:
 
 
 def foreign_weights(names: Iterable[str], where: str) -> UnsafeInput | None:
-    """The refusal of a folder whose names tell of weights in other formats only. Nothing is opened."""
+    """The error for a folder that holds weights in other formats only. No file is opened."""
     weights = [name for name in sorted(names) if not any(fnmatchcase(name, pattern) for pattern in TRAINING)]
     found = {name: kind for name in weights if (kind := match(name, {**FORMATS, "*.npz": "NumPy archive"}))}
     if not found:

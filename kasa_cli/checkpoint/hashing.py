@@ -1,4 +1,4 @@
-"""The hash of the bytes of a tensor, by which manifests and the store know it again.
+"""Hashes of tensors, by which manifests and the store identify them.
 
 BLAKE3, which is as hard to forge as SHA-256 and five times as fast: a merge hashes every byte twice, as it was and as
 it is. Files are hashed by SHA-256, as others do.

@@ -1,4 +1,4 @@
-"""A model folder as one checkpoint: which safetensors files hold the weights, and what else belongs to it.
+"""Opens a model folder as one checkpoint: the safetensors files that hold the weights, and the other files.
 
 The index is untrusted: its file names reach no path before `check_shard_name`, and what it says must agree
 with the headers of the shards in both directions. Where a folder could be read in two ways, kasa asks: it
@@ -51,7 +51,7 @@ CONFIG_SIZES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of weights, every header checked; no weight read."""
+    """A model folder with every header checked. It is a `TensorSource`."""
 
     root: Path
     shards: Mapping[str, Container]
@@ -128,7 +128,7 @@ def read_config(root: Path, hub_cache: Path | None) -> dict[str, Any]:
 
 
 def check_sizes(path: Path, config: dict[str, Any]) -> None:
-    """Refuse sizes that no model has: a skeleton built from them would fill the memory."""
+    """Refuse sizes that no model has: a model built from them, even without weights, would fill the memory."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, limit in CONFIG_SIZES.items():
             size = part.get(key)
@@ -137,7 +137,7 @@ def check_sizes(path: Path, config: dict[str, Any]) -> None:
 
 
 def choose_weights(root: Path, top: Iterable[str], config: Mapping[str, Any]) -> str:
-    """The one file that says where the weights are: an index, or the weights themselves."""
+    """The file that locates the weights: an index, or the weights themselves."""
     explicit = config.get("transformers_weights")
     if explicit is not None:
         return named_by_config(root, explicit, top)
@@ -179,7 +179,7 @@ def named_by_config(root: Path, name: Any, top: Iterable[str]) -> str:
 
 
 def weightless(where: str, top: Iterable[str]) -> InvalidInput | UnsafeInput:
-    """Why a folder is no checkpoint, in the terms of what it does hold."""
+    """The error for a folder without weights; it names the files that the folder holds instead."""
     weights = [name for name in top if name.endswith(".safetensors")]
     if any(name.startswith("adapter_") for name in top):
         return InvalidInput("an adapter, not a checkpoint", where, "name the model it was made for")
@@ -191,7 +191,7 @@ def weightless(where: str, top: Iterable[str]) -> InvalidInput | UnsafeInput:
 
 
 def read_index(root: Path, name: str, hub_cache: Path | None) -> dict[str, str]:
-    """The map from tensors to shards, with nothing in it that could lead out of the folder."""
+    """The map from tensors to shards; refused if a name leads out of the folder."""
     path = root / name
     require_inside(root, name, hub_cache)
     index = parse_json(read_small(path, MAX_INDEX), path)
@@ -215,7 +215,7 @@ def check_shard_name(name: str, where: str) -> None:
 
 
 def require_present(root: Path, files: Iterable[str], top: Iterable[str]) -> None:
-    """Name every shard that is missing, so that one download mends all."""
+    """Refuse missing shards and name all of them, so that one download completes the folder."""
     missing = sorted(set(files) - set(top))
     if missing:
         raise InvalidInput(f"missing shards: {enumerated(missing, len(missing))}", str(root), "download them")
@@ -224,7 +224,7 @@ def require_present(root: Path, files: Iterable[str], top: Iterable[str]) -> Non
 def sort_out(
     listing: Listing, weights: Iterable[str], index_name: str | None
 ) -> tuple[tuple[str, ...], tuple[LeftOut, ...]]:
-    """Part the files beside the weights into those that belong to the model and those that stay behind."""
+    """Divide the files beside the weights into those that belong to the model and those that are not copied."""
     companions, left_out = [], list(listing.not_entered)
     for name in sorted(set(listing.files) - {*weights, index_name}):
         reason = reason_to_leave(name)

@@ -18,7 +18,7 @@ from kasa_cli.errors import InvalidInput
 
 
 class OpenFiles:
-    """Each file is opened when it is first asked for. Threads may share it: one of them reads at a time."""
+    """Opens each file at its first read. Threads may share it: one of them reads at a time."""
 
     def __init__(self) -> None:
         self._readers: dict[Path, Reader] = {}

@@ -33,7 +33,7 @@ MAX_HEADER = 100_000_000  # the format's own limit
 MAX_NAME = 4096  # bytes of UTF-8
 MAX_RANK = 64  # what numpy can hold
 CHUNK = 1 << 24
-"""Bytes of a tensor read in one go, where nothing else is said."""
+"""Bytes of a tensor read in one go by default."""
 MAX_ELEMENTS = 1 << 60  # also for a shape that has a zero in it: every product of sides stays in 64 bits
 
 
@@ -58,7 +58,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What tells one version of a file from another without reading it."""
+    """Distinguishes one version of a file from another without reading it."""
 
     device: int
     inode: int

@@ -21,7 +21,7 @@ from kasa_cli.files.durable import new_file, pwrite_all
 
 @dataclass(frozen=True)
 class FileLayout:
-    """A file to be: its header, and where each tensor goes (absolute offsets)."""
+    """The layout of a new file: its header, and the absolute offsets of each tensor."""
 
     header: bytes
     tensors: Mapping[str, TensorEntry]
@@ -52,7 +52,7 @@ def lay_out(
 
 @contextmanager
 def filling(path: Path, layout: FileLayout) -> Iterator["Filling"]:
-    """A file of that form to put tensors into, from several threads; durable when the block ends."""
+    """A new file of this layout, to be filled from several threads; durable when the block ends."""
     with new_file(path, layout.size) as descriptor:
         pwrite_all(descriptor, memoryview(layout.header), 0)
         yield Filling(descriptor, layout.tensors)
@@ -66,7 +66,7 @@ class Filling:
     tensors: Mapping[str, TensorEntry]
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, which has the dtype and shape that were announced."""
+        """Write one tensor, of the dtype and shape in the layout."""
         entry = self.tensors[name]
         if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != (entry.dtype, entry.shape):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The files of a new base, planned from headers alone: as they were, or laid out anew.
+"""Plans the files of a new base from headers alone: the old layout, or a new one.
 
 A shard in which every tensor keeps its dtype and shape keeps its name, its header and the place of every tensor;
 where one changes or comes to it, or a shard size is asked for, headers are made anew.
@@ -20,7 +20,7 @@ from kasa_cli.files.durable import copy_file, make_folder, write_file
 
 CARD = "README.md"
 Triples = Mapping[str, tuple[str, str, tuple[int, ...]]]
-"""Name, dtype and shape of every tensor to be, by name."""
+"""Name, dtype and shape of every new tensor, by name."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _kept(checkpoint: Checkpoint, file: str) -> Sheet:
 def copy_companions(
     checkpoint: Checkpoint, folder: Path, dtype: str, config: Mapping[str, Any] | None = None
 ) -> None:
-    """Copy every non-weight file of the model but its card, which speaks of the original.
+    """Copy every non-weight file of the model except its model card, which describes the original.
 
     config.json is written anew where it changes: where a target becomes wider than the dtype that it names, and where
     `config` says more.
@@ -110,7 +110,7 @@ def copy_companions(
 
 
 def write_index(checkpoint: Checkpoint, sheets: Sequence[Sheet], folder: Path) -> None:
-    """The index as it was where the layout is, else a new one; none for a single file that had none."""
+    """Copy the index where the layout is unchanged, else write a new one; none for a single file that had none."""
     is_as_before = all(
         checkpoint.shards.get(sheet.name) and sheet.layout.tensors is checkpoint.shards[sheet.name].tensors
         for sheet in sheets
@@ -123,7 +123,7 @@ def write_index(checkpoint: Checkpoint, sheets: Sequence[Sheet], folder: Path) -
 
 
 def new_index(sheets: Iterable[Sheet]) -> dict[str, Any]:
-    """The index of a base whose layout was written anew."""
+    """The index of a base with a new layout."""
     entries = [(sheet.name, entry) for sheet in sheets for entry in sheet.layout.tensors.values()]
     return {
         "metadata": {"total_size": sum(entry.num_bytes for _, entry in entries)},

@@ -1,4 +1,4 @@
-"""From what the user typed to a folder on this disk: a directory as it is, or a Hub id at one pinned commit.
+"""Resolves a model to a folder on this disk: a directory as it is, or a Hub id at one pinned commit.
 
 The branch is asked once, so a model that moves during a download is never a mixture of two. What only other
 formats need, pickles among it, is not downloaded. A snapshot that kasa had to complete is hashed against the Hub
@@ -37,7 +37,7 @@ NOT_DOWNLOADED = [
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies. Of a Hub model also its id, the pinned commit and the cache whose links are trusted."""
+    """The folder of a model; for a Hub model also its id, the pinned commit and the cache whose links are trusted."""
 
     root: Path
     repo: str | None
@@ -47,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One repository as the user asked for it."""
+    """A repository of the Hub: id, revision and cache."""
 
     repo: str
     revision: str | None
@@ -75,7 +75,7 @@ def resolve(
 
 
 def is_directory(model: str) -> bool:
-    """Whether the user named a directory. A file, or a link that leads nowhere, is an error here and now."""
+    """Whether the user named a directory. A file or a dangling link is an error."""
     path = Path(model)
     try:
         if model and path.is_dir():
@@ -131,7 +131,7 @@ def quiet_off_terminal() -> AbstractContextManager[object]:
 
 
 def pinned(wanted: Wanted) -> Source:
-    """Ask for the commit once, then take every file from that commit."""
+    """Resolve the commit once, then download every file of that commit."""
     from huggingface_hub import HfApi
 
     commit = HfApi().resolve_revision(
@@ -182,7 +182,7 @@ def snapshot(wanted: Wanted, commit: "ResolvedRevision", *, local_files_only: bo
 
 
 def cached_listing(wanted: Wanted, commit: "ResolvedRevision") -> list["RepoFile"]:
-    """What the Hub said the commit holds; empty if the cache does not remember."""
+    """The files of the commit by the Hub; empty if the cache has no list of them."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -225,7 +225,7 @@ def forget(path: Path) -> None:
 
 
 def require_readable_weights(wanted: Wanted, names: list[str]) -> None:
-    """Say at once when a repository holds weights in other formats only: they were not downloaded."""
+    """Refuse a repository that holds weights in other formats only: they are not downloaded."""
     if any(name.endswith(".safetensors") for name in names):
         return
     refusal = foreign_weights((name for name in names if "/" not in name), wanted.repo)
@@ -234,7 +234,7 @@ def require_readable_weights(wanted: Wanted, names: list[str]) -> None:
 
 
 def explained(error: Exception, wanted: Wanted) -> KasaError:
-    """One line for whatever the Hub, the network or the disk said."""
+    """An error of the Hub, the network or the disk as one of kasa's."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return ResourceError(f"cannot write the Hub cache ({error.strerror})", str(wanted.cache_dir))
     for kind, what, remedy in known_errors(wanted):
@@ -251,7 +251,7 @@ def explained(error: Exception, wanted: Wanted) -> KasaError:
 
 
 def known_errors(wanted: Wanted) -> list[tuple[type[Exception], str, str]]:
-    """Kinds of error, what they mean and what to do: the first that fits is meant."""
+    """Kinds of error with their meaning and remedy: the first match counts."""
     from huggingface_hub import errors
 
     revision = quote(wanted.revision or "main")

@@ -1,4 +1,4 @@
-"""Where transformers puts each tensor on disk: its own conversion, asked on a model without weights."""
+"""Maps tensors on disk to parameters in memory by transformers' own conversion, on a model without weights."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from kasa_cli.model_names.experts import Composition
 
 
 class LoadedTensor(NamedTuple):
-    """The parameter that a tensor on disk goes to; `whole` when it arrives unchanged and alone.
+    """The parameter that a tensor on disk is loaded into; `whole` if the tensor is all of it, unchanged.
 
     If it does not, `part` is the pattern that its name matched, one of those of `converter`.
     """
@@ -34,7 +34,7 @@ class LoadedTensor(NamedTuple):
 
 
 def loaded_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, LoadedTensor]:
-    """Where transformers puts each tensor on disk. What it leaves out is left out."""
+    """The parameter of each tensor on disk. Tensors that transformers does not load are left out."""
     conversions = get_model_conversion_mapping(model)  # a fresh one: some keep state between names
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -72,7 +72,7 @@ def in_loading_order(names: Iterable[str]) -> list[str]:
 
 
 def compositions(loaded: Mapping[str, LoadedTensor]) -> dict[str, Composition]:
-    """What each parameter is made of, from where the tensors landed, given in the loader's order."""
+    """The tensors of each parameter, in the order in which the loader reads them."""
     arrivals: defaultdict[str, dict[str, LoadedTensor]] = defaultdict(dict)
     for name, tensor in loaded.items():
         arrivals[tensor.name][name] = tensor
@@ -80,7 +80,7 @@ def compositions(loaded: Mapping[str, LoadedTensor]) -> dict[str, Composition]:
 
 
 def composition(arrivals: Mapping[str, LoadedTensor]) -> Composition:
-    """What one parameter is made of. The first tensor to arrive decides how, as it does for the loader."""
+    """The tensors of one parameter. The first decides the operations, as it does for the loader."""
     first, tensor = next(iter(arrivals.items()))
     if tensor.converter is None:
         return Composition(((first,),))

@@ -1,7 +1,7 @@
-"""Which bytes on disk a weight in memory is made of: experts lie in many files' tensors and in one parameter.
+"""Finds the bytes on disk of a weight in memory: experts are separate tensors on disk and one parameter in memory.
 
-The grouping is that of transformers' own conversion. Singular values stand a permutation of rows and a
-transposition, and no more, so kasa follows the conversions that do no more to a matrix and names the others.
+The grouping is that of transformers' own conversion. Singular values are invariant under row permutation and
+transposition; conversions that do only that are followed, and others are refused by name.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ class Composition(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor on disk that has a part in it."""
+        """Every tensor on disk that the parameter is made of."""
         return tuple(name for group in self.sources for name in group)
 
 
@@ -76,7 +76,7 @@ def grouped(shape: tuple[int, ...], made_of: Composition, on_disk: Shapes) -> Ma
 
 
 def apart(num_experts: int, made_of: Composition) -> Matrices:
-    """The pieces of experts that lie on disk one by one."""
+    """The pieces of experts that are separate tensors on disk."""
     numbered = [{number_in(name): name for name in group} for group in made_of.sources]
     for group, named in zip(made_of.sources, numbered, strict=True):
         absent = next((e for e in range(num_experts) if e not in named), None)
@@ -87,7 +87,7 @@ def apart(num_experts: int, made_of: Composition) -> Matrices:
 
 
 def check_count(on_disk: int, in_memory: int) -> None:
-    """Refuse experts that the model would have no place for."""
+    """Refuse a number of experts on disk that differs from the number in memory."""
     if on_disk != in_memory:
         raise NotAssembled(f"{on_disk} experts on disk, {in_memory} in memory")
 
@@ -104,7 +104,7 @@ def number_in(name: str) -> int | None:
 def check_sides(
     pieces: tuple[Piece, ...], sides: tuple[int, ...], made_of: Composition, on_disk: Shapes
 ) -> None:
-    """Refuse pieces that, stacked, are no matrix of these sides."""
+    """Refuse pieces that do not stack to a matrix of these sides."""
     may_turn = any(operation.startswith("Transpose") for operation in made_of.operations)
     shapes = shapes_of(pieces, on_disk)
     if stacked(shapes) not in ({sides, sides[::-1]} if may_turn else {sides}):
@@ -113,7 +113,7 @@ def check_sides(
 
 
 def is_turned(pieces: tuple[Piece, ...], sides: tuple[int, ...], on_disk: Shapes) -> bool:
-    """Do the files hold a matrix of these sides the other way round from memory?"""
+    """Whether the files hold the transpose of the matrix in memory."""
     return stacked(shapes_of(pieces, on_disk)) != sides
 
 

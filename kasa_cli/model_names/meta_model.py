@@ -1,6 +1,6 @@
-"""The model of a config.json, built without weights, so that its modules can be counted and named.
+"""Builds the model of a config.json without weights, to count and name its modules.
 
-A config is a stranger's data. It reaches only classes that transformers ships, on the meta device, after what
+A config is untrusted. It reaches only classes that transformers ships, on the meta device, after what
 could name code or a download is gone and every count is bounded by the tensors that are really there.
 """
 
@@ -69,12 +69,12 @@ def build(config: Mapping[str, Any], shapes: Shapes) -> PreTrainedModel:
             raise UnknownFamily(
                 f"{architecture or family} cannot be built here ({first_line(error)})"
             ) from error
-        except Exception as error:  # what transformers makes of a stranger's numbers can be anything
+        except Exception as error:  # untrusted numbers can make transformers raise anything
             refuse(clean, architecture or family, error)
 
 
 def refuse(config: Mapping[str, Any], name: str, error: Exception) -> NoReturn:
-    """Say why no model came of a config: a part that transformers does not know, or one that is wrong."""
+    """The reason why no model can be built: a part that transformers does not know, or an invalid one."""
     strange = sorted(set(model_types(config)) - set(CONFIG_MAPPING.keys()))
     if strange:
         raise UnknownFamily(
@@ -84,7 +84,7 @@ def refuse(config: Mapping[str, Any], name: str, error: Exception) -> NoReturn:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line.
+    """The message of an error in one line.
 
     >>> first_line(ValueError("no such size\\nlong story"))
     'ValueError: no such size'
@@ -93,11 +93,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {said[0] if said else ''}".rstrip(" :")[:200]
 
 
-# --- what a config may say ---
+# --- checks of a config ---
 
 
 def sanitised(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
-    """A copy without what could name code, kernels, paths or storage; sizes stay.
+    """A copy without the keys that name code, kernels, paths or storage; sizes stay.
 
     >>> sanitised({"auto_map": {"AutoModel": "evil.py"}, "hidden_size": 8, "vision_config": {"_attn_x": 1}})
     {'hidden_size': 8, 'vision_config': {}}

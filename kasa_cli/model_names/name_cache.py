@@ -1,4 +1,4 @@
-"""The names of a checkpoint as they were found once, kept in the store: to ask transformers takes longer.
+"""Caches the names of a checkpoint in the store: mapping them by transformers takes longer.
 
 They are a function of config.json, of the names and shapes on disk, and of the versions of transformers and kasa.
 """
@@ -16,12 +16,12 @@ from kasa_cli.model_names.experts import Composition
 from kasa_cli.model_names.names import Kind, NameMap, Shapes, Slot, Weight
 
 EDITION = 1
-"""Raise it when `naming` finds something else for the same model."""
+"""Increase it when `name_map` maps the same model differently."""
 QUESTION = "names"
 
 
 def names_of(config: Mapping[str, Any], shapes: Shapes, store: Store | None) -> NameMap:
-    """From the store, or from transformers, and then kept.
+    """The names from the store; or from transformers, and then stored.
 
     Raises:
         InvalidInput: the config does not describe these tensors.
@@ -34,13 +34,13 @@ def names_of(config: Mapping[str, Any], shapes: Shapes, store: Store | None) -> 
     from kasa_cli.model_names.name_map import map_names
 
     names = map_names(config, shapes)
-    if shelf and names.model_class is not None:  # what is not known today may be, with a package more
+    if shelf and names.model_class is not None:  # an unknown class may be known after an install
         shelf.put(content, QUESTION, key, packed(names))
     return names
 
 
 def packed(names: NameMap) -> bytes:
-    """All of it as JSON."""
+    """The names as JSON."""
     slots = [
         [name, one.module, one.parameter, one.kind, one.in_block, one.tied_with]
         for name, one in names.slots.items()
@@ -51,7 +51,7 @@ def packed(names: NameMap) -> bytes:
 
 
 def unpacked(payload: bytes) -> NameMap:
-    """What was packed.
+    """The names of a packed payload.
 
     Raises:
         KeyError, TypeError, ValueError: something else was.
@@ -83,7 +83,7 @@ def _read(payload: bytes | None) -> NameMap | None:
 
 
 def _about(config: Mapping[str, Any], shapes: Shapes) -> str:
-    """The hash of all that is asked, in its order."""
+    """The hash of the config and the shapes, in their order."""
     asked = json.dumps([dict(config), [[name, *shape] for name, shape in shapes.items()]])
     return hashlib.sha256(asked.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Which module in memory owns a tensor on disk: the one place that finds both names.
+"""Maps each tensor on disk to the module in memory that owns it.
 
 transformers and PEFT name modules as they are in memory; files keep the names of earlier layouts, store every
 expert by itself, and leave out a tied head. The translation is transformers' own, on a model without weights.
@@ -51,7 +51,7 @@ def check_shapes(modules: "ModelModules", loaded: Mapping[str, LoadedTensor], sh
 
 
 def misfits(config: Mapping[str, Any], shapes: Shapes) -> list[str]:
-    """The tensors on disk that the config describes otherwise than they are.
+    """The tensors on disk whose shape differs from the one by the config.
 
     Raises `UnknownFamily` when transformers has no class for it.
     """
@@ -64,14 +64,14 @@ def misfits(config: Mapping[str, Any], shapes: Shapes) -> list[str]:
     ]
 
 
-# --- what a module is ---
+# --- kinds of modules ---
 
 ROUTER_CLASS = re.compile(r"Router|TopK|Gating$|MoE\w*Gate$")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 class ModelModules:
-    """The modules of a model, as kinds."""
+    """The modules of a model and their kinds."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.memory: dict[str, Tensor] = model.state_dict()
@@ -87,17 +87,17 @@ class ModelModules:
         self.aliases = aliases(model)
 
     def slot(self, name: str, tensor: LoadedTensor | None) -> Slot:
-        """The slot of a tensor on disk that landed, or did not."""
+        """The slot of a tensor on disk; `tensor` is None if transformers does not load it."""
         module, parameter = split_name(tensor.name if tensor else name)
         if tensor is None:
             return Slot(module, parameter, Kind.OTHER, self.in_block(module), None)
         kind = self.kind(module)
         if not tensor.whole and kind != Kind.EXPERTS:
-            kind = Kind.OTHER  # split, joined or reordered on its way: not the module's matrix
+            kind = Kind.OTHER  # split, joined or reordered when loaded: not the matrix of the module
         return Slot(module, parameter, kind, self.in_block(module), self.tied_with(tensor.name))
 
     def kind(self, path: str) -> Kind:
-        """What a module is. Routers come first: many of them are linear maps."""
+        """The kind of a module. Routers come first: many of them are linear maps."""
         module = self.modules[path]
         if self.is_router(path, module):
             return Kind.ROUTER
@@ -113,7 +113,7 @@ class ModelModules:
         return Kind.EXPERTS if is_experts(path, module) else Kind.OTHER
 
     def is_router(self, path: str, module: nn.Module) -> bool:
-        """Does it, or what it is part of, choose experts?"""
+        """Whether a module or one of its ancestors chooses experts."""
         if any(ancestor in self.routers for ancestor in ancestors(path)):
             return True
         leaf = split_name(path)[1]
@@ -122,7 +122,7 @@ class ModelModules:
         return leaf == "shared_expert_gate" or module.out_features in self.expert_counts
 
     def in_block(self, path: str) -> bool:
-        """Does it live inside one of a stack of layers?"""
+        """Whether a module is inside one layer of a stack."""
         return any(ancestor in self.blocks for ancestor in ancestors(path))
 
     def tied_with(self, name: str) -> str | None:
@@ -147,14 +147,14 @@ class ModelModules:
         return (*matrices, *(self.weight(name, name, shape, made_of) for name, shape in self.stacks.items()))
 
     def weight(self, label: str, name: str, shape: torch.Size, made_of: Mapping[str, Composition]) -> Weight:
-        """A weight in memory, by what it is called and by the parameter that holds it."""
+        """A weight in memory, from its label and the name of the parameter that holds it."""
         module, is_module = split_name(name)[0], label != name
         is_linear = is_module and isinstance(self.modules[module], nn.Linear)
         facts = (self.kind(module), is_module, is_linear, self.in_block(module), self.tied_with(name))
         return Weight(label, tuple(shape), *facts, self.composition(name, made_of))
 
     def composition(self, name: str, made_of: Mapping[str, Composition]) -> Composition:
-        """What a parameter is made of: its own tensors, or those of another name that it goes by."""
+        """The tensors of a parameter: its own, or those of an alias."""
         return next((made_of[n] for n in (name, *self.aliases.get(name, ())) if n in made_of), Composition())
 
 
@@ -177,7 +177,7 @@ def block_paths(modules: Mapping[str, nn.Module]) -> Iterator[str]:
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:
-    """The module that makes logits over the vocabulary, if the model has one and says so."""
+    """The module that computes logits over the vocabulary, if the model names one."""
     try:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     except (NotImplementedError, AttributeError):
@@ -186,19 +186,19 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def is_experts(path: str, module: nn.Module) -> bool:
-    """Does it hold the weights of several experts itself?"""
+    """Whether a module holds the weights of several experts itself."""
     named = split_name(path)[1] == "experts" or "Expert" in type(module).__name__
     return named and any(True for _ in module.parameters(recurse=False))
 
 
 def expert_counts(config: Mapping[str, Any]) -> Iterator[float]:
-    """How many experts a config speaks of."""
+    """Every number of experts in a config."""
     for section in meta_model.sections(config):
         yield from (number for key, number in meta_model.numbers(section) if key.endswith("experts"))
 
 
 def aliases(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """For each parameter that goes by several names, all of them."""
+    """All names of each parameter that has several."""
     groups: defaultdict[int, dict[str, None]] = defaultdict(dict)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -215,7 +215,7 @@ HEAD_NAMES = frozenset({"lm_head", "embed_out", "score", "classifier"})
 
 
 def assumed_slots(shapes: Shapes) -> dict[str, Slot]:
-    """Slots by the look of names and shapes alone."""
+    """Slots derived from names and shapes alone."""
     slots = {}
     for name, shape in shapes.items():
         module, parameter = split_name(name)  # a bias is of its weight's kind
@@ -228,13 +228,13 @@ MATRIX_KINDS = frozenset({Kind.LINEAR, Kind.HEAD, Kind.ROUTER, Kind.EMBEDDING})
 
 
 def assumed_weights(shapes: Shapes, slots: Mapping[str, Slot]) -> tuple[Weight, ...]:
-    """What looks like a linear map or an embedding, then every stack of matrices, in the order on disk."""
+    """Every apparent linear map or embedding, then every stack of matrices, in the order on disk."""
     weights = [assumed_weight(name, shapes[name], slot) for name, slot in slots.items()]
     return tuple(sorted((weight for weight in weights if weight), key=lambda weight: not weight.is_module))
 
 
 def assumed_weight(name: str, shape: tuple[int, ...], slot: Slot) -> Weight | None:
-    """A tensor on disk as the weight in memory that it must be, if it is one."""
+    """The assumed weight in memory of a tensor on disk; None if it is no weight."""
     is_module = len(shape) == 2 and slot.parameter == "weight" and slot.kind in MATRIX_KINDS
     if not is_module and len(shape) != 3:
         return None
@@ -243,7 +243,7 @@ def assumed_weight(name: str, shape: tuple[int, ...], slot: Slot) -> Weight | No
 
 
 def assumed_kind(path: str, shape: tuple[int, ...]) -> Kind:
-    """What a module must be, by its path and the shape of its weight.
+    """The assumed kind of a module, from its path and the shape of its weight.
 
     >>> assumed_kind("h.0.mlp.up", (8, 4)).value, assumed_kind("wte", (9, 4)).value
     ('linear', 'embedding')
@@ -263,5 +263,5 @@ def assumed_kind(path: str, shape: tuple[int, ...]) -> Kind:
 
 
 def has_number(path: str) -> bool:
-    """Is it an entry of something that repeats?"""
+    """Whether a path has a layer number."""
     return any(part.isdecimal() for part in path.split("."))

@@ -1,4 +1,4 @@
-"""What is known of the names of a checkpoint: which module in memory owns each tensor on disk. Plain data."""
+"""Plain data about the names of a checkpoint: the module in memory that owns each tensor on disk."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ __all__ = ["Group", "Kind", "NameMap", "Shapes", "Slot", "UnknownFamily", "Weigh
 
 
 class UnknownFamily(Exception):
-    """No class of transformers can be built for this config; the message says why, in a stranger's words."""
+    """No class of transformers can be built for this config; the message is untrusted text that says why."""
 
 
 class Kind(StrEnum):
-    """What a module is to a surgeon."""
+    """The kind of a module."""
 
     LINEAR = "linear"
     CONV1D = "conv1d"
@@ -55,7 +55,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class NameMap:
-    """Every tensor on disk with its slot, and what the model in memory could be targeted at.
+    """Every tensor on disk with its slot, and the weights in memory that can be targets.
 
     `weights` holds every linear map and embedding in the order of `named_modules`, whatever class it has, and
     after them every parameter of three dimensions in the order of `named_parameters`.
@@ -70,7 +70,7 @@ class NameMap:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters in memory that are one, each with the tensor on disk that fills it, None where there is none."""
+    """Tied parameters, each with the tensor on disk that fills it, None where there is none."""
 
     ends: Mapping[str, str | None]
 

@@ -1,4 +1,4 @@
-"""Parameters that transformers makes one in memory, and what a model is in which they are several.
+"""Tied weights: which parameters share memory, and the config and tensors of the untied model.
 
 A checkpoint stores tied weights once. transformers ties them by the class and by config.json, so both are asked, on
 a model without weights; what the class ties whatever the config says cannot be untied.
@@ -21,7 +21,7 @@ from kasa_cli.model_names.names import Group, Shapes
 
 @dataclass(frozen=True)
 class Apart:
-    """A model whose tied weights are several: its config, and the new tensors, each with the one it copies."""
+    """The untied model: its config, and the new tensors, each with the tensor that it copies."""
 
     config: Mapping[str, Any]
     groups: tuple[Group, ...]
@@ -29,7 +29,7 @@ class Apart:
 
 
 def groups_of(config: Mapping[str, Any], shapes: Shapes) -> tuple[Group, ...]:
-    """The groups of parameters that are one in memory, of which a tensor is on disk."""
+    """The groups of tied parameters that have a tensor on disk."""
     return _groups(meta_model.build(config, shapes), shapes)
 
 
@@ -68,7 +68,7 @@ def _groups(model: PreTrainedModel, shapes: Shapes) -> tuple[Group, ...]:
 def _require_filled(
     after: PreTrainedModel, shapes: Shapes, before: PreTrainedModel, still: Collection[str]
 ) -> None:
-    """Untying has freed parameters and done nothing else: each has its tensor, of its shape."""
+    """Refuse a model in which untying changes more than the tied parameters."""
     memory = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
     same = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
     filled = {tensor.name for tensor in loaded_tensors(after, shapes).values()}

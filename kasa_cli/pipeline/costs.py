@@ -1,4 +1,4 @@
-"""Memory and time that a run is expected to take, for `--dry-run`."""
+"""Forecasts of memory and time, for `--dry-run`."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,20 @@ from kasa_cli.report.totals import Cost
 from kasa_cli.targets.selection import Target
 
 RUNTIME_BYTES = 400 << 20
-"""What torch and transformers occupy before the first tensor."""
+"""Bytes that torch and transformers occupy before the first tensor."""
 
 STREAMED_ROOM = 28 << 20
-"""What a worker occupies that adds to a tensor as it streams by, and writes it."""
+"""Bytes that a worker occupies while it streams a tensor, adds to it and writes it."""
 
 START_SECONDS, STREAMED_BYTES_PER_SECOND = 3.0, 4e8
-"""Of a merge: imports, and what a worker reads, adds to, hashes and writes."""
+"""A merge: seconds for imports, and bytes that a worker reads, adds to, hashes and writes in a second."""
 
 GRAM_FLOPS_PER_SECOND = 4e10
-"""A rank-k update of float64 on one core of a server of 2023: an estimate is all that a plan asks of it."""
+"""A rank-k update in float64 on one core of a server of 2023; a plan needs an estimate only."""
 
 
 def decomposition_cost(shapes: Sequence[tuple[int, int]], rooms: Sequence[int], num_workers: int) -> Cost:
-    """Peak bytes and wall seconds expected of decomposing matrices that occupy `rooms` bytes each."""
+    """Expected peak bytes and wall seconds of decomposing matrices that occupy `rooms` bytes each."""
     largest = sorted([0, *rooms])[-num_workers:]
     work = sum(decomposition_work(shape) for shape in shapes)
     return {

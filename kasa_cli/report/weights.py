@@ -1,11 +1,11 @@
-"""The weights that verbs speak of: targets, candidates, and skipped tensors with their reasons."""
+"""Weights in reports: to truncate, to change, and skipped with the reason."""
 
 import re
 from dataclasses import dataclass
 
 
 def module_type(module: str) -> str:
-    """What follows the number of the layer.
+    """The part of a module name after the number of the layer.
 
     >>> module_type("model.layers.11.self_attn.q_proj")
     'self_attn.q_proj'
@@ -15,7 +15,7 @@ def module_type(module: str) -> str:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A tensor that stays as it is, and why."""
+    """A tensor that stays as it is, and the reason."""
 
     name: str
     reason: str
@@ -39,7 +39,7 @@ class ToTruncate:
 
 @dataclass(frozen=True)
 class ToChange:
-    """A tensor that adapters would change: `kinds` of those that have a word in it."""
+    """A tensor that adapters would change, and the kinds of these adapters."""
 
     name: str
     module: str

@@ -1,4 +1,4 @@
-"""What could be fine-tuned, in PEFT's own order, and the bytes that each candidate is made of. Reads headers only."""
+"""Candidates for fine-tuning, in PEFT's own order, each with its matrices on disk. Reads headers only."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a weight is no candidate, and whether it was asked for."""
+    """The reason why a weight is no candidate, and whether a pattern or the default named it."""
 
     reason: str
     was_wanted: bool
@@ -63,7 +63,7 @@ Verdicts = list[tuple[Weight, Candidate | Refusal]]
 def candidates(
     tensors: Tensors, names: NameMap, patterns: Patterns, as_in: AsIn, max_dim: int
 ) -> tuple[tuple[Candidate, ...], tuple[Skipped, ...]]:
-    """Part a checkpoint into candidates, modules before parameters, and what is skipped, each with its reason.
+    """Divide a checkpoint into candidates, modules before parameters, and skipped tensors, each with its reason.
 
     Every tensor is a piece of a candidate or skipped. A weight in memory that no tensor holds is skipped by the
     name it has there.
@@ -84,11 +84,11 @@ def candidates(
     return chosen, (*skipped, *_absent(refused))
 
 
-# --- what is asked for ---
+# --- patterns ---
 
 
 def _check_names(names: NameMap, patterns: Patterns) -> None:
-    """Every pattern must name something, even if it can be no candidate."""
+    """Refuse a pattern that matches no name."""
     modules = dict.fromkeys(weight.label for weight in names.weights)
     modules |= dict.fromkeys(slot.module for slot in names.slots.values() if slot.parameter == "weight")
     for pattern in (*patterns.targets, *patterns.excludes):
@@ -96,7 +96,7 @@ def _check_names(names: NameMap, patterns: Patterns) -> None:
 
 
 def _require_candidate(pattern: str, verdicts: Verdicts) -> None:
-    """A pattern may take in weights that can be no candidates, but not only those."""
+    """Refuse a pattern whose matches are all no candidates."""
     found = [(weight.label, verdict) for weight, verdict in verdicts if matches(weight.label, pattern)]
     refused = [(label, v.reason) for label, v in found if isinstance(v, Refusal) and v.reason != EXCLUDED]
     if len(refused) == len(found):
@@ -105,7 +105,7 @@ def _require_candidate(pattern: str, verdicts: Verdicts) -> None:
 
 
 def _unasked(weight: Weight, patterns: Patterns, as_in: AsIn) -> str | None:
-    """Why a weight is not asked for; None if it is."""
+    """The reason why neither a pattern nor the default names a weight; None if one does."""
     if any(matches(weight.label, pattern) for pattern in patterns.excludes):
         return EXCLUDED
     if not patterns.targets:
@@ -116,7 +116,7 @@ def _unasked(weight: Weight, patterns: Patterns, as_in: AsIn) -> str | None:
 
 
 def _off_in_peft(weight: Weight) -> str | None:
-    """Why PEFT's selector does not look at a weight."""
+    """The reason why PEFT's selector ignores a weight; None if it does not."""
     if weight.is_linear or (not weight.is_module and weight.label.endswith(FUSED)):
         return None
     if weight.kind is Kind.CONV1D:
@@ -127,7 +127,7 @@ def _off_in_peft(weight: Weight) -> str | None:
 
 
 def _off_in_kasa(weight: Weight) -> str | None:
-    """Why a weight is none of the linear maps and experts of the blocks."""
+    """The reason why a weight is no linear map and no expert of the blocks; None if it is one."""
     if not weight.is_module:
         return None if weight.kind is Kind.EXPERTS else "not a matrix"
     if weight.kind not in (Kind.LINEAR, Kind.CONV1D):
@@ -138,14 +138,14 @@ def _off_in_kasa(weight: Weight) -> str | None:
 
 
 BY_DEFAULT: Mapping[AsIn, Callable[[Weight], str | None]] = {"peft": _off_in_peft, "kasa": _off_in_kasa}
-"""Why a weight is no candidate when no pattern is given."""
+"""The reason why a weight is no candidate when no pattern is given."""
 
 
-# --- what can be had ---
+# --- candidates ---
 
 
 def _verdict(weight: Weight, tensors: Tensors, unasked: str | None, max_dim: int) -> Candidate | Refusal:
-    """A weight as a candidate, or why it is none."""
+    """The candidate of a weight, or the reason why it is none."""
     if unasked:
         return Refusal(unasked, was_wanted=False)
     try:
@@ -182,7 +182,7 @@ def _matrix_name(weight: Weight, number: int, pieces: tuple[Piece, ...]) -> str:
     return f"{weight.label}[{number}]"
 
 
-# --- what is left ---
+# --- skipped tensors ---
 
 
 def _reasons(refused: Refused, slots: Mapping[str, Slot]) -> dict[str, str]:
@@ -200,7 +200,7 @@ def _reasons(refused: Refused, slots: Mapping[str, Slot]) -> dict[str, str]:
 
 
 def _absent(refused: Refused) -> Iterator[Skipped]:
-    """The weights that were asked for and of which nothing is on disk, by their names in memory."""
+    """The named weights that have no tensor on disk, by their names in memory."""
     for weight, refusal in refused:
         if refusal.was_wanted and not weight.made_of.names:
             yield Skipped(f"{weight.label}.weight" if weight.is_module else weight.label, refusal.reason)

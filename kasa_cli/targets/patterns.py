@@ -14,7 +14,7 @@ MAX_TARGETS_FILE = 100_000_000
 
 @dataclass(frozen=True)
 class Patterns:
-    """What the user asked for: globs over full module names, or bare suffixes. No targets: the default."""
+    """Globs over full module names, or bare suffixes. Without targets the default applies."""
 
     targets: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ def targets_from(path: Path) -> tuple[str, ...]:
 
 
 def require_match(pattern: str, modules: Iterable[str]) -> None:
-    """Refuse a pattern that names no module, most often a slip of the pen: say what is near it."""
+    """Refuse a pattern that matches no module; the error lists near names."""
     known = list(modules)
     if any(matches(module, pattern) for module in known):
         return
@@ -67,6 +67,6 @@ def require_match(pattern: str, modules: Iterable[str]) -> None:
 
 
 def _near(pattern: str, modules: list[str]) -> list[str]:
-    """Names and ends of names that look like the pattern."""
+    """Names and ends of names that are similar to the pattern."""
     ends = {".".join(module.split(".")[-depth:]): None for depth in (1, 2) for module in modules}
     return difflib.get_close_matches(pattern, [*ends, *modules], n=4, cutoff=0.5)

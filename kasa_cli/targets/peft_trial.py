@@ -1,4 +1,4 @@
-"""A trial of a hand-off: the model without weights is given to PEFT, and what PEFT wraps is what counts.
+"""Tests a trainer config: PEFT wraps the model without weights, and its wrappers must be the selection.
 
 PEFT rewrites names by rules that change with its releases, so no reading of its documents can stand for this. It is
 an optional dependency: without it there is no trial, and the report says so.
@@ -21,7 +21,7 @@ Wrapped = tuple[frozenset[str], frozenset[str]]
 
 
 def check(chosen: Chosen, lora: Mapping[str, Any], config: Mapping[str, Any], shapes: Shapes) -> str | None:
-    """The PEFT that wraps exactly the selection when it is given `lora`; None when there is none to ask, or no model.
+    """The version of PEFT that wraps exactly the selection, given `lora`; None without PEFT or without a model.
 
     `IntegrityError` names what PEFT leaves out and what it takes too.
     """
@@ -42,7 +42,7 @@ def check(chosen: Chosen, lora: Mapping[str, Any], config: Mapping[str, Any], sh
 
 
 def listed(verb: str, names: Iterable[str], most: int = 3) -> str:
-    """A few names in a sentence.
+    """A few names as text.
 
     >>> listed("takes", {"a", "b", "c", "d"})
     'takes a, b, c and 1 more'
@@ -53,7 +53,7 @@ def listed(verb: str, names: Iterable[str], most: int = 3) -> str:
 
 
 def wrapped(config: Mapping[str, Any], shapes: Shapes, lora: Mapping[str, Any]) -> Wrapped:
-    """What PEFT wraps in the model of a config, on the meta device, when it is given `lora`.
+    """The modules and parameters that PEFT wraps in the model of a config, on the meta device, given `lora`.
 
     A matrix that is wrapped as a parameter counts as its module.
     """
@@ -75,13 +75,13 @@ def wrapped(config: Mapping[str, Any], shapes: Shapes, lora: Mapping[str, Any]) 
 
 
 def loaded() -> Any:
-    """PEFT, whose types mypy need not know: it may be absent."""
+    """The module `peft`, untyped: it may be absent."""
     with meta_model.quiet():
         return importlib.import_module("peft")
 
 
 class Layer(NamedTuple):
-    """What a wrapper wraps: a module or, where that is more than a matrix, one parameter of it."""
+    """The module that a wrapper wraps or, where the module is more than a matrix, one parameter of it."""
 
     path: str
     parameter: str | None
@@ -112,7 +112,7 @@ def refuse_odd_layers(layers: Iterable[Layer]) -> None:
 
 
 def gives_a_product(linear: nn.Linear) -> bool:
-    """Does it give back one tensor? One that wants more than an input gets the benefit of the doubt."""
+    """Whether a module returns one tensor. A module that needs more than one input is assumed to."""
     if type(linear).forward is nn.Linear.forward:
         return True
     try:

@@ -69,7 +69,7 @@ RankRule = Callable[[int, int], int]
 def select(
     tensors: Mapping[str, TensorEntry], names: NameMap, patterns: Patterns, rank_rule: RankRule
 ) -> Selection:
-    """Part the tensors of a checkpoint into targets and skipped ones: modules in the order given, then experts.
+    """Divide the tensors of a checkpoint into targets, modules before experts, and skipped tensors.
 
     Raises:
         UsageError: a pattern matches nothing, or nothing that can be operated on; or no target is left.
@@ -143,7 +143,7 @@ def _target(entry: TensorEntry, slot: Slot, rank_rule: RankRule) -> Target:
 
 
 def _reason(entry: TensorEntry, slot: Slot, patterns: Patterns) -> str | None:
-    """Why a tensor is left alone; None for a target."""
+    """The reason why a tensor is skipped; None for a target."""
     if len(entry.shape) < 2 or slot.parameter == "bias":
         return "not a matrix"
     barred = _barred(entry, slot)
@@ -157,7 +157,7 @@ def _reason(entry: TensorEntry, slot: Slot, patterns: Patterns) -> str | None:
 
 
 def _barred(entry: TensorEntry, slot: Slot) -> str | None:
-    """Why no pattern can make a target of it."""
+    """The reason why no pattern can make a tensor a target."""
     if slot.kind in BARRED:
         return BARRED[slot.kind]
     if slot.tied_with:
@@ -176,7 +176,7 @@ def _off_by_default(slot: Slot) -> str | None:
 
 
 def _require_operable(pattern: str, modules: Mapping[str, str], reasons: Mapping[str, str | None]) -> None:
-    """A pattern may take in tensors that cannot be targets, but not only those."""
+    """Refuse a pattern whose matches all cannot be truncated."""
     found = [name for module, name in modules.items() if matches(module, pattern)]
     if all(reasons[name] not in (None, "excluded") for name in found):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""A selection as the text that a trainer reads, made so that the trainer takes it for exactly that selection.
+"""Writes a selection as the config of a trainer, so that the trainer adapts exactly that selection.
 
 PEFT matches a list of names by their ends and a string by the whole name, and in some families it replaces names;
 LLaMA-Factory adds rules of its own. So every text is read back as its trainer would read it, and one that means
@@ -23,7 +23,7 @@ Lora = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chosen:
-    """What to hand off, with all that a trainer's reading of a name depends on.
+    """A selection, with the facts on which a trainer's reading of a name depends.
 
     `modules` and `parameters` (of fused experts) stand best first; `all_modules` are the paths in memory that PEFT
     could match. `fan_in_fan_out` says that the modules store their weight as (in, out).
@@ -41,14 +41,14 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Format:
-    """How a text is written, and what it becomes in the hands of its reader: the arguments of a LoraConfig."""
+    """Writes a config, and gives the arguments of the LoraConfig that its trainer makes of it."""
 
     write: Callable[[Chosen], str]
     read: Callable[[str, Chosen], Lora]
 
 
 def emit(kind: str, chosen: Chosen) -> str:
-    """The text, which its reader takes for exactly the selection; `UsageError` where no such text exists."""
+    """The config of exactly the selection; `UsageError` where no such config exists."""
     if not chosen.modules and not chosen.parameters:
         raise UsageError("nothing was chosen", f"--emit {kind}", "choose one module at least")
     refuse_what_peft_refuses(chosen)
@@ -58,7 +58,7 @@ def emit(kind: str, chosen: Chosen) -> str:
 
 
 def lora_config(kind: str, text: str, chosen: Chosen) -> Lora:
-    """What PEFT is given when that text is used, read from the text itself."""
+    """The arguments that PEFT gets when the config is used, read from its text."""
     return FORMATS[kind].read(text, chosen)
 
 
@@ -69,11 +69,11 @@ def refuse_what_peft_refuses(chosen: Chosen) -> None:
             raise UsageError("PEFT 0.21 refuses any LoRA on", refused[0], f"--exclude {name}")
 
 
-# --- which modules a LoraConfig means ---
+# --- the modules of a LoraConfig ---
 
 
 def require_exact(kind: str, lora: Mapping[str, Any], chosen: Chosen) -> None:
-    """Refuse to hand off what would be taken for another selection."""
+    """Refuse a config that a trainer takes for another selection."""
     found, wanted = matched(lora, chosen), set(chosen.modules)
     if found == wanted:
         return
@@ -125,7 +125,7 @@ def targets(chosen: Chosen) -> tuple[list[str] | str, list[str]]:
     return lora["target_modules"], [*lora.get("target_parameters", []), *chosen.parameters]
 
 
-# --- the texts ---
+# --- the formats ---
 
 
 def write_names(chosen: Chosen) -> str:
@@ -190,7 +190,7 @@ def write_axolotl(chosen: Chosen) -> str:
 
 
 def read_axolotl(text: str, chosen: Chosen) -> Lora:
-    """axolotl gives PEFT what stands there."""
+    """axolotl passes the keys to PEFT as they are."""
     keys = yaml.safe_load(text)
     return {
         "r": keys["lora_r"],
@@ -210,7 +210,7 @@ LLAMA_FACTORY_BARS = (
     "subsample_conv_projection",
     "timm_model",
 )
-"""Parts of a name that LLaMA-Factory never adapts in some models of several parts, whatever its flags say."""
+"""Parts of a name that LLaMA-Factory never adapts in some composite models, whatever its flags."""
 
 
 def write_llamafactory(chosen: Chosen) -> str:
@@ -224,13 +224,13 @@ def write_llamafactory(chosen: Chosen) -> str:
         "lora_dropout": 0.0,
         "lora_target": ",".join(llamafactory_names(chosen)),
     }
-    if is_composite(chosen.config):  # it leaves these two out of any LoRA otherwise, without a word
+    if is_composite(chosen.config):  # otherwise it silently leaves these two out of any LoRA
         keys |= {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
     return yaml.safe_dump(keys, sort_keys=False)
 
 
 def llamafactory_names(chosen: Chosen) -> Sequence[str]:
-    """The modules, if LLaMA-Factory reads each of their names as a name and adapts it."""
+    """The modules; refused if LLaMA-Factory does not adapt each of these names."""
     barred = LLAMA_FACTORY_BARS if is_composite(chosen.config) else ()
     for module in chosen.modules:
         if not is_plain(module) or module == "all":
@@ -241,7 +241,7 @@ def llamafactory_names(chosen: Chosen) -> Sequence[str]:
 
 
 def read_llamafactory(text: str, chosen: Chosen) -> Lora:
-    """LLaMA-Factory passes the names on as a list: in a model of several parts, all paths that contain one."""
+    """LLaMA-Factory passes the names as a list: in a composite model, all paths that contain one."""
     keys = yaml.safe_load(text)
     names = [name.strip() for name in keys["lora_target"].split(",")]
     if is_composite(chosen.config):
@@ -256,7 +256,7 @@ def read_llamafactory(text: str, chosen: Chosen) -> Lora:
 
 
 def is_composite(config: Mapping[str, Any]) -> bool:
-    """Is it a model of several parts, such as an eye and a tongue, each with a config of its own?"""
+    """Whether it is a composite model (vision encoder and language model, say), with a config for each part."""
     parts = (key for key, value in config.items() if isinstance(value, Mapping) and key.endswith("_config"))
     return any(key != "quantization_config" for key in parts)
 
@@ -282,10 +282,10 @@ FORMATS: dict[str, Format] = {
 }
 
 EMISSIONS: dict[str, Callable[[Chosen], str]] = {kind: partial(emit, kind) for kind in FORMATS}
-"""What `--emit` offers."""
+"""The formats of `--emit`."""
 
 
-# --- parts of a text ---
+# --- parts of a config ---
 
 
 def size(chosen: Chosen) -> Lora:
@@ -309,7 +309,7 @@ def whole(alpha: float, trainer: str) -> int:
 
 
 def visible(names: Iterable[str], kind: str) -> list[str]:
-    """Names that may be printed as they are: a stranger's could hold a line break or an escape code."""
+    """Refuse names that cannot be printed as they are: untrusted ones may hold a line break or an escape code."""
     checked = list(names)
     for name in checked:
         if not name.isprintable():
@@ -318,7 +318,7 @@ def visible(names: Iterable[str], kind: str) -> list[str]:
 
 
 def is_plain(name: str) -> bool:
-    """Does it consist of letters, digits and `_.-` alone, which mean the same in every syntax?"""
+    """Whether a name consists of letters, digits and `_.-`, which mean the same in every syntax."""
     return re.fullmatch(r"[\w.-]+", name) is not None
 
 
@@ -326,7 +326,7 @@ LAYER = re.compile(r"(?:(?<=\.)|^)[0-9]+(?=\.|$)")
 
 
 def pattern(modules: Iterable[str]) -> str:
-    """A pattern for exactly these paths; those that differ in their layer only are spelled once.
+    """A pattern for exactly these paths; paths that differ only in their layer are written once.
 
     >>> print(pattern(["layers.10.fc", "head", "layers.9.fc", "layers.9.out"]))
     layers\\.(?:9|10)\\.fc|head|layers\\.9\\.out

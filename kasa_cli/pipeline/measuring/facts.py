@@ -1,7 +1,7 @@
-"""Questions about the spectrum of a weight, and their answers: from the store, or by one decomposition.
+"""Spectral facts of a matrix: from the store, or by one decomposition.
 
-A question is the smallest fact that answers it, and every fact is computed in one way only, whatever else is asked or
-known. So the answer to a question does not depend on what was asked before, to the last bit.
+A question is answered by the smallest fact that suffices, and every fact is computed in one way only. So an answer
+does not depend on earlier questions, to the last bit.
 
     extremes      σ_max, σ_min, ‖W‖_F      answered by every measurement
     ends-16, -64  bottom factors           a larger one is stored with all smaller ones; ends-16 answers t = 8
@@ -34,14 +34,14 @@ from kasa_cli.linalg.top import Tops, tops_of
 from kasa_cli.pipeline.workers import Running
 
 SOLVER_EDITION = 2
-"""Raise it when the solvers change: facts and parts of another edition are not taken up."""
+"""Increase it when the solvers change: facts and parts of another edition are not reused."""
 
 Fact = TypeVar("Fact", "Extremes", Ends, Values, Tops)
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """What every measurement knows: both ends of the spectrum and the norm."""
+    """Both ends of the spectrum and the norm: every measurement gives them."""
 
     sigma_max: float
     sigma_min: float
@@ -68,7 +68,7 @@ class HashedMatrix:
 
 
 class Facts:
-    """The store, for one numerical environment: what other versions or thread counts found is not mixed in."""
+    """The store, for one numerical environment: facts of other versions or thread counts are not used."""
 
     def __init__(self, store: Store | None, environment: Mapping[str, Any]) -> None:
         self.store = store
@@ -77,7 +77,7 @@ class Facts:
         self._key = hashlib.sha256(text).hexdigest()[:16]
 
     def bench(self, weight: HashedMatrix) -> "Bench":
-        """The weight, to ask about."""
+        """The measurement of a matrix."""
         return Bench(self, weight)
 
     def get(self, weight: HashedMatrix, question: str) -> bytes | None:
@@ -91,10 +91,10 @@ class Facts:
 
 
 class Bench:
-    """One weight being measured: its Gram matrix, if it comes to that, serves all questions asked of it.
+    """The measurement of one matrix: its Gram matrix, computed at most once, serves all questions.
 
-    `is_new` says that a decomposition was made; without one, the weight was not even read. Every answer raises
-    NumericalError, naming the weight, when it is not finite or no solver converges.
+    `is_new`: a decomposition was computed; otherwise the matrix is not even read. Every question raises
+    NumericalError, naming the matrix, when it is not finite or no solver converges.
     """
 
     def __init__(self, facts: Facts, weight: HashedMatrix) -> None:
@@ -115,7 +115,7 @@ class Bench:
         return self._ask("extremes", Extremes, find)
 
     def bottom(self, t: int) -> Ends:
-        """The t smallest components, from their level; or alone, where a cut inside it would come out less sharp."""
+        """The t smallest components, from their level; or alone, where the level gives less accurate ones."""
         if not 0 <= t < self._side:
             raise NumericalError(f"cannot drop {t} of {self._side} components", self.weight.name)
         self.extremes()
@@ -148,14 +148,14 @@ class Bench:
         return self._summed
 
     def _ask(self, question: str, kind: type[Fact], find: Callable[[], Fact]) -> Fact:
-        """The answer given before, the stored fact, or a new one."""
+        """The previous answer, the stored fact, or a new one."""
         if question not in self._answers:
             self._answers[question] = self._known(question, kind) or self._found(question, find)
         answer: Fact = self._answers[question]
         return answer
 
     def _found(self, question: str, find: Callable[[], Fact]) -> Fact:
-        """A new fact, stored."""
+        """Compute a fact and store it."""
         try:
             found = find()
         except NumericalError as error:
@@ -167,7 +167,7 @@ class Bench:
         return found
 
     def _known(self, question: str, kind: type[Fact]) -> Fact | None:
-        """The stored fact; None too where it is whole, but not what this version of kasa keeps."""
+        """The stored fact; None if there is none in the form of this version of kasa."""
         payload = self._facts.get(self.weight, question)
         try:
             return None if payload is None else unpack(kind, payload)
@@ -199,14 +199,14 @@ def unpack(kind: type[Fact], payload: bytes) -> Fact:
 
 
 def header(payload: bytes) -> dict[str, Any]:
-    """What is packed beside the tensors: the fields of the fact, and what it is about."""
+    """The fields of a packed fact, and the name, shape and dtype of its matrix."""
     length = int.from_bytes(payload[:8], "little")
     content: dict[str, Any] = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["kasa"])
     return content
 
 
 def content_hash(dtype: str, shape: tuple[int, ...], digest: str, *, is_transposed: bool) -> str:
-    """The key of a weight in the store: what it is, and how it is read."""
+    """The key of a matrix in the store: its bytes, dtype, shape and orientation."""
     text = f"{dtype} {'x'.join(map(str, shape))} {'transposed ' if is_transposed else ''}{digest}"
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -225,14 +225,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def open_facts(running: Running) -> Facts:
-    """What earlier runs found in the same numerical environment; or nothing, without a store."""
+    """The facts of earlier runs in the same numerical environment; none without a store."""
     store = opened(running.store) if running.use_store else None
     environment = numeric_environment(running.threads_per_worker, pick_device(running.device).type)
     return Facts(store, asdict(environment))
 
 
 def store_notes(facts: Facts) -> list[str]:
-    """What a user should know of the store: that it would not keep what was found."""
+    """A note if the store cannot keep facts."""
     trouble = facts.store.trouble if facts.store else None
     if trouble is None:
         return []

@@ -1,4 +1,4 @@
-"""The same question to many weights: measured or remembered, several at once, with what could not be answered."""
+"""Asks the same question of many matrices, several at once."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Asked(Generic[Answer]):
-    """Answers by the name of the matrix; what was skipped under `keep_going`; how many were measured just now."""
+    """Answers by the name of the matrix, the matrices that `keep_going` skips, and the number of decompositions."""
 
     answers: dict[str, Answer]
     skipped: tuple[Skipped, ...]

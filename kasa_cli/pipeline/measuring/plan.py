@@ -18,7 +18,7 @@ def measure_plan(
     skipped: tuple[Skipped, ...],
     running: Running,
 ) -> MeasurePlan:
-    """What a question reads and costs, from headers alone."""
+    """The matrices that a question reads, and its cost, from headers alone."""
     note = found[1].note
     matrices = [(matrix, candidate.module) for candidate in chosen for matrix in candidate.matrices]
     return MeasurePlan(

@@ -1,4 +1,4 @@
-"""A matrix, hashed: the store knows its facts by its content."""
+"""Hashes a matrix: the store finds its facts by its content."""
 
 from collections.abc import Callable
 from functools import partial

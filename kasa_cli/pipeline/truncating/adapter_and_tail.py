@@ -1,4 +1,4 @@
-"""The adapter and the tail: small tensors in PEFT's layout, written one target after another."""
+"""Writes the adapter and the tail in PEFT's layout, one module or parameter after another."""
 
 import json
 from collections import Counter
@@ -30,7 +30,7 @@ Forms = list[tuple[str, str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Member:
-    """The tensors of one module or parameter in a file: how they look, and how to make them."""
+    """The tensors of one module or parameter in a file: their shapes, and the function that makes them."""
 
     name: str
     forms: Forms
@@ -64,7 +64,7 @@ def write_adapter(
 
 
 def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: Watcher) -> None:
-    """What was dropped, as a plain LoRA of scaling 1; no file when nothing was."""
+    """The dropped components as a plain LoRA of scaling 1; no file when none are dropped."""
     cut = [one for one in measured if one.target.dropped]
     if not cut:
         return

@@ -1,4 +1,4 @@
-"""MEASURE: targets in, spectral facts and bottom factors out, each kept as a part as soon as it is known."""
+"""Measures the targets: spectral facts and bottom factors, each kept as a part as soon as it is computed."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from kasa_cli.targets.selection import Target
 
 @dataclass(frozen=True)
 class Measured:
-    """One target measured: where its factors are kept, the hash of its bytes, and its facts."""
+    """A measured target: the key of its factors, the hash of its bytes, and its facts."""
 
     target: Target
     key: str
@@ -42,7 +42,7 @@ class Measurer:
 def measure(
     measurer: Measurer, targets: tuple[Target, ...], num_workers: int, watcher: Watcher
 ) -> list[Measured]:
-    """Decompose every target that neither part nor store answers for, the largest first; in the order given."""
+    """Decompose every target that has neither a part nor facts in the store; results in the order given."""
     task = Task(
         partial(_measure_one, measurer),
         name=lambda target: target.name,
@@ -65,7 +65,7 @@ def read_factors(staging: Staging, measured: Measured) -> Ends:
 
 
 def spectral_facts(found: Ends) -> SpectralFacts:
-    """The plain-data side of a decomposition."""
+    """The figures of a decomposition, as plain data."""
     return SpectralFacts(
         sigma_max=found.sigma_max,
         sigma_min=found.sigma_min,

@@ -1,4 +1,4 @@
-"""What is asked for: the options of `truncate`, checked, and the record of those that bytes depend on."""
+"""The options of `truncate`: checked, and the record of those on which bytes depend."""
 
 import math
 import re
@@ -19,7 +19,7 @@ SHARD_SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s?[KMGT]B", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `kasa truncate` that are not about where the model comes from.
+    """The options of `kasa truncate`, except those that locate the model.
 
     `truncation_rank` None is the rank, `alpha` None twice the rank, `workers` 0 the number of cores.
     """
@@ -50,12 +50,12 @@ class Options:
 
     @property
     def running(self) -> Running:
-        """How the run is done."""
+        """Workers, threads, device and store."""
         return Running(self.workers, self.threads_per_worker, self.device, self.store, self.use_store)
 
     @property
     def dropped(self) -> int:
-        """The truncation rank asked for, T."""
+        """The truncation rank, T."""
         return self.rank if self.truncation_rank is None else self.truncation_rank
 
     @property
@@ -70,7 +70,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Refuse what no model can satisfy.
+    """Refuse options that no model can satisfy.
 
     Raises:
         UsageError: saying which option, and what is known.
@@ -94,7 +94,7 @@ def check(options: Options) -> None:
 
 
 def recorded(options: Options) -> TruncateOptions:
-    """The options that bytes depend on."""
+    """The options on which the bytes of the output depend."""
     return TruncateOptions(
         alpha=options.lora_alpha,
         beta=options.beta,

@@ -1,4 +1,4 @@
-"""DECIDE: from headers, names and options to a plan; no weight is read."""
+"""Plans a truncation from headers, names and options; no weight is read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from kasa_cli.targets.selection import RankRule, Selection, Target, select
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint, its names, and what is to be done to it."""
+    """A checkpoint, its names, and its targets."""
 
     source: Source
     checkpoint: Checkpoint
@@ -38,7 +38,7 @@ def make_plan(
 
 
 def require_rank(targets: tuple[Target, ...], rank: int, what: str) -> None:
-    """Refuse a rank that some target cannot have.
+    """Refuse a rank that is too large for a target.
 
     Raises:
         UsageError: naming the first such target.

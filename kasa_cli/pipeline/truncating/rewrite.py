@@ -1,4 +1,4 @@
-"""OPERATE, for truncation: a target loses its smallest components, and is measured on the bytes of the file.
+"""Rewrites the targets without their smallest components, and measures the bytes of the file.
 
 A tensor on disk holds one matrix, rows of one, or the matrices of several experts. Each of these is a share.
 """

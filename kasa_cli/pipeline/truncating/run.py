@@ -36,7 +36,7 @@ __all__ = ["Options", "Patterns", "Where", "plan", "truncate"]
 
 
 def plan(where: Where, options: Options) -> PlanReport:
-    """What `truncate` would do, from headers alone.
+    """The plan of `truncate`, from headers alone.
 
     Raises:
         KasaError: whatever `truncate` would refuse before it reads a weight.
@@ -111,7 +111,7 @@ def _plan(where: Where, options: Options, facts: Facts | None = None) -> Plan:
 
 
 def _sheets(made: Plan, options: Options) -> list[Sheet]:
-    """The files of the base; none when no base is asked for."""
+    """The files of the base; none when no base is emitted."""
     if "base" not in options.emit:
         return []
     dtype = DTYPES[options.dtype]
@@ -122,7 +122,7 @@ def _sheets(made: Plan, options: Options) -> list[Sheet]:
 
 
 def _bytes_to_write(made: Plan, options: Options, sheets: Sequence[Sheet]) -> int:
-    """Bytes of the output, and of the parts that wait for it."""
+    """Bytes of the output, and of the parts in staging."""
     root, targets = made.checkpoint.root, made.selection.targets
     sides = sum(sum(target.shape) for target in targets)
     module_sides = sum(sum(target.shape) for target in made.selection.modules)
@@ -135,7 +135,7 @@ def _bytes_to_write(made: Plan, options: Options, sheets: Sequence[Sheet]) -> in
 
 
 def _job(made: Plan, options: Options, environment: manifest.Environment) -> dict[str, Any]:
-    """What the bytes of the output depend on: a run continues only the same job."""
+    """Everything that the bytes of the output depend on: a run continues only the same job."""
     headers = [[file, shard.identity.size] for file, shard in made.checkpoint.shards.items()]
     return {
         "command": "truncate",
@@ -155,7 +155,7 @@ def _write_parts(
     measured: list[Measured],
     watcher: Watcher,
 ) -> WrittenBase[SumsByTarget]:
-    """Write what was asked for; what was written of the base."""
+    """Write base, adapter and tail; returns the written base."""
     written: WrittenBase[SumsByTarget] = WrittenBase([], {})
     if sheets:
         folder = staging.out / "base"
@@ -173,7 +173,7 @@ def _write_parts(
 
 
 def _notes(made: Plan, options: Options) -> tuple[str, ...]:
-    """What a user should know before trusting the output to another tool."""
+    """Notes on how other tools read the output."""
     notes = [made.names.note] if made.names.note else []
     modules, config = [target.module for target in made.selection.modules], made.checkpoint.config
     has_conv1d = any(target.matrix.is_transposed for target in made.selection.modules)
