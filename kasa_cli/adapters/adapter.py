@@ -13,7 +13,7 @@ from kasa_cli.methods.adapter_kinds.kind import BaseChange, Kind
 from kasa_cli.methods.adapter_kinds.table import KINDS
 
 UNKNOWN_PARAMETER = ""
-"""The parameter of a patch that only the base can tell: fused experts are not named in an adapter's tensors."""
+"""The parameter of a patch that only the base tells: an adapter's tensors do not name fused experts."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Patch:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A parameter in memory that the file holds anew, and why: modules_to_save, bias, base layer, resized, norm.
+    """A parameter in memory that the file replaces, and why: modules_to_save, bias, base layer, resized, norm.
 
-    `copies` are tensors of the file that repeat it, and `before` is what it was before it was trained.
+    `copies` are tensors of the file that repeat it, and `before` those with its value before training.
     """
 
     parameter: str
@@ -57,13 +57,13 @@ class Replacement:
 
     @property
     def is_base(self) -> bool:
-        """Whether it is the weight under the adapter, saved with it, and not what the adapter made of it."""
+        """Whether it is the weight under the adapter, saved with it, and not its trained value."""
         return self.why in ("base layer", "resized")
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Trained rows of an embedding: they take the place of those at `indices`."""
+    """Trained rows of an embedding, which replace those at `indices`."""
 
     parameter: str
     tensor: str
@@ -89,7 +89,7 @@ class Adapter:
 
     @property
     def touched(self) -> frozenset[str]:
-        """Every module that it says something about."""
+        """Every module that it changes."""
         values = [one.parameter for one in self.replacements] + [one.parameter for one in self.token_rows]
         return frozenset(
             {patch.module for patch in self.patches} | {name.rpartition(".")[0] for name in values}
@@ -97,7 +97,7 @@ class Adapter:
 
 
 def consumed(adapter: Adapter) -> frozenset[str]:
-    """Every tensor of the file that a patch or a value takes."""
+    """Every tensor of the file that a patch or a replaced parameter uses."""
     patches = [
         name for patch in adapter.patches for name in (*patch.tensors.values(), *patch.copies.values())
     ]
@@ -115,7 +115,7 @@ def unconsumed(names: Iterable[str], container: Container) -> InvalidInput:
 def require_group(
     container: Container, module: str, tensors: Mapping[str, str], groups: tuple[tuple[str, ...], ...]
 ) -> None:
-    """A module has all the tensors of one group and no other."""
+    """Check that a module has all tensors of one group and no other."""
     nearest = min(groups, key=lambda group: len({*group} ^ {*tensors}))
     missing = [short for short in nearest if short not in tensors]
     if missing:
@@ -126,7 +126,7 @@ def require_group(
 
 
 def require_floats(container: Container, tensors: Mapping[str, str]) -> None:
-    """Refuse numbers that no formula is for: a quantized adapter."""
+    """Refuse a quantized adapter."""
     for name in tensors.values():
         dtype = container.tensors[name].dtype
         if dtype not in FLOATS:

@@ -1,4 +1,4 @@
-"""The base of an adapter, asked by the names in memory: which weight, and which bytes on disk hold it."""
+"""An index of the base by names in memory: each weight, and the tensors on disk that hold it."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
 
 Tensors = Mapping[str, TensorEntry]
 REORDERED = ("PermuteForRope", "Interleave")
-"""Operations of transformers that change the order of rows: nothing is added to a weight through them."""
+"""Operations of transformers that reorder rows: kasa changes no weight that is made by them."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Part:
 
 
 class StoredPieces(NamedTuple):
-    """The pieces of a weight in memory."""
+    """The pieces on disk of a weight in memory; `is_turned` if they hold its transpose."""
 
     matrices: tuple[tuple[Part, ...], ...]
     is_turned: bool
 
 
 class BaseIndex:
-    """The base's names, asked by what is in memory."""
+    """Finds weights and tensors of the base by module and parameter in memory."""
 
     def __init__(self, names: NameMap, tensors: Tensors) -> None:
         self.names, self.tensors = names, tensors
@@ -52,7 +52,7 @@ class BaseIndex:
                 self.tied_holders[slot.tied_with, slot.parameter].append(name)
 
     def memory_name(self, module: str) -> str:
-        """A module by its name in memory. An adapter of an older transformers may have the one on disk."""
+        """The name of a module in memory. An adapter of an older transformers may have the name on disk."""
         slot = self.names.slots.get(f"{module}.weight")
         if module in self.weights or slot is None or slot.parameter != "weight":
             return module
@@ -61,7 +61,7 @@ class BaseIndex:
         return slot.module if is_whole or slot.kind is Kind.ROUTER else module
 
     def weight(self, module: str) -> Weight | None:
-        """The matrix of a module: a linear map or embedding, a router, or what an old layout has under that name."""
+        """The matrix of a module: a linear map, an embedding, a router, or a matrix of that name in an old layout."""
         if module in self.weights and self.weights[module].is_module:
             return self.weights[module]
         name = self.holder(module, "weight")
@@ -71,17 +71,17 @@ class BaseIndex:
         return self.single_tensor(module, name, Kind.LINEAR) if len(self.shapes.get(name, ())) == 2 else None
 
     def holder(self, module: str, parameter: str) -> str | None:
-        """The one tensor on disk that fills a parameter; None if there are none or several."""
+        """The tensor on disk that fills a parameter; None if there are none or several."""
         held = self.holders.get((module, parameter), [])
         return held[0] if len(held) == 1 else None
 
     def tied(self, module: str, parameter: str) -> str | None:
-        """The one tensor on disk that fills a parameter by way of another module: they are one in memory."""
+        """The tensor on disk that fills a parameter because it is tied with that of another module."""
         held = self.tied_holders.get((module, parameter), [])
         return held[0] if len(held) == 1 else None
 
     def single_tensor(self, module: str, name: str, kind: Kind) -> Weight:
-        """A weight that one tensor on disk holds as it is."""
+        """A weight that is one tensor on disk."""
         slot = self.names.slots[name]
         made_of = Composition(((name,),))
         return Weight(module, self.shapes[name], kind, True, False, slot.in_block, slot.tied_with, made_of)
@@ -100,7 +100,7 @@ def pieces_of(base: BaseIndex, weight: Weight) -> StoredPieces:
 
 
 def require_known_rows(weight: Weight) -> None:
-    """Refuse a weight of which it is not known where on disk each of its rows is. Raises `NotAssembled`."""
+    """Refuse a weight whose rows cannot be located on disk. Raises `NotAssembled`."""
     operations, sides = weight.made_of.operations, weight.shape[-2:]
     reordered = [op for op in operations if op.startswith(REORDERED)]
     if reordered:
@@ -110,7 +110,7 @@ def require_known_rows(weight: Weight) -> None:
 
 
 def check_dtypes(base: BaseIndex, weight: Weight) -> None:
-    """Refuse what cannot be added to."""
+    """Refuse a weight that is not of floats."""
     for name in weight.made_of.names:
         dtype = base.tensors[name].dtype
         if dtype not in FLOATS:

@@ -1,4 +1,4 @@
-"""From the parameters that an adapter holds anew to the bytes of the base that they replace."""
+"""The places of the parameters that an adapter replaces: the tensors of the base on disk."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
 
 @dataclass(frozen=True)
 class PlacedValue:
-    """Where a parameter held anew goes: `shape` is that in memory, the pieces as in `Placed`.
+    """The place of a replaced parameter: `shape` is that in memory, the pieces as in `Placed`.
 
     `vocabulary` is the number of rows (on disk, in the adapter) where they differ: the vocabulary was resized. `tied`
     is, as there, whether `tied_with`, the same tensor, is left alone.
@@ -29,7 +29,7 @@ class PlacedValue:
 
 
 def placed_values(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[PlacedValue, ...]:
-    """Lead every parameter that an adapter holds anew to the tensors on disk that it replaces, wholly or by rows.
+    """The tensors on disk that the parameters of an adapter replace, wholly or by rows.
 
     Raises:
         InvalidInput: the base has no such parameter, or one of another shape.
@@ -40,7 +40,7 @@ def placed_values(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[P
 
 
 def place_value(adapter: Adapter, base: BaseIndex, value: Replacement | TokenRows) -> PlacedValue:
-    """One parameter held anew, its shape checked. Only an embedding, or a head, may have another number of rows."""
+    """One replaced parameter, its shape checked. Only an embedding or a head may have another number of rows."""
     weight, touched = parameter_of(base, value), adapter.touched
     stored = pieces_of(base, weight) if len(weight.shape) in (2, 3) else whole(weight)
     new = adapter.container.tensors[value.tensor].shape
@@ -54,7 +54,7 @@ def place_value(adapter: Adapter, base: BaseIndex, value: Replacement | TokenRow
         if not (is_vocabulary and weight.kind in (Kind.EMBEDDING, Kind.HEAD)):
             raise InvalidInput(f"shape {list(new)}, in the base {list(old)}", value.tensor)
         vocabulary = (old[0], new[0])
-    # PEFT ties trained rows to the other end by itself; a whole parameter it does not
+    # PEFT ties trained rows to the tied module by itself, but not a whole parameter
     is_alone = (
         isinstance(value, Replacement) and weight.tied_with is not None and weight.tied_with not in touched
     )
@@ -64,7 +64,7 @@ def place_value(adapter: Adapter, base: BaseIndex, value: Replacement | TokenRow
 
 
 def parameter_of(base: BaseIndex, value: Replacement | TokenRows) -> Weight:
-    """The parameter in memory that a value is for."""
+    """The parameter in memory that a value replaces."""
     module, parameter = split_name(value.parameter)
     weight = base.weights.get(value.parameter)
     if weight is None and parameter == "weight":
@@ -84,14 +84,14 @@ def parameter_of(base: BaseIndex, value: Replacement | TokenRows) -> Weight:
 
 
 def whole(weight: Weight) -> StoredPieces:
-    """A parameter that is no matrix: one tensor on disk is all of it."""
+    """A parameter that is no matrix, which is one tensor on disk."""
     return StoredPieces(
         ((Part(Piece(weight.made_of.names[0]), 0, weight.shape[0] if weight.shape else 1),),), False
     )
 
 
 def check_rows(value: TokenRows, new: tuple[int, ...], old: tuple[int, ...]) -> None:
-    """Trained rows are as wide as the embedding, and it has those rows."""
+    """Check that trained rows are as wide as the embedding, and that it has those rows."""
     if new[1:] != old[1:] or len(new) != len(old):
         raise InvalidInput(f"rows of shape {list(new)} for {list(old)} in the base", value.tensor)
     if value.indices and max(value.indices) >= old[0]:

@@ -1,4 +1,4 @@
-"""What PEFT reads: an `adapter_config.json` and tensor names. Nothing of kasa's own goes in there."""
+"""The format of PEFT: `adapter_config.json` and tensor names. kasa adds nothing of its own."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PEFT_VERSION = "0.21.2"
-"""The release whose format this is."""
+"""The release with this format."""
 
 TEXT_TO_TEXT = ("T5", "Bart", "Pegasus", "M2M100", "Blenderbot")
 TASKS = {
@@ -133,7 +133,7 @@ def by_parameter(lora: Mapping[str, Any], modules: Sequence[str]) -> dict[str, A
 
 
 def difficulties(modules: Sequence[str], config: Mapping[str, Any], *, has_conv1d: bool = False) -> list[str]:
-    """What PEFT 0.21 makes of a KaSA adapter on them, where that is not what one would expect."""
+    """Where PEFT 0.21 refuses or misreads a KaSA adapter on these targets."""
     found = []
     if has_conv1d:
         found.append(
@@ -153,7 +153,7 @@ def refused_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def refusals(modules: Sequence[str], config: Mapping[str, Any]) -> list[str]:
-    """What PEFT 0.21 refuses of them whatever the kind of LoRA, KaSA or plain."""
+    """The targets on which PEFT 0.21 refuses any LoRA, KaSA or plain."""
     mamba = named(modules, refused_names(config))
     return [f"PEFT 0.21 refuses any LoRA on {mamba[0]}: {_excludes(mamba)}"] if mamba else []
 

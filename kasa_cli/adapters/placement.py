@@ -1,7 +1,7 @@
-"""From what an adapter says about the model in memory to the bytes of the base on disk.
+"""The places of an adapter's patches: from modules in memory to the tensors of the base on disk.
 
-PEFT calls a module's product W = (out x in) whatever way it is stored. Here every patch is led to the tensors on disk
-that hold its weight: one, or, for fused experts, as many as there are experts and projections.
+PEFT's W is (out x in) whatever way it is stored. A patch goes to the tensors on disk that hold its weight: one, or,
+for fused experts, as many as there are experts and projections.
 """
 
 from collections import defaultdict
@@ -24,23 +24,23 @@ from kasa_cli.methods.adapter_kinds.lora import BIAS
 from kasa_cli.methods.adapter_kinds.shapes import sizes_of
 from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
 
-REMEDY = "the file is incomplete, or of another base"
+REMEDY = "the file is incomplete, or belongs to another base"
 
 NARROWED = ("exclude_modules", "layers_to_transform")
 
 FIRST_BY_LAYOUT = (0, 19)
-"""The first PEFT that asks a module of fused experts which way it stores them. Before, all were (in, out) to it."""
+"""The first PEFT that reads from a module of fused experts how it stores them. Before, it took all for (in, out)."""
 TURNED_CLASSES = ("GptOss", "OpenAIPrivacyFilter", "Aria")
-"""How the names of those classes begin whose experts say that they are stored (in, out)."""
+"""Beginnings of the names of classes whose experts are stored (in, out)."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a patch goes. Each of `matrices` is one weight of `shape` in memory, its parts stacked by rows.
+    """The place of a patch. Each of `matrices` is one weight of `shape` in memory, its parts stacked by rows.
 
-    `is_transposed`: memory holds (in, out), so what the adapter makes goes in transposed. `is_turned`: the files hold
-    each matrix the other way round from memory. `bias` is the module's on disk, where the patch changes that too.
-    `tied_with` is another module that the same tensor serves, `tied` whether the adapter leaves that one alone.
+    `is_transposed`: memory holds (in, out), the transpose of the adapter's product. `is_turned`: the files hold the
+    transpose of the matrix in memory. `bias` is the module's bias on disk, if the patch changes it. `tied_with` is
+    another module with the same tensor, `tied` whether the adapter leaves that module unchanged.
     `matrix` is the weight as (out, in), where the patch is for one matrix.
     """
 
@@ -56,7 +56,7 @@ class Placed:
 
     @property
     def name(self) -> str:
-        """The module that it is about."""
+        """The module."""
         return self.patch.module
 
     @property
@@ -66,7 +66,7 @@ class Placed:
 
 
 def placed(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[Placed, ...]:
-    """Lead every patch of an adapter to the tensors on disk that it changes.
+    """The tensors on disk that every patch of an adapter changes.
 
     Raises:
         InvalidInput: the base has no such module, or one that does not fit; a target of the base has no tensors.
@@ -122,7 +122,7 @@ def one_matrix(base: BaseIndex, stored: StoredPieces, is_transposed: bool) -> Ma
 
 
 def weight_of(base: BaseIndex, patch: Patch) -> Weight:
-    """The weight in memory that a patch is about."""
+    """The weight in memory that a patch changes."""
     weight = base.weights.get(f"{patch.module}.{patch.parameter}") if patch.parameter != "weight" else None
     weight = weight or base.weight(patch.module)
     if weight is None:
@@ -136,7 +136,7 @@ def weight_of(base: BaseIndex, patch: Patch) -> Weight:
 def is_in_out(
     adapter: Adapter, base: BaseIndex, patch: Patch, weight: Weight, shape: tuple[int, int]
 ) -> bool:
-    """Whether memory holds the transpose of what the adapter makes."""
+    """Whether memory holds the transpose of the adapter's product."""
     if not weight.is_module:
         return is_expert_in_out(adapter, base, patch, shape)
     if is_of_embedding(patch.tensors):
@@ -167,7 +167,7 @@ def holds_experts_in_out(model_class: str) -> bool:
 
 
 def check_shapes(adapter: Adapter, found: Placed) -> None:
-    """Every tensor of a patch fits the sides of the weight."""
+    """Check that every tensor of a patch fits the sides of the weight."""
     patch, entries = found.patch, adapter.container.tensors
     out_features, in_features = found.sides
     known = {"o": out_features, "i": in_features}
@@ -212,7 +212,7 @@ def settle(adapter: Adapter, base: BaseIndex) -> tuple[Patch, ...]:
 def parameters(
     adapter: Adapter, base: BaseIndex, module: str, patches: list[Patch]
 ) -> Iterable[tuple[Patch, str]]:
-    """The patches of one module with the parameters that they are about, innermost first."""
+    """The patches of one module with their parameters, innermost first."""
     wanted = adapter.config["target_parameters"]
     stacks = [split_name(weight.label)[1] for weight in base.stacks.get(module, ())]
     targeted = [name for name in stacks if any(ends_with(f"{module}.{name}", target) for target in wanted)]
@@ -241,7 +241,7 @@ def settled(resolver: Resolver, patch: Patch, parameter: str) -> Patch:
 
 
 def require_complete(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> None:
-    """No module or parameter of the base is named by the config and left out of the file.
+    """Check that the file has every target, saved module and bias that its config names.
 
     Raises:
         InvalidInput: naming the first of them.
@@ -256,7 +256,7 @@ def require_complete(adapter: Adapter, base: BaseIndex, touched: frozenset[str])
 
 
 def _targets(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> Iterator[str]:
-    """Modules that a list of targets, taken as PEFT takes it, names."""
+    """Modules that a list of targets names, by PEFT's rule, and that the file lacks."""
     listed = adapter.config.get("target_modules")
     if not isinstance(listed, list) or not all(is_absent(adapter.config.get(field)) for field in NARROWED):
         return
@@ -267,7 +267,7 @@ def _targets(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> Iter
 
 
 def _saved(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> Iterator[str]:
-    """Parameters of modules that PEFT saves whole; what a module is tied with may stand for it."""
+    """Parameters of saved modules that the file lacks, also under the name of a tied module."""
     saved = declared(adapter.config)
     if not saved:
         return
@@ -279,7 +279,7 @@ def _saved(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> Iterat
 
 
 def _biases(adapter: Adapter, base: BaseIndex) -> Iterator[str]:
-    """Biases of all modules, or of those that a patch is for. A mask that old files call a bias is no vector."""
+    """Biases that the config says are trained and that the file lacks. Old files name masks so too."""
     which = adapter.config.get("bias") or "none"
     if which == "none":
         return

@@ -1,7 +1,7 @@
-"""An adapter on disk as plain data: what every tensor of it is for. No PEFT, no base, no weight read.
+"""Reads an adapter from its files as plain data: no PEFT, no base, no values of weights.
 
-PEFT drops what it does not know in silence. Here each tensor is part of a patch of one module, a parameter held
-anew, or the trained rows of an embedding; what is none of these stops the run by name.
+PEFT silently drops tensors that it does not know. Here each tensor is part of a patch of one module, a replaced
+parameter, or the trained rows of an embedding; any other tensor is an error that names it.
 """
 
 import re
@@ -40,7 +40,7 @@ __all__ = ["Adapter", "Patch", "Replacement", "TokenRows", "open_adapter"]
 
 PICKLE = "adapter_model.bin"
 FIRST_NUMBER = re.compile(r"[^.]+(?:\.[^.]+)*?\.[^.]+\.([0-9]{1,9})\.")
-"""PEFT's number of a layer: the first with two names before it."""
+"""PEFT's number of a layer: the first number with two names before it."""
 
 
 def open_adapter(path: Path, *, hub_cache: Path | None = None) -> Adapter:
@@ -63,7 +63,7 @@ def open_adapter(path: Path, *, hub_cache: Path | None = None) -> Adapter:
 
 
 def require_files(path: Path) -> None:
-    """Say what a folder is, if it is no adapter that can be read."""
+    """Refuse a folder that is no adapter, with an error that says what it is."""
     if not (path / CONFIG).exists():
         inside = [name for name in ("adapter", "tail") if (path / name / CONFIG).exists()]
         remedy = f"name {' or '.join(str(path / name) for name in inside)}" if inside else ""
@@ -71,13 +71,13 @@ def require_files(path: Path) -> None:
     if (path / WEIGHTS).exists():
         return
     if (path / PICKLE).exists():
-        remedy = "load it with PEFT where you trust it and save it again, as safetensors"
+        remedy = "if you trust it, load it with PEFT and save it as safetensors"
         raise UnsafeInput(f"weights in a pickle, {PICKLE}", str(path), remedy)
     raise InvalidInput(f"no adapter: {WEIGHTS} is missing", str(path))
 
 
 def assembled(path: Path, container: Container, resolver: Resolver) -> Adapter:
-    """Sort the tensors of a file into what they are for."""
+    """The adapter, with the tensors of its file sorted by use."""
     places = parsed(container, resolver.kind.names | {TOKENS, NORM})
     shared = {p.short: name for name, p in places.items() if p.is_shared and p.short in resolver.kind.shared}
     parts = {
@@ -158,7 +158,7 @@ def patch(
     own: dict[str, str],
     shared: Mapping[str, str],
 ) -> Patch:
-    """One module's patch, with the numbers that hold for it."""
+    """The patch of one module."""
     module, depth = key
     is_open = may_be_parameter(resolver.config, module, depth)
     if depth and not is_open:
@@ -192,7 +192,7 @@ def known_sizes(resolver: Resolver, module: str, settings: Mapping[str, Any]) ->
 
 
 def may_be_parameter(config: Mapping[str, Any], module: str, depth: int) -> bool:
-    """Whether only the base can say what a module's tensors are for: a list of targets does not name the module."""
+    """Whether only the base tells the parameter of a module's tensors: no list of targets names the module."""
     if not config.get("target_parameters"):
         return False
     listed = config.get("target_modules")
@@ -201,7 +201,7 @@ def may_be_parameter(config: Mapping[str, Any], module: str, depth: int) -> bool
 
 
 def require_targets(resolver: Resolver, patches: Iterable[Patch], replaced: Iterable[Replacement]) -> None:
-    """A target with a number in its name is one place of the model: the file must hold it."""
+    """Check that the file has every target with a number in its name, which is a single module."""
     listed = resolver.config.get("target_modules")
     if not isinstance(listed, list) or not is_absent(resolver.config.get("exclude_modules")):
         return
@@ -214,18 +214,18 @@ def require_targets(resolver: Resolver, patches: Iterable[Patch], replaced: Iter
 
 
 def require_targeted(resolver: Resolver, patches: Iterable[Patch]) -> None:
-    """Lists of targets, exclusions and layers name the modules that the file patches: PEFT drops any other."""
+    """Check that the config targets every module that the file patches: PEFT drops the others."""
     listed = resolver.config.get("target_modules")
     if not isinstance(listed, list) or not listed or resolver.config.get("target_parameters"):
         return
     for patch in patches:
         if not is_targeted(resolver.config, patch.module, listed):
-            what = f"tensors of {quote(patch.module)}, which is no target by the config"
-            raise InvalidInput(what, str(resolver.path), "PEFT would leave them out: correct the config")
+            what = f"tensors of {quote(patch.module)}, which the config does not target"
+            raise InvalidInput(what, str(resolver.path), "PEFT would drop them: correct the config")
 
 
 def is_targeted(config: Mapping[str, Any], module: str, listed: list[str]) -> bool:
-    """Whether a list of targets names a module that nothing excludes, or the other end of one that is tied."""
+    """Whether a list of targets names a module that nothing excludes, or one that may be tied with it."""
     if config.get("ensure_weight_tying") and module.rpartition(".")[2] in EMBEDDINGS:
         return True
     excluded = config.get("exclude_modules")
@@ -235,7 +235,7 @@ def is_targeted(config: Mapping[str, Any], module: str, listed: list[str]) -> bo
 
 
 def is_in_layers(config: Mapping[str, Any], module: str, listed: Iterable[str]) -> bool:
-    """Whether a module is in the layers to be transformed. Patterns of a stranger are not matched."""
+    """Whether a module is in the layers to be transformed. Untrusted patterns are not matched."""
     layers = config.get("layers_to_transform")
     if layers in (None, []) or module in listed or not is_absent(config.get("layers_pattern")):
         return True
@@ -244,7 +244,7 @@ def is_in_layers(config: Mapping[str, Any], module: str, listed: Iterable[str]) 
 
 
 def endings(path: str) -> Iterator[str]:
-    """A path and what is left of it without its first parts.
+    """A path, and its ends without the first parts.
 
     >>> list(endings("a.b.c"))
     ['a.b.c', 'b.c', 'c']

@@ -1,4 +1,4 @@
-"""Parameters that an adapter holds anew: whole ones, biases, resized embeddings, and trained rows of embeddings."""
+"""Parameters that an adapter replaces: whole ones, biases, resized embeddings, trained rows of embeddings."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,25 +11,25 @@ from kasa_cli.files.untrusted import quote
 
 TOKENS, NORM = "trainable_tokens_delta", "ln_tuning_layers"
 WRAPPER = ".token_adapter"
-"""What PEFT puts around an embedding some of whose rows are trained."""
+"""PEFT's wrapper of an embedding with trained rows."""
 PARTS = ("modules_to_save", "original_module")
-"""The parts of PEFT's wrapper of a module that it saves whole: the trained one, and the one before."""
+"""The parts of PEFT's wrapper of a saved module: as trained, and before."""
 EMBEDDINGS = frozenset(
     {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "proj_out"}
 )
-"""Modules that PEFT saves whole, undeclared, after the vocabulary was resized."""
+"""Modules that PEFT saves whole, though no config declares them, after the vocabulary was resized."""
 
 
 def token_rows(
     container: Container, config: Mapping[str, Any], rest: Mapping[str, Place]
 ) -> Iterator[TokenRows]:
     """The trained rows of embeddings, and which rows they are."""
-    said = config.get("trainable_token_indices") or config.get("token_indices")
+    listed = config.get("trainable_token_indices") or config.get("token_indices")
     for name, place in rest.items():
         if place.short != TOKENS:
             continue
         module = place.module.removesuffix(WRAPPER)
-        indices = indices_of(said, module)
+        indices = indices_of(listed, module)
         shape = container.tensors[name].shape
         if indices is None or len(shape) != 2 or len(indices) != shape[0]:
             count = "no" if indices is None else len(indices)
@@ -40,19 +40,19 @@ def token_rows(
         yield TokenRows(f"{module}.weight", name, indices)
 
 
-def indices_of(said: Any, module: str) -> tuple[int, ...] | None:
+def indices_of(listed: Any, module: str) -> tuple[int, ...] | None:
     """The rows that the config lists for a module: whole numbers, none twice."""
-    if isinstance(said, dict):
-        said = next((rows for end, rows in said.items() if ends_with(module, end)), None)
-    if not isinstance(said, list) or not all(type(row) is int and row >= 0 for row in said):
+    if isinstance(listed, dict):
+        listed = next((rows for end, rows in listed.items() if ends_with(module, end)), None)
+    if not isinstance(listed, list) or not all(type(row) is int and row >= 0 for row in listed):
         return None
-    return tuple(said) if len({*said}) == len(said) else None
+    return tuple(listed) if len({*listed}) == len(listed) else None
 
 
 def replacements(
     config: Mapping[str, Any], container: Container, rest: Mapping[str, Place], patches: Iterable[Patch]
 ) -> Iterator[Replacement]:
-    """The parameters that the file holds anew, each with the reason that the config gives."""
+    """The parameters that the file replaces, each with the reason in the config."""
     patched = {patch.module for patch in patches}
     patched |= {place.module.removesuffix(WRAPPER) for place in rest.values() if place.short == TOKENS}
     repeated, left = repeats(rest), []
@@ -73,9 +73,9 @@ def replacements(
 
 
 def repeats(rest: Mapping[str, Place]) -> dict[str, tuple[str, str]]:
-    """What PEFT writes more of an embedding that it saves whole and, because the vocabulary was resized, once more.
+    """The copies of an embedding that PEFT saves twice: as declared, and because the vocabulary was resized.
 
-    By name in the file: the parameter, which is there too, and which of `PARTS` it is.
+    By name in the file: the parameter, and the one of `PARTS` that the copy is.
     """
     found, held = {}, {place.module for place in rest.values() if not place.short}
     for name, place in rest.items():
@@ -96,7 +96,7 @@ def parameter_of(place: Place) -> tuple[str, str]:
 
 
 def reason_for(config: Mapping[str, Any], parameter: str, place: Place, patched: set[str]) -> str | None:
-    """Why a file holds a parameter anew; None if nothing says so."""
+    """Why a file replaces a parameter; None if the config gives no reason."""
     module, _, leaf = parameter.rpartition(".")
     bias = config.get("bias", "none")
     if place.short == NORM:
@@ -109,7 +109,7 @@ def reason_for(config: Mapping[str, Any], parameter: str, place: Place, patched:
         return "modules_to_save"
     if leaf not in ("weight", "bias") or module.rpartition(".")[2] not in EMBEDDINGS:
         return None
-    # the other end of a module that is declared: PEFT trains both as one
+    # tied with a declared module: PEFT trains both as one
     return "modules_to_save" if config.get("ensure_weight_tying") and declared(config) else "resized"
 
 
@@ -120,7 +120,7 @@ def declared(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def ends_with_name(module: str, saved: str) -> bool:
-    """PEFT's loose rule: a module, or one that it lies in, ends with these letters ("norm" takes `input_layernorm`).
+    """PEFT's loose rule: the name of a module, or of one around it, ends with these letters.
 
     >>> ends_with_name("layers.0.input_layernorm", "norm"), ends_with_name("score.dense", "score")
     (True, True)

@@ -1,4 +1,4 @@
-"""Tensor names of an adapter taken apart: which module, which of its tensors, how deep in nested wrappers.
+"""The tensor names of an adapter, parsed: the module, its tensor, the depth in nested wrappers.
 
 >>> parse("base_model.model.layers.0.fc.lora_A.default.weight", frozenset({"lora_A"})).module
 'layers.0.fc'
@@ -7,15 +7,15 @@
 from typing import NamedTuple
 
 NOISE = frozenset({"_orig_mod", "_fsdp_wrapped_module"})
-"""What torch.compile and FSDP put into names."""
+"""Parts that torch.compile and FSDP add to names."""
 WRAPPED = "base_layer"
 LEAVES = frozenset({"weight", "bias", "U_low", "S_low", "V_low"})
 
 
 class Place(NamedTuple):
-    """A name of the file. `short` is empty for a parameter that the file holds anew; `module` is then its full path.
+    """A parsed name. `short` is empty for a parameter that the file replaces; `module` is then its full path.
 
-    `depth` counts the wrappers of one module from outside; `adapter` is the name that PEFT drops when it saves.
+    `depth` counts the wrappers around it; `adapter` is the adapter's name, which PEFT drops when it saves.
     """
 
     module: str
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 def parse(name: str, shorts: frozenset[str]) -> Place | None:
-    """The place of a tensor with one of these short names, or that of a parameter; None if it makes no sense."""
+    """The place of a tensor with one of these short names, or of a parameter; None if the name is malformed."""
     roots = {short.partition(".")[0] for short in shorts}
     segments, has_prefix = without_prefix([part for part in name.split(".") if part not in NOISE])
     at = next((i for i in reversed(range(len(segments))) if segments[i] in roots), None)
@@ -47,7 +47,7 @@ def parse(name: str, shorts: frozenset[str]) -> Place | None:
 
 
 def without_prefix(segments: list[str]) -> tuple[list[str], bool]:
-    """PEFT's own prefix taken off. Files made by injection have none; what all modules share has half of it."""
+    """A name without PEFT's prefix. Files made by injection have none; shared tensors have half of it."""
     if segments[:2] == ["base_model", "model"]:
         return segments[2:], True
     return segments, False

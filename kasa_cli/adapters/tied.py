@@ -1,7 +1,7 @@
-"""What an adapter says about tied weights: the same of all ends, or something else of each.
+"""Whether an adapter keeps tied weights equal, and the tensors that each of its parts changes.
 
-PEFT wraps the ends of tied weights one by one. In training each end is the shared tensor and what its own wrapper
-says of it; only PEFT's merge, in place, gives all ends what was meant for one.
+PEFT wraps tied modules one by one. In training each module is the shared tensor and its own wrapper; only PEFT's
+merge, which is in place, applies the change of one module to all of them.
 """
 
 from collections import defaultdict
@@ -23,23 +23,23 @@ from kasa_cli.model_names.names import Group, Kind
 
 Item = Placed | PlacedValue
 Own = Mapping[str, list[Item]]
-"""By end what an adapter says of it."""
+"""The parts of an adapter by tied parameter."""
 TURNED = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
-"""The factors of an embedding, as those of a head: the one looks at its weight through the transpose."""
+"""The factors of an embedding by those of a head, which are their transposes."""
 
 
 @dataclass(frozen=True)
 class TiedItems:
-    """What an adapter says, item by item, and which ends of tied weights each is about; none for other weights.
+    """The parts of an adapter, each with the tied parameters that it changes; with none for other weights.
 
-    `apart` are the groups whose ends it makes different.
+    `apart` are the groups of tied weights that it makes different.
     """
 
     items: tuple[tuple[Item, tuple[str, ...]], ...]
     apart: tuple[Group, ...]
 
     def placed_at(self, names: Mapping[str, str]) -> tuple[tuple[Placed, ...], tuple[PlacedValue, ...]]:
-        """All items, led to the tensors of the ends. Of an end that has none, another one says the same."""
+        """All parts on these tensors, by tied parameter. A parameter without a tensor shares that of another."""
         found = [
             one for item, ends in self.items for one in (_placed_at(item, ends, names) if ends else [item])
         ]
@@ -48,10 +48,10 @@ class TiedItems:
 
 
 def tied_items(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group]) -> TiedItems:
-    """Which ends of tied weights each item of an adapter is about, and which weights that unties.
+    """The tied parameters that each part of an adapter changes, and the groups that it unties.
 
     Raises:
-        InvalidInput: what becomes of the other ends is not known.
+        InvalidInput: the values of the other tied parameters are not known.
     """
     ends: defaultdict[int, tuple[str, ...]] = defaultdict(tuple)
     dropped, apart = set(), []
@@ -72,7 +72,7 @@ def tied_items(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group])
 
 
 def touched(item: Item) -> tuple[str, ...]:
-    """The parameters in memory that an item changes."""
+    """The parameters in memory that a part changes."""
     if isinstance(item, PlacedValue):
         return (item.value.parameter,)
     weight, bias = f"{item.patch.module}.{item.patch.parameter}", f"{item.patch.module}.bias"
@@ -80,8 +80,8 @@ def touched(item: Item) -> tuple[str, ...]:
 
 
 def _shared(adapter: Adapter, own: Own) -> tuple[list[Item], list[Item]]:
-    """What all ends have though it is said of one: a base that the file holds anew, and rows, which PEFT ties by
-    itself if they are of the embedding. Beside it, what only repeats that."""
+    """The parts that hold for all tied parameters: a base in the file, and rows, which PEFT ties by itself if they
+    are of the embedding. Beside them, the parts that only repeat them."""
     values = [item for said in own.values() for item in said if isinstance(item, PlacedValue)]
     bases: list[Item] = [one for one in values if _is_base(one)]
     rows: list[Item] = [one for one in values if isinstance(one.value, TokenRows)]
@@ -91,7 +91,7 @@ def _shared(adapter: Adapter, own: Own) -> tuple[list[Item], list[Item]]:
 
 
 def _is_base(item: Item) -> bool:
-    """Whether it is the weight under the adapter, and not what the adapter made of it."""
+    """Whether a part is the weight under the adapter, and not its trained value."""
     if isinstance(item, Placed) or isinstance(item.value, TokenRows):
         return False
     return item.value.why == "resized" or (item.value.is_base and bool(item.vocabulary))
@@ -104,12 +104,14 @@ def _replaces(items: Sequence[Item]) -> bool:
 def _require_known(adapter: Adapter, group: Group, shared: Sequence[Item], rest: Own) -> None:
     has_rows = any(isinstance(one, PlacedValue) and isinstance(one.value, TokenRows) for one in shared)
     if has_rows and any(rest.values()):
-        what = f"trained rows of tied weights, and more of one of them: {enumerated([*group.ends])}"
-        raise InvalidInput(what, str(adapter.container.path), "merge it with PEFT and look at both ends")
+        what = f"trained rows of tied weights, and other changes of one of them: {enumerated([*group.ends])}"
+        raise InvalidInput(
+            what, str(adapter.container.path), "merge it with PEFT, and compare the tied weights"
+        )
 
 
 def _all_same(adapter: Adapter, lists: Sequence[Sequence[Item]]) -> bool:
-    """Whether the same is said in every list."""
+    """Whether all lists hold equal parts."""
     ordered = [sorted(items, key=_order) for items in lists]
     return all(
         len(other) == len(ordered[0]) and all(map(_same, [adapter] * len(other), ordered[0], other))
@@ -167,6 +169,6 @@ def _placed_at(item: Item, ends: Sequence[str], names: Mapping[str, str]) -> lis
 
 
 def _at(item: Item, name: str) -> tuple[tuple[Part, ...], ...]:
-    """The one piece of a weight, under another name."""
+    """The single piece of a weight, under another name."""
     (part,) = item.matrices[0]
     return ((replace(part, piece=replace(part.piece, name=name)),),)

@@ -1,6 +1,6 @@
 """The files of a plain LoRA: the tensors of one update under the names of PEFT, of the files, or of lora-lite.
 
-What every server reads is uniform: one rank, alpha = rank, no patterns, nothing but `lora_A` and `lora_B`.
+Every server reads a uniform LoRA: one rank, alpha = rank, no patterns, only `lora_A` and `lora_B`.
 """
 
 import json
@@ -20,7 +20,7 @@ from kasa_cli.model_names.names import Kind, Weight
 
 LITE_WEIGHTS = "adapter.safetensors"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `max_lora_rank` may be."""
+"""The values of vLLM's `max_lora_rank`."""
 
 
 class Member(NamedTuple):
@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One pair of tensors in the file, and what the config calls what it is for.
+    """One pair of tensors in the file, and its target in the config.
 
     `sides` are (out, in) as PEFT counts them. `is_turned`: memory holds (in, out), so the factors go in transposed.
     Several members are experts, stacked as PEFT stacks them.
@@ -80,7 +80,7 @@ def in_memory(base: BaseIndex, place: Placed) -> list[Entry]:
     """
     module, weight = place.patch.module, weight_of(base, place.patch)
     if (module, "weight") not in base.holders and module not in base.weights and module not in base.stacks:
-        raise InvalidInput("a module on disk, none in memory", module, "use --names disk")
+        raise InvalidInput("this module exists on disk but not in memory", module, "use --names disk")
     turned = is_turned(base, place, weight)
     stem = f"{peft.PREFIX}{module}{'.base_layer' * place.patch.depth}"
     A, B = (
@@ -95,7 +95,7 @@ def in_memory(base: BaseIndex, place: Placed) -> list[Entry]:
 
 
 def on_disk(base: BaseIndex, place: Placed) -> list[Entry]:
-    """The names of the tensors on disk, which vLLM and llama.cpp map themselves: an expert is a matrix of its own.
+    """The names of the tensors on disk, which vLLM and llama.cpp map themselves: each expert is a matrix.
 
     Raises:
         InvalidInput: experts lie together in one tensor.
@@ -105,7 +105,7 @@ def on_disk(base: BaseIndex, place: Placed) -> list[Entry]:
     for number, parts in enumerate(place.matrices):
         for part in parts:
             if part.piece.index is not None:
-                what = "experts in one tensor on disk have no names of their own"
+                what = "experts in one tensor on disk have no separate names"
                 raise InvalidInput(what, part.piece.name, "use --names peft, or kasa merge")
             name = part.piece.name.removesuffix(".weight")
             sides = _sides((part.stop - part.start, place.shape[1]), turned)
@@ -118,7 +118,7 @@ def on_disk(base: BaseIndex, place: Placed) -> list[Entry]:
 
 
 def in_lite(base: BaseIndex, place: Placed) -> list[Entry]:
-    """lora-lite's names: those of linear modules in memory, and it knows no other.
+    """lora-lite's names, which exist for linear modules in memory only.
 
     Raises:
         InvalidInput: the weight is not that of an `nn.Linear`.
@@ -130,23 +130,23 @@ def in_lite(base: BaseIndex, place: Placed) -> list[Entry]:
     )
     if entry.is_parameter or not is_linear:
         raise InvalidInput(
-            f"lora-lite knows linear modules only, and this is {weight.kind}", entry.target, "use --to lora"
+            f"lora-lite holds linear modules only, not {weight.kind}", entry.target, "use --to lora"
         )
     A, B = (f"{entry.target}.lora_{side}" for side in "AB")
     return [Entry(entry.target, A, B, entry.sides, entry.members, entry.is_turned)]
 
 
 FLAVOURS: Mapping[str, Flavour] = {"peft": in_memory, "disk": on_disk}
-"""What `--names` offers."""
+"""The values of `--names`."""
 
 
 def is_embedding(weight: Weight) -> bool:
-    """Whether PEFT has its own names for the factors: it looks rows up instead of multiplying."""
+    """Whether the factors have PEFT's names for embeddings."""
     return weight.is_module and weight.kind is Kind.EMBEDDING
 
 
 def is_turned(base: BaseIndex, place: Placed, weight: Weight) -> bool:
-    """Whether memory holds the transpose of what PEFT 0.21 makes of the factors."""
+    """Whether memory holds the transpose of PEFT 0.21's product of the factors."""
     if is_embedding(weight):
         return True
     if weight.is_module or base.names.model_class is None:
@@ -169,9 +169,9 @@ def padded_rank(rank: int) -> int:
 
 @dataclass(frozen=True)
 class ConfigFacts:
-    """What a config says beside its targets. `base` is (Hub id, commit) of the model that it fits, if known.
+    """The facts in a config beside its targets. `base` is (Hub id, commit) of the model that it fits, if known.
 
-    `is_on_disk`: the names are those of tensors on disk, which PEFT's rewriting of names in memory is not for.
+    `is_on_disk`: the names are those of tensors on disk, which PEFT does not rewrite.
     """
 
     rank: int
@@ -182,7 +182,7 @@ class ConfigFacts:
 
 
 def peft_config(entries: Sequence[Entry], facts: ConfigFacts, modules: Iterable[str]) -> bytes:
-    """The `adapter_config.json` of exactly these entries, `modules` being all that could be matched."""
+    """The `adapter_config.json` of exactly these entries; `modules` are all those of the model."""
     chosen = [entry.target for entry in entries if not entry.is_parameter]
     named = peft.target_modules(chosen, modules)
     config = peft.plain_config(named, facts.rank, facts.base, facts.model_class)
@@ -196,7 +196,7 @@ def peft_config(entries: Sequence[Entry], facts: ConfigFacts, modules: Iterable[
 
 
 def lite_config(entries: Sequence[Entry], rank: int) -> str:
-    """What lora-lite keeps in the header of its file: names are patterns there, and roles none."""
+    """The config in the header of lora-lite's file: names are patterns, and there are no roles."""
     config = {
         "alpha": rank,
         "dtype": "float32",

@@ -112,9 +112,11 @@ CONFIGS = {
     "catastrophic rank pattern": field("rank_pattern", '{"(.*)*q_projX": 4}', "repeats groups"),
     "catastrophic alpha pattern": field("alpha_pattern", r'{"((.|..)+)+[x!]": 4}', "repeats groups"),
     "layers that are no numbers": field("layers_to_transform", '["1"]', "must be a number or a list"),
-    "another layer": field("layers_to_transform", "[1]", "layers.0.self_attn.q_proj', which is no target"),
-    "another target": field("target_modules", '["q_proj"]', "v_proj', which is no target"),
-    "an excluded target": field("exclude_modules", '["v_proj"]', "v_proj', which is no target"),
+    "another layer": field(
+        "layers_to_transform", "[1]", "layers.0.self_attn.q_proj', which the config does not target"
+    ),
+    "another target": field("target_modules", '["q_proj"]', "v_proj', which the config does not target"),
+    "an excluded target": field("exclude_modules", '["v_proj"]', "v_proj', which the config does not target"),
     "dora without magnitudes": field("use_dora", "true", "lora_magnitude_vector .* is missing"),
     "rslora of 1": field("use_rslora", "1", "must be true or false"),
     "biases of an adapter": field("lora_bias", "true", "lora_B.bias .* is missing"),
@@ -212,8 +214,8 @@ CONTENTS = {
     "right to left": tensors(renamed("a\u202eb"), r"\\u202e", UNSAFE),
     "newline": tensors(renamed("a\nb"), "not printable", UNSAFE),
     "name of 5000 characters": tensors(renamed("x" * 5000), "4096", UNSAFE),
-    "up and away": tensors(renamed("../../x"), "which is no target|no such module"),
-    "markup": tensors(renamed("[/red]x.[bold]"), "which is no target|no such module"),
+    "up and away": tensors(renamed("../../x"), "which the config does not target|no such module"),
+    "markup": tensors(renamed("[/red]x.[bold]"), "which the config does not target|no such module"),
     "a layer beyond the last": tensors(
         renamed("model.layers.7.self_attn.q_proj"), "without tensors|no such module", alone=False
     ),

@@ -1,6 +1,6 @@
 """An update as the two factors that a plain LoRA holds: all of it, or its largest components.
 
-What is lost is measured on the factors as they are stored, in float32.
+The loss is measured on the factors as they are stored, in float32.
 
 Shapes: o = out_features, i = in_features, n = rank of the terms, p = min(n, o, i), m = components kept.
 """
@@ -24,18 +24,18 @@ from kasa_cli.methods.adapter_kinds.change import Change, Term, row_blocks, rows
 
 @dataclass(frozen=True)
 class Limit:
-    """How much of an update is kept: at most so many components, or the fewest that hold a share of Σσ²; or all."""
+    """How much of an update is kept: at most `rank` components, the fewest with a share of Σσ², or all."""
 
     rank: int | None = None
     energy: float | None = None
 
     @property
     def is_set(self) -> bool:
-        """Whether something may be lost."""
+        """Whether components may be lost."""
         return self.rank is not None or self.energy is not None
 
     def count(self, squares: Float64[Tensor, " p"]) -> int:
-        """How many components are kept, from all σ², largest first.
+        """Number of components kept, from all σ², largest first.
 
         >>> squares = torch.tensor([9.0, 4.0, 1.0]).double()
         >>> [Limit(energy=share).count(squares) for share in (0.5, 0.65, 0.93, 1.0)], Limit(rank=2).count(squares)
@@ -49,9 +49,9 @@ class Limit:
 
 @dataclass(frozen=True)
 class Compact:
-    """An update as a LoRA of scaling 1 stores it, B A; its norm, and that of what is missing.
+    """An update as a LoRA of scaling 1 stores it, B A; its norm, and the norm of the error.
 
-    `exact_rank` is the rank at which nothing is missing, None where that is not known.
+    `exact_rank` is the rank at which there is no error, None if it is not known.
     """
 
     B: Float32[Tensor, "o m"]
@@ -76,9 +76,9 @@ def of_terms(terms: Sequence[Term], limit: Limit) -> Compact:
 
 
 def of_weight(W: Float[Tensor, "o i"], change: Change, limit: Limit) -> Compact:
-    """The largest components of W' - W, for a change that is not low-rank; W' - W is looked at by rows.
+    """The largest components of W' - W, for a change that is not low-rank; W' - W is computed by rows.
 
-    A tall one is never held. Another is, in float32: its short side has to meet every column.
+    A tall difference is never held in memory. A wide one is, in float32: its Gram matrix needs whole columns.
     """
     gram = Gram(frame(_difference(W, change)))
     m = _count(gram, limit)
@@ -101,7 +101,7 @@ def of_weight(W: Float[Tensor, "o i"], change: Change, limit: Limit) -> Compact:
 
 
 def _count(gram: Gram, limit: Limit) -> int:
-    """How many components are kept. A rank is known without the eigenvalues."""
+    """Number of components kept; for a rank, no eigenvalues are needed."""
     if limit.energy is None:
         k = gram.frame.num_short
         return k if limit.rank is None else min(limit.rank, k)
@@ -109,7 +109,7 @@ def _count(gram: Gram, limit: Limit) -> int:
 
 
 def _difference(W: Float[Tensor, "o i"], change: Change) -> Tensor | StreamedWeight:
-    """W' - W, as far as it can be had by rows."""
+    """W' - W, by rows if it is tall."""
     o, i = W.shape
     if o > i:
 
@@ -130,7 +130,7 @@ def _rows(W: Float[Tensor, "o i"], change: Change, start: int, stop: int) -> Flo
 
 
 def _stored(X: Float64[Tensor, "a b"]) -> Float32[Tensor, "a b"]:
-    """A factor as it is written.
+    """A factor in float32, as it is written.
 
     Raises:
         NumericalError: an entry is not finite, or does not fit float32.

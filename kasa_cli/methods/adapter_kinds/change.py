@@ -1,7 +1,7 @@
-"""What adapters do to one weight, whatever their kind: W' = f_n(… f_1(W + Σ L R + D)), rounded once.
+"""The changes of one weight by adapters of any kind: W' = f_n(… f_1(W + Σ L R + D)), rounded once.
 
-Most kinds add low-rank terms. Some add a dense matrix that is known a few rows at a time (LoHa), some are a map of
-rows (DoRA, HRA). All are looked at by blocks of rows in float64, so that memory stays near that of the weight.
+Most kinds add low-rank terms. Some add a dense matrix that is computed a few rows at a time (LoHa), some are a map of
+rows (DoRA, HRA). All work by blocks of rows in float64, so that memory stays near that of the weight.
 
 Shapes: o = out_features, i = in_features, r = rank of a term, j = rows of a block.
 """
@@ -20,10 +20,10 @@ from kasa_cli.linalg.rounding import blocks, rounded
 Dense = Callable[[int, int], Float64[Tensor, "j i"]]
 """Rows [start, stop) of a matrix that is added."""
 Map = Callable[[Float64[Tensor, "j i"], int], Float64[Tensor, "j i"]]
-"""What the rows from `start` on become; never in place."""
+"""The new values of the rows from `start` on; never in place."""
 BiasMap = Callable[[Float64[Tensor, " o"]], Float64[Tensor, " o"]]
 OfWeight = Callable[[Float[Tensor, "o i"]], "Term"]
-"""What is added, from the weight as it was."""
+"""The term that is added, from the weight as it was."""
 
 LEAST_ROWS = 16
 """Rows of a block at least: a product of fewer is slow, and a transposed weight is read in runs of as many."""
@@ -39,10 +39,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Change:
-    """What one adapter does to one weight and its bias: W' = map(W + Σ L R + dense), b' = bias_map(b + shift).
+    """The change of one weight and its bias by an adapter: W' = map(W + Σ L R + dense), b' = bias_map(b + shift).
 
-    The map takes blocks of rows that begin at multiples of `grain` and end at one, or at the last row. Where it adds
-    a low-rank term once the weight is known, `of_weight` is that.
+    The map takes blocks of rows that begin at multiples of `grain` and end at one, or at the last row. If it adds a
+    low-rank term once the weight is known, `of_weight` computes that term.
     """
 
     terms: tuple[Term, ...] = ()
@@ -55,12 +55,12 @@ class Change:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a sum, which a weight scales."""
+        """Whether it is a sum, which a weight can scale."""
         return self.map is None and self.bias_map is None
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether terms are all that it does to the weight."""
+        """Whether it changes the weight by terms only."""
         return self.map is None and self.dense is None
 
 
@@ -90,7 +90,7 @@ def weighted(change: Change, weight: int | float) -> Change:
     if weight == 1:
         return change
     if not math.isfinite(weight):
-        raise UsageError(f"cannot weight an adapter by {weight}")
+        raise UsageError(f"cannot weight an adapter by {weight}: give a finite number")
     if not change.is_linear:
         raise UsageError(
             f"cannot weight by {weight} an adapter that multiplies instead of adding",
@@ -107,17 +107,17 @@ def weighted(change: Change, weight: int | float) -> Change:
 
 
 def transposed(change: Change) -> Change:
-    """What terms do to the transposed weight."""
+    """The same change of the transposed weight, for terms."""
     return Change(terms=tuple(Term(term.R.T, term.L.T) for term in change.terms))
 
 
 def rows(W: Float[Tensor, "o i"], changes: Sequence[Change], start: int, stop: int) -> Float64[Tensor, "j i"]:
     """Rows [start, stop) of the exact result; the bounds are multiples of every grain, or the last row."""
-    return carried_out(changes, W[start:stop].to(torch.float64, copy=True), start)
+    return applied_to(changes, W[start:stop].to(torch.float64, copy=True), start)
 
 
-def carried_out(changes: Sequence[Change], T: Float64[Tensor, "j i"], start: int) -> Float64[Tensor, "j i"]:
-    """What becomes of the rows from `start` on; T itself is used up."""
+def applied_to(changes: Sequence[Change], T: Float64[Tensor, "j i"], start: int) -> Float64[Tensor, "j i"]:
+    """The new values of the rows from `start` on; T is overwritten."""
     stop = start + len(T)
     for change in changes:
         for term in change.terms:
@@ -136,14 +136,14 @@ def sums(W: Float[Tensor, "o i"], terms: Sequence[Term]) -> Iterator[Float64[Ten
         room = (
             room if len(room) >= stop - start else W.new_empty(stop - start, W.shape[1], dtype=torch.float64)
         )
-        yield carried_out((Change(tuple(terms)),), room[: stop - start].copy_(W[start:stop]), start)
+        yield applied_to((Change(tuple(terms)),), room[: stop - start].copy_(W[start:stop]), start)
 
 
 def apply(W: Float[Tensor, "o i"], changes: Sequence[Change], dtype: torch.dtype) -> Float[Tensor, "o i"]:
     """The weight after all changes in turn, each entry rounded once, to the nearest, in the layout of W.
 
-    `W` may be the transposed view of a weight that is stored as (in, out): so is the result then. Where there are
-    terms only, it is read as it is stored.
+    `W` may be the transposed view of a weight that is stored as (in, out); then so is the result. With terms only, it
+    is read as it is stored.
     """
     if W.stride(0) < W.stride(1) and all(change.is_low_rank for change in changes):
         return apply(W.T, [transposed(change) for change in changes], dtype).T

@@ -1,4 +1,4 @@
-"""What an adapter learned of one weight, part by part: scaling, two factors, the diagonal between them, the update.
+"""The learned parts of an adapter for one weight: scaling, two factors, the diagonal between them, the update.
 
 Shapes: o = out_features, i = in_features, r = adapter rank, p = min(r, o, i), e = number of experts.
 """
@@ -27,7 +27,7 @@ Svd = tuple[Float64[Tensor, "o p"], Float64[Tensor, " p"], Float64[Tensor, "i p"
 
 @dataclass(frozen=True)
 class Update:
-    """W' - W: its norm and, of a sum of low-rank terms, its SVD; `why` says why there is none."""
+    """W' - W: its norm and, for a sum of low-rank terms, its SVD; `why` is the reason if there is none."""
 
     norm: float
     svd: Svd | None = None
@@ -35,9 +35,9 @@ class Update:
 
 
 def update(change: Change, W: Float[Tensor, "o i"] | None, shape: tuple[int, int]) -> Update:
-    """What a change does to a weight. The weight itself is needed where the change is a map of it.
+    """The update of a weight by a change. The weight is needed if the change is a map of it.
 
-    Terms are decomposed from their factors; anything else is looked at some rows at a time.
+    Terms are decomposed from their factors; other changes are measured some rows at a time.
     """
     if change.of_weight is not None and W is not None:
         change = Change(terms=(change.of_weight(W),))

@@ -73,14 +73,16 @@ def _largest(x: Given) -> tuple[Term, ...]:
         raise InvalidInput(f"PiSSA of rank {r} on a weight of rank {min(x.W.shape)}")
     found = tops_of(Gram(frame(x.W)), min(r + 1, *x.W.shape))
     if len(found.S) > r and found.S[r - 1] - found.S[r] <= TIE * found.S[r - 1]:
-        raise NumericalError(f"PiSSA of rank {r} cuts between equal singular values: its start is not known")
+        raise NumericalError(
+            f"PiSSA of rank {r} splits equal singular values: its initialisation is not known"
+        )
     return (Term(found.U[:, :r] * -found.S[:r], found.V[:, :r].T),)
 
 
 def _first_columns(x: Given) -> tuple[Term, ...]:
     """OLoRA, arXiv 2406.01775: s Q_r R_r of W = Q R. Q_r spans the first r columns: their decomposition is enough."""
     if x.module.is_transposed:
-        raise InvalidInput("PEFT's OLoRA decomposes the transpose of a Conv1D weight, and fits it no more")
+        raise InvalidInput("PEFT's OLoRA decomposes the transpose of a Conv1D weight, which does not fit it")
     Q = orthonormal(x.W[:, : x.settings["r"]].to(torch.float64), "the first columns of the weight")
     R = Q.new_zeros(Q.shape[1], x.W.shape[1])
     for start, stop in row_blocks(x.W.shape, ()):

@@ -37,9 +37,9 @@ def experts(
 
 
 def are_sides_swapped(sides: tuple[int, int], module: Module, peft_version: str) -> bool:
-    """Whether A has the outputs and B the inputs of an expert, (sides of A, of B) being given.
+    """Whether A has the outputs and B the inputs of an expert, from the sides of A and B.
 
-    PEFT before 0.19 took every parameter for one that is stored (e, in, out). The shapes tell, unless square.
+    PEFT before 0.19 took every parameter for (e, in, out). The shapes tell, unless the experts are square.
 
     >>> are_sides_swapped((8, 4), Module(4, 8), "0.18.1"), are_sides_swapped((4, 8), Module(4, 8), "0.18.1")
     (False, True)
@@ -54,7 +54,7 @@ def are_sides_swapped(sides: tuple[int, int], module: Module, peft_version: str)
         return False
     release = peft_version.split(".")[:2]
     if len(release) < 2 or not all(part.isdecimal() for part in release):
-        raise InvalidInput("square experts, and which side is which depends on the release", "peft_version")
+        raise InvalidInput("square experts, whose orientation depends on the release of PEFT", "peft_version")
     return tuple(map(int, release)) < (0, 19)
 
 

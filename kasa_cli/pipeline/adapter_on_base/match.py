@@ -1,4 +1,4 @@
-"""An adapter on its base: read, led to the tensors that it changes, and compared with what manifests know of both."""
+"""An adapter on its base: the tensors that it changes, and checks against the manifests of both."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ RESIDUAL = "residual"
 
 @dataclass(frozen=True)
 class AdapterOnBase:
-    """An adapter, where all that it says goes in a base, and the manifest of its output, if it is part of one."""
+    """An adapter, the places of its parts in a base, and the manifest of the output that it belongs to, if any."""
 
     adapter: Adapter
     places: tuple[Placed, ...]
@@ -40,7 +40,7 @@ class AdapterOnBase:
         return self.targets if self.adapter.row.truncates_base else []
 
     def require_base(self, base: Origin) -> None:
-        """Refuse a base that the adapter was not made for, if its manifest knows that.
+        """Refuse a base that the adapter was not made for, as far as its manifest tells.
 
         Raises:
             IntegrityError: naming the first tensor that is another.
@@ -69,7 +69,7 @@ class AdapterOnBase:
 
 
 def read_adapter(path: Path) -> Adapter:
-    """An adapter of which every tensor is accounted for.
+    """Read an adapter, every tensor accounted for.
 
     Raises:
         InvalidInput, UnsafeInput: something in it is not understood, or does not fit the rest.
@@ -81,10 +81,10 @@ def read_adapter(path: Path) -> Adapter:
 
 
 def on_base(adapter: Adapter, base: Origin, names: NameMap) -> AdapterOnBase:
-    """An adapter led to its base, every shape checked.
+    """An adapter on its base, every shape checked.
 
     Raises:
-        InvalidInput: the base has no such module, or one that does not fit.
+        InvalidInput: the base lacks a module, or a shape does not fit.
     """
     tensors = base.checkpoint.tensors
     places, values = placed(adapter, names, tensors), placed_values(adapter, names, tensors)

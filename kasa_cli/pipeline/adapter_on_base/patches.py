@@ -1,4 +1,4 @@
-"""One patch of an adapter: what it is called, the weight under it, and what it does to each matrix of its place."""
+"""One patch of an adapter: its label, the weight under it, and its change of each matrix."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,7 +17,7 @@ from kasa_cli.methods.adapter_kinds.table import change
 
 
 def label(patch: Patch) -> str:
-    """The module; with the name of its parameter where that is not its weight."""
+    """The module, with the name of the parameter if that is not its weight."""
     return patch.module if patch.parameter == "weight" else f"{patch.module}.{patch.parameter}"
 
 
@@ -28,7 +28,7 @@ def module_of(place: Placed) -> Module:
 
 
 def is_stack(place: Placed) -> bool:
-    """Whether the patch is of a parameter that holds experts, even if it is one."""
+    """Whether the patch is of a parameter that holds experts, even a single one."""
     is_part = place.matrices[0][0].piece.index is not None
     return is_part or place.patch.parameter != "weight" or len(place.matrices) > 1
 
@@ -42,19 +42,19 @@ def weight_under(checkpoint: Checkpoint, place: Placed) -> Tensor:
 
 
 def needs_weight(patch: Patch) -> bool:
-    """Whether what the patch does is known only with the weight."""
+    """Whether the change depends on the weight."""
     return patch.row.needs_weight
 
 
 def changes_of(tensors: Mapping[str, Tensor], place: Placed, weight: Callable[[], Tensor]) -> list[Change]:
-    """The change of every matrix of a place; `weight` reads the one that the kind's formula may need."""
+    """The change of every matrix of a place; `weight` reads the weight, if the formula depends on it."""
     if is_stack(place):
         return expert_changes(tensors, module_of(place), len(place.matrices))
     return [change_of(tensors, place, weight() if needs_weight(place.patch) else None)]
 
 
 def change_of(tensors: Mapping[str, Tensor], place: Placed, W: Tensor | None) -> Change:
-    """The change of the one matrix of a place; W is for kinds whose formula needs it."""
+    """The change of the one matrix of a place; W is for kinds whose formula depends on it."""
     return change(place.patch.kind, tensors, module_of(place), W)
 
 

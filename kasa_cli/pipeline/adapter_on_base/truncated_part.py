@@ -1,8 +1,8 @@
-"""What KaSA cuts off a base: how many components of each weight, and their factors.
+"""The part of a base that KaSA truncates: the number of components of each weight, and their factors.
 
-The manifest beside an adapter knows how many; without one it is the adapter's rank, as in PEFT. The factors come from
-the tail beside it, which `kasa truncate` wrote, else from the store, else from a decomposition. The tail goes first:
-it is there or not, whatever was asked before, so that the result does not depend on the state of the store.
+The number is in the manifest beside an adapter; without a manifest it is the adapter's rank, as in PEFT. The factors
+come from the tail that `kasa truncate` wrote, else from the store, else from a decomposition. The tail comes first so
+that the result does not depend on the state of the store.
 """
 
 from collections.abc import Mapping
@@ -30,9 +30,9 @@ TAIL = f"tail/{peft.WEIGHTS}"
 
 @dataclass(frozen=True)
 class Truncations:
-    """What a manifest says of cuts, by tensor on disk: how many components, of which original (its hash).
+    """The truncations in a manifest, by tensor on disk: the number of components, and the hash of the original.
 
-    `tail` holds the factors of those cuts, where it was written.
+    `tail` holds their factors, if it was written.
     """
 
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -40,11 +40,11 @@ class Truncations:
     tail: Container | None = None
 
     def rank(self, name: str, r: int) -> int:
-        """How many components of a weight are cut, for an adapter of rank r on it."""
+        """Number of components dropped from a weight, for an adapter of rank r on it."""
         return self.ranks.get(name, r)
 
     def from_tail(self, name: str, module: str, rank: int) -> Term | None:
-        """The cut of a weight, -U_d S_d V_d^T, as the tail holds it; None where it does not, or another rank."""
+        """The term -U_d S_d V_d^T of a weight from the tail; None if the tail lacks it, or has another rank."""
         names = peft.tensor_names(module)
         wanted = {names["A"], names["B"]}
         if self.tail is None or self.ranks.get(name) != rank or not wanted <= self.tail.tensors.keys():
@@ -55,7 +55,7 @@ class Truncations:
     def term(
         self, checkpoint: Checkpoint, facts: Facts, matrix: Matrix, module: str, rank: int
     ) -> Term | None:
-        """The cut of a weight of the original base, -U_d S_d V_d^T; None where nothing is cut.
+        """The term -U_d S_d V_d^T of a weight of the original base; None if nothing is dropped.
 
         Raises:
             NumericalError: no solver converges.
@@ -72,7 +72,7 @@ class Truncations:
 
 
 def known_truncations(adapter: Path, base: Origin | None) -> Truncations:
-    """What is known of the cuts that an adapter was trained with, by the manifest beside it or beside its base.
+    """The truncations that an adapter was trained with, from the manifest beside it or beside its base.
 
     Raises:
         IntegrityError: the tail is not as it was written.
@@ -89,7 +89,7 @@ def known_truncations(adapter: Path, base: Origin | None) -> Truncations:
 
 
 def _tail(output: Path, known: TruncateManifest) -> Container | None:
-    """The tail of an output, if it was written and is there."""
+    """The tail of an output, if it was written and still exists."""
     record, path = known.files.get(TAIL), output / TAIL
     if record is None or not path.is_file():
         return None

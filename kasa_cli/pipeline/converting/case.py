@@ -1,4 +1,4 @@
-"""What `kasa convert` is asked for: the options, checked, and an adapter on its base that a plain LoRA can say."""
+"""The case of `kasa convert`: the options, checked, and an adapter on its base that a plain LoRA can hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ BASES_OF_KASA = (ORIGINAL, TRUNCATED)
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `kasa convert`. Neither rank nor energy: nothing is lost."""
+    """The options of `kasa convert`. Without rank and energy nothing is lost."""
 
     to: str = LORA
     on: str = ORIGINAL
@@ -57,13 +57,16 @@ class Options:
 
 @dataclass(frozen=True)
 class TruncationTerms:
-    """What is known of the cuts, and whether the base at hand lacks them already."""
+    """The terms of KaSA's truncation. On the original base, the LoRA must include -U_d S_d V_dᵀ.
+
+    `is_made`: the base at hand is truncated already.
+    """
 
     truncations: Truncations
     is_made: bool
 
     def require_known(self, places: Sequence[Placed]) -> None:
-        """Refuse, before the work, a base that lacks its cuts where no tail says what they were.
+        """Refuse, before the work, a truncated base whose truncated components are in no tail.
 
         Raises:
             UsageError: naming the first module without.
@@ -73,7 +76,7 @@ class TruncationTerms:
                 self._in_tail(place)
 
     def terms(self, checkpoint: Checkpoint, facts: Facts, place: Placed) -> tuple[Term, ...]:
-        """What was cut, or is to be, off the weight under a patch."""
+        """The truncation of the weight under a patch."""
         if place.patch.base_change is BaseChange.IN_FILE:
             return ()
         if self.is_made:
@@ -86,21 +89,21 @@ class TruncationTerms:
         return () if term is None else (term,)
 
     def _in_tail(self, place: Placed) -> tuple[Term, ...]:
-        """The cut of a base that lacks it already: only the tail knows what it was."""
+        """The truncation of a base that is truncated already, which only the tail holds."""
         name, module = place.matrices[0][0].piece.name, place.patch.module
         rank = self.truncations.rank(name, int(place.patch.settings["r"]))
         if not rank:
             return ()
         term = self.truncations.from_tail(name, module, rank)
         if term is None:
-            what = "what was cut off this base is in no tail beside it"
+            what = "the truncated components of this base are unknown: there is no tail/ beside it"
             raise UsageError(what, module, "give the original base, or convert --on truncated")
         return (term,)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An adapter on its base, and what is to be made of it. `base_is`: what a KaSA adapter's base is, else None."""
+    """An adapter on its base, and the options. `base_is`: which base a KaSA adapter has; None for other kinds."""
 
     options: Options
     source: Source
@@ -112,12 +115,12 @@ class Case:
 
     @property
     def adapter(self) -> Adapter:
-        """What its files say."""
+        """The adapter."""
         return self.on_base.adapter
 
     @property
     def places(self) -> tuple[Placed, ...]:
-        """Where its patches go."""
+        """The places of its patches."""
         return self.on_base.places
 
     @property
@@ -127,12 +130,12 @@ class Case:
 
     @property
     def on(self) -> str | None:
-        """Which of KaSA's two bases the LoRA is for."""
+        """The one of KaSA's two bases that the LoRA is for."""
         return self.options.on if self.base_is else None
 
     @property
     def truncation(self) -> TruncationTerms | None:
-        """KaSA's cut, where it is part of the update."""
+        """KaSA's truncation, if it is part of the update."""
         return TruncationTerms(self.truncations, self.base_is == TRUNCATED) if self.on == ORIGINAL else None
 
     @property
@@ -148,7 +151,7 @@ class Case:
 
     @property
     def model_it_fits(self) -> tuple[str | None, str | None]:
-        """Hub id and commit of what the LoRA is for; None where that is not on the Hub, or not known."""
+        """Hub id and commit of the model that the LoRA is for; None if it is not on the Hub, or not known."""
         if self.fits_given:
             return self.source.repo, self.source.commit
         if self.on == TRUNCATED or not self.truncate_manifests:
@@ -167,17 +170,19 @@ class Case:
 
 
 def check(options: Options) -> None:
-    """Refuse what no adapter can satisfy.
+    """Refuse options that are unsound whatever the adapter.
 
     Raises:
-        UsageError: saying which option.
+        UsageError: naming the option.
     """
     if options.rank is not None and options.energy is not None:
-        raise UsageError("rank and energy both say how much is kept", "", "give one of --rank and --energy")
+        raise UsageError(
+            "--rank and --energy both limit the components", "", "give one of --rank and --energy"
+        )
     if options.rank is not None and options.rank < 1:
         raise UsageError("a rank must be positive", "--rank")
     if options.energy is not None and not 0 < options.energy <= 1:
-        raise UsageError("a share of energy is above 0 and at most 1", "--energy")
+        raise UsageError("an energy must be above 0 and at most 1", "--energy")
     for name, known, what in (
         (options.to, FORMS, "form to convert to"),
         (options.on, BASES_OF_KASA, "base to convert for"),
@@ -187,11 +192,11 @@ def check(options: Options) -> None:
         if name not in known:
             raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
     if options.is_lite and options.names != "peft":
-        raise UsageError("lora-lite has names of its own", "--names", "leave it out")
+        raise UsageError("lora-lite has its own names: --names does not apply", "--names", "leave it out")
 
 
 def opened_case(path: Path, where: Where, output: Path, options: Options, facts: Facts | None = None) -> Case:
-    """The adapter read, placed, fit for this base, and all of it such that a plain LoRA can say it.
+    """Read an adapter, place it on its base, and check that a plain LoRA can hold it.
 
     Raises:
         KasaError: by the kind of trouble; nothing was written.
@@ -219,7 +224,7 @@ def _require_convertible(one: AdapterOnBase, base: Origin, options: Options) -> 
     if options.on == TRUNCATED and not adapter.row.truncates_base:
         raise UsageError(f"an adapter of kind {adapter.kind} has no truncated base", "--on", "leave it out")
     if not one.places:
-        raise InvalidInput("an adapter that adds to no weight", str(adapter.path), "use kasa merge")
+        raise InvalidInput("this adapter changes no weight", str(adapter.path), "use kasa merge")
     one.require_start(base)
     require_form(one.places, options.limit)
     if options.on == ORIGINAL:

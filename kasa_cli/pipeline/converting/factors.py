@@ -1,4 +1,4 @@
-"""CONVERT: every patch of an adapter as factors of a plain LoRA, kept at once as parts, then written at one rank.
+"""Every patch of an adapter as the factors of a plain LoRA: kept as parts, then written at one rank.
 
 The factors of all modules would not fit in memory, and the rank of the file is known only when all are there.
 """
@@ -41,7 +41,7 @@ from kasa_cli.report import ConvertedRow
 
 @dataclass(frozen=True)
 class Converter:
-    """Everything that the conversion of one patch needs. `truncation` None: the update is what the adapter adds."""
+    """The inputs of the conversion of a patch. Without `truncation`, the update is what the adapter adds."""
 
     adapter: Adapter
     files: OpenFiles
@@ -54,7 +54,7 @@ class Converter:
 
 @dataclass(frozen=True)
 class Converted:
-    """One patch converted: where its factors are kept, the hashes of the base's tensors, and what was measured.
+    """A converted patch: the key of its factors, the hashes of the base's tensors, and the measurements.
 
     `norm` and `error` are Frobenius norms, of the update and of what is missing of it as stored.
     """
@@ -69,19 +69,19 @@ class Converted:
 
     @property
     def loss(self) -> float:
-        """What is missing, relative to the update."""
+        """The error, relative to the update."""
         return self.error / self.norm if self.norm else 0.0
 
     @property
     def row(self) -> ConvertedRow:
-        """What is reported of it."""
+        """The row of the report."""
         return ConvertedRow(
             label(self.place.patch), tuple(self.hashes), self.rank, self.exact_rank, self.norm, self.loss
         )
 
 
 def loss_of_all(done: Sequence[Converted]) -> float:
-    """What is missing of all updates together."""
+    """The error of all updates together, relative to them."""
     norm, error = math.hypot(*(one.norm for one in done)), math.hypot(*(one.error for one in done))
     return error / norm if norm else 0.0
 
@@ -137,7 +137,7 @@ def _convert(converter: Converter, place: Placed) -> Converted:
 
 
 def _made(converter: Converter, place: Placed) -> bytes:
-    """The factors of a patch, packed, and what was measured on them."""
+    """The factors of a patch, packed, with their measurements."""
     weight = cache(partial(weight_under, converter.checkpoint, place))
     try:
         tensors = converter.files.tensors(converter.adapter.container, place.patch.tensors)
@@ -151,7 +151,7 @@ def _made(converter: Converter, place: Placed) -> bytes:
 
 
 def _packed(found: Sequence[Compact], is_transposed: bool) -> bytes:
-    """The factors as memory has the weight: left (e x rows x n), right (e x n x columns)."""
+    """The factors in the orientation of the weight in memory: left (e x rows x n), right (e x n x columns)."""
     rank = max(one.B.shape[1] for one in found)
     pairs = [(one.A.T, one.B.T) if is_transposed else (one.B, one.A) for one in found]
     left = torch.stack([torch.nn.functional.pad(one, (0, rank - one.shape[1])) for one, _ in pairs])
@@ -178,7 +178,7 @@ def _compact(converter: Converter, place: Placed, change: Change, weight: Callab
 
 
 def _terms(change: Change, weight: Callable[[], Tensor]) -> tuple[Term, ...] | None:
-    """The whole change as low-rank terms; None where it is more than that."""
+    """The whole change as low-rank terms; None if it is no sum of them."""
     if change.is_low_rank:
         return change.terms
     return (change.of_weight(weight()),) if change.of_weight else None
@@ -195,26 +195,28 @@ def _write(file: Filling, rank: int, staging: Staging, item: tuple[Converted, li
 def _payload(staging: Staging, key: str, place: Placed) -> bytes:
     path = staging.part(key)
     if path is None:
-        raise IntegrityError("a finished part was altered", place.patch.module, "run the command again")
+        raise IntegrityError(
+            "a finished part was altered on disk", place.patch.module, "run the command again"
+        )
     return path.read_bytes()
 
 
 def _part_key(place: Placed, hashes: Mapping[str, str]) -> str:
-    """What the factors depend on beside the job, which names the adapter and the options."""
+    """The key of the factors in a job, which fixes the adapter and the options."""
     patch = place.patch
     about = [SOLVER_EDITION, patch.module, patch.parameter, patch.depth, sorted(hashes.items())]
     return hashlib.sha256(canonical_json({"part": about})).hexdigest()
 
 
 def working_room(checkpoint: Checkpoint, place: Placed) -> int:
-    """Bytes that a conversion occupies at most: as for a decomposition, and the difference in float32 besides."""
+    """Bytes that a conversion needs at most: those of a decomposition, and the difference in float32."""
     entry = checkpoint.tensors[place.matrices[0][0].piece.name]
     size = math.prod(place.shape)
     return measuring_bytes(place.shape, size * BITS[entry.dtype] // 8) + 4 * size
 
 
 def is_decomposed(place: Placed, truncation: TruncationTerms | None) -> bool:
-    """Whether a conversion may come to a decomposition of the weight: of the original base, or of a dense update."""
+    """Whether a conversion may decompose a weight: of the original base, or a dense update."""
     patch = place.patch
     is_low_rank = patch.row.is_low_rank(patch.settings)
     return needs_weight(patch) or not is_low_rank or (truncation is not None and not truncation.is_made)

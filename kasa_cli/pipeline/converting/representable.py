@@ -1,4 +1,4 @@
-"""What a plain LoRA can hold: everything else is refused before the work."""
+"""Checks that a plain LoRA can hold an adapter, before the work."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ MERGE = "kasa merge puts it into the base"
 
 
 def require_nothing_else(adapter: Adapter, values: Sequence[PlacedValue], checkpoint: Checkpoint) -> None:
-    """Refuse what a plain LoRA has no place for: parameters held anew, unless they are what the base holds.
+    """Refuse replaced parameters, which a plain LoRA cannot hold, unless they equal those of the base.
 
     Raises:
         InvalidInput: naming the parameter.
@@ -26,15 +26,15 @@ def require_nothing_else(adapter: Adapter, values: Sequence[PlacedValue], checkp
     for value in values:
         one = value.value
         if isinstance(one, TokenRows):
-            raise InvalidInput("trained rows, which a plain LoRA does not hold", one.parameter, MERGE)
+            raise InvalidInput("trained rows, which a plain LoRA cannot hold", one.parameter, MERGE)
         if not _is_in_base(adapter, value, checkpoint):
             raise InvalidInput(
-                f"held anew ({one.why}), which a plain LoRA does not hold", one.parameter, MERGE
+                f"a replaced parameter ({one.why}), which a plain LoRA cannot hold", one.parameter, MERGE
             )
 
 
 def require_form(places: Sequence[Placed], limit: Limit) -> None:
-    """Refuse, before the work, kinds that are no low-rank terms where nothing may be lost, and changes of biases.
+    """Refuse changes of biases and, if nothing may be lost, kinds that are no sum of low-rank terms.
 
     Raises:
         InvalidInput: naming the first such module.
@@ -42,7 +42,7 @@ def require_form(places: Sequence[Placed], limit: Limit) -> None:
     for place in places:
         patch = place.patch
         if place.bias is not None:
-            raise InvalidInput("a change of a bias, which a plain LoRA does not hold", place.bias, MERGE)
+            raise InvalidInput("a change of a bias, which a plain LoRA cannot hold", place.bias, MERGE)
         if not limit.is_set and not patch.row.is_low_rank(patch.settings):
             raise no_form(place)
 
@@ -54,7 +54,7 @@ def no_form(place: Placed) -> InvalidInput:
 
 
 def require_own(places: Sequence[Placed]) -> None:
-    """Refuse patches that take something off a weight which is another module's too: a LoRA adds to one of them.
+    """Refuse patches that subtract from a tied weight: a LoRA changes only one of its modules.
 
     Raises:
         InvalidInput: naming both.
@@ -62,7 +62,7 @@ def require_own(places: Sequence[Placed]) -> None:
     for place in places:
         row = place.patch.row
         if place.tied and (row.truncates_base or row.base is BaseChange.RECOMPUTED):
-            what = f"the same tensor as {place.tied_with}, which a LoRA leaves as it is"
+            what = f"tied with {place.tied_with}, which a LoRA would leave unchanged"
             raise InvalidInput(
                 what, place.patch.module, "untie the base first: save it with tie_word_embeddings false"
             )

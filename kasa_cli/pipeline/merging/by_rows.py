@@ -1,4 +1,4 @@
-"""A tensor that changes while it streams by: it is never in memory, but for some rows at a time."""
+"""A tensor that is changed while it is copied, some rows at a time."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from kasa_cli.checkpoint.safetensors_file import Container, Reader
 from kasa_cli.checkpoint.safetensors_writer import raw_bytes
 from kasa_cli.errors import InvalidInput
 from kasa_cli.linalg.add_and_round import Sum
-from kasa_cli.methods.adapter_kinds.change import Change, carried_out, factors, grain_of
+from kasa_cli.methods.adapter_kinds.change import Change, applied_to, factors, grain_of
 from kasa_cli.pipeline.base_writer import RowReader, too_large
 
 BLOCK_ENTRIES = 1 << 18
@@ -26,7 +26,7 @@ LEAST_ROWS = 16
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, seen as a matrix: its last side is that of a row."""
+    """A tensor in a file as a matrix, whose rows have the length of its last side."""
 
     container: Container
     name: str
@@ -62,7 +62,7 @@ class TrainedRows:
     rows: Tensor
 
     def put_into(self, X: Tensor, first: int) -> Tensor:
-        """The rows from `first` on, with those that fall among them."""
+        """The rows from `first` on, with the trained ones among them replaced."""
         here = (self.indices >= first) & (self.indices < first + len(X))
         if not here.any():
             return X
@@ -73,10 +73,10 @@ class TrainedRows:
 
 @dataclass
 class StreamedTensor:
-    """A tensor of the base, of `num_matrices` below each other, and what becomes of it, in the layout of its file.
+    """A tensor of the base, of `num_matrices` matrices below each other, and its changes as stored in the file.
 
-    `value` stands in its stead, and `trained` rows in those of either; `changes` are by the number of the matrix.
-    What was measured is of the bytes given away: whoever stores them sees to it that they read back the same.
+    `value` replaces the tensor, `trained` rows replace some rows; `changes` are by the number of the matrix. The
+    measurements are of the values returned: the writer checks that they read back the same.
     """
 
     name: str
@@ -109,7 +109,7 @@ class StreamedTensor:
                 self._hashed(before(start, start + step))
 
     def check(self, rows: RowReader) -> Merged:
-        """What was measured on the pieces."""
+        """The measurements of the pieces."""
         whole = sum(total.whole for total in self._sums)
         off = sum(total.off for total in self._sums)
         change = max((total.max_abs_change for total in self._sums), default=0.0)
@@ -137,10 +137,10 @@ class StreamedTensor:
 
 
 def _sum(changes: Sequence[Change], width: int, dtype: torch.dtype, num_rows: int) -> Sum:
-    """All changes as one term, or where they are more than that, one after the other."""
+    """All changes as one term if they are low-rank, else one after the other."""
     nothing = torch.empty(0, width, dtype=torch.float64)
     if not all(change.is_low_rank for change in changes):
-        return Sum(nothing.T, nothing, dtype, num_rows, lambda T, start: carried_out(changes, T, start))
+        return Sum(nothing.T, nothing, dtype, num_rows, lambda T, start: applied_to(changes, T, start))
     term = factors(changes)
     L, R = (term.L, term.R) if term else (nothing.T, nothing)
     return Sum(L, R, dtype, num_rows)

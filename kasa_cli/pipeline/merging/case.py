@@ -1,4 +1,4 @@
-"""What `kasa merge` is asked for: the options, checked, and adapters opened, fit for their base."""
+"""The case of `kasa merge`: the options, checked, and the adapters on their base."""
 
 import math
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from kasa_cli.pipeline.adapter_on_base.provenance import BASES, Origin
 from kasa_cli.pipeline.adapter_on_base.truncated_part import Truncations, known_truncations
 from kasa_cli.pipeline.measuring.facts import Facts
 from kasa_cli.pipeline.merging.edits import Merging, TensorEdits, edits_by_tensor
-from kasa_cli.pipeline.merging.layout import MergedLayout, outline
+from kasa_cli.pipeline.merging.layout import MergedLayout, settle_layout
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.report import AdapterRow
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `kasa merge`. No weights: each adapter counts once."""
+    """The options of `kasa merge`. Without `weights`, each adapter has weight 1."""
 
     weights: tuple[float, ...] = ()
     base_is: str = "auto"
@@ -42,9 +42,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """Adapters and their base, what is to be done to each tensor, and which tensors the result has.
+    """Adapters and their base, the edits of each tensor, and the layout of the result.
 
-    `base_is`: what the base of KaSA adapters is, None where there are none.
+    `base_is`: whether the base of KaSA adapters is the original or truncated; None without such adapters.
     """
 
     options: Options
@@ -64,19 +64,19 @@ class Case:
 
 
 def check(adapters: Sequence[Path], options: Options) -> None:
-    """Refuse what no base can satisfy.
+    """Refuse options that are unsound whatever the base.
 
     Raises:
         UsageError: saying which option.
     """
     if not adapters:
-        raise UsageError("no adapter to merge")
+        raise UsageError("no adapter to merge: give at least one")
     if options.weights and len(options.weights) != len(adapters):
         raise UsageError(
             f"{len(options.weights)} weights for {len(adapters)} adapters", "", "give one each, or none"
         )
     if not all(map(math.isfinite, options.weights)):
-        raise UsageError("a weight must be finite", "--weight")
+        raise UsageError("a weight must be a finite number", "--weight")
     for name, known, what in (
         (options.base_is, BASES, "kind of base"),
         (options.dtype, tuple(DTYPES), "dtype"),
@@ -89,7 +89,7 @@ def check(adapters: Sequence[Path], options: Options) -> None:
 def opened_case(
     paths: Sequence[Path], where: Where, output: Path, options: Options, facts: Facts | None = None
 ) -> Case:
-    """The base and every adapter read, fit for each other, and what they ask of each tensor.
+    """Read the base and every adapter, check that they fit, and collect the edits of each tensor.
 
     Raises:
         KasaError: by the kind of trouble; nothing was written.
@@ -108,7 +108,7 @@ def opened_case(
         mergings.append(merging)
         rows.append(_row(path, one.adapter, weight, digest))
         base_is = own or base_is
-    made, mergings = outline(base, names, mergings, options.untie)
+    made, mergings = settle_layout(base, names, mergings, options.untie)
     notes = (*([names.note] if names.note else []), *made.notes, *_initialisation_notes(mergings))
     return Case(options, source, base, names, tuple(rows), base_is, made, edits_by_tensor(mergings), notes)
 

@@ -1,7 +1,7 @@
-"""What a merged checkpoint is but for its numbers: which tensors it has, of which shapes, and what config.json says.
+"""Layout of the merged checkpoint: tensor names, shapes and config.json, settled before any value is computed.
 
-It differs from the base where an adapter touches one end of tied weights, and where it has another vocabulary. Only
-then transformers is asked, and imported.
+It differs from the base if an adapter changes only some of the weights that are tied, or has another vocabulary. Only
+then is transformers imported.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,16 +17,16 @@ from kasa_cli.model_names.names import Group, Kind, NameMap, Shapes, UnknownFami
 from kasa_cli.pipeline.adapter_on_base.provenance import Origin
 from kasa_cli.pipeline.merging.edits import Merging
 
-NOT_NEEDED = "--untie: no tied weights came apart, nothing to untie"
+NOT_NEEDED = "--untie has no effect: the adapters leave tied weights equal"
 VOCABULARIES = (Kind.EMBEDDING, Kind.HEAD)
 
 
 @dataclass(frozen=True)
 class MergedLayout:
-    """A merged checkpoint before its numbers are known.
+    """The layout of a merged checkpoint, as far as it differs from the base.
 
-    `config` is None where it is the base's, `shapes` are those of tensors whose rows are others, `sources` lead each
-    new tensor to the one of the base that it is made from.
+    `config` is None if it is the base's. `shapes` are those of resized tensors. `sources` maps each new tensor to the
+    tensor of the base that it is made from.
     """
 
     config: Mapping[str, Any] | None = None
@@ -35,14 +35,14 @@ class MergedLayout:
     notes: tuple[str, ...] = ()
 
 
-def outline(
+def settle_layout(
     base: Origin, names: NameMap, mergings: Sequence[Merging], may_untie: bool
 ) -> tuple[MergedLayout, list[Merging]]:
-    """The outline, and the adapters led to the tensors that it has.
+    """The layout, and the adapters on the tensors that it has.
 
     Raises:
-        InvalidInput: ends of tied weights come apart and must not, or cannot; a part of the model keeps the old size
-            of the vocabulary.
+        InvalidInput: an adapter unties weights, which is not allowed or not possible; a part of the model keeps the
+            old size of the vocabulary.
     """
     made, mergings = _untied(base, names, mergings, may_untie)
     return _resized(base.checkpoint, names, made, mergings), mergings
@@ -81,12 +81,12 @@ def _placed_at(
 
 def _still_tied(mergings: Sequence[Merging], said: Sequence[TiedItems]) -> InvalidInput:
     merging, group = next((m, one.apart[0]) for m, one in zip(mergings, said, strict=True) if one.apart)
-    what = f"it makes tied weights differ ({enumerated([*group.ends])})"
-    return InvalidInput(what, str(merging.adapter.path), "give --untie to write a tensor for each")
+    what = f"the adapter makes tied weights differ ({enumerated([*group.ends])})"
+    return InvalidInput(what, str(merging.adapter.path), "give --untie to write a tensor for each of them")
 
 
 def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> list[Group]:
-    """The groups of tied weights, if an adapter touches one. Ends that lie apart on disk and differ are not tied."""
+    """The groups of tied weights, if an adapter changes one. Weights that differ on disk are not tied."""
     places: list[Item] = []
     for merging in mergings:
         places += [*merging.placed, *merging.values]
@@ -103,7 +103,7 @@ def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> l
         if is_one:
             found.append(group)
         elif len(held) < len(group.ends) and not on_disk.isdisjoint(held):
-            what = f"tied weights of which some differ on disk: {enumerated([*group.ends])}"
+            what = f"some of these tied weights differ on disk: {enumerated([*group.ends])}"
             raise InvalidInput(what, str(base.checkpoint.root), "load it with transformers and save it again")
     return found
 
@@ -130,13 +130,13 @@ def _resized(
     behind = _left_behind(config, {**_shapes(checkpoint), **copied, **shapes}, names, old)
     if behind:
         what = f"a vocabulary of {new} rows, but {enumerated(behind, 3)} has {old} and is not in the adapter"
-        raise InvalidInput(what, path, "save both ends of the vocabulary with it")
+        raise InvalidInput(what, path, "save the embedding and the head with the adapter")
     note = f"the vocabulary has {new} rows, {old} before; the tokenizer is that of the base"
     return replace(made, config=config, shapes=shapes, notes=(*made.notes, note))
 
 
 def _left_behind(config: Mapping[str, Any], shapes: Shapes, names: NameMap, old: int) -> list[str]:
-    """The tensors that the config describes otherwise than they are."""
+    """The tensors whose shapes contradict the config."""
     from kasa_cli.model_names import name_map
 
     try:

@@ -31,7 +31,7 @@ from kasa_cli.pipeline.merging.whole_tensor import View, WholeTensor
 
 NONE: Mapping[str, str] = MappingProxyType({})
 KEPT = 4
-"""Patches of fused experts whose changes are kept: each is asked for once an expert."""
+"""Patches of fused experts whose changes are kept: each expert asks for them once."""
 
 
 class Merger:

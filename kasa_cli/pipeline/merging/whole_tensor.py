@@ -1,4 +1,4 @@
-"""A tensor on the table of a merge: what it becomes, rounded once, and what is measured on it as stored."""
+"""A tensor that a merge changes in memory: its new value, rounded once, and the measurements of it as stored."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ PART = 1 << 20
 
 @dataclass(frozen=True)
 class View:
-    """One matrix of a tensor as the adapters see it, and what they do to it."""
+    """One matrix of a tensor as the adapters see it, and its changes."""
 
     index: int | None
     is_turned: bool
@@ -34,7 +34,7 @@ class View:
 
 @dataclass(frozen=True)
 class WholeTensor:
-    """A tensor on the table: as it was, what it is before the changes, and the changes."""
+    """A tensor as it was, its value before the changes, and the changes."""
 
     name: str
     before: Tensor
@@ -56,7 +56,7 @@ class WholeTensor:
         yield Q
 
     def check(self, rows_of: RowReader) -> Merged:
-        """Compare what was stored with the exact result and with what was there."""
+        """Compare the stored tensor with the exact result and with the tensor of the base."""
         stored = rows_of(0, len(self.X))
         both = min(len(stored), len(self.before))
         change = max((_largest(Q, W) for Q, W in _in_parts(stored[:both], self.before[:both])), default=0.0)
@@ -67,7 +67,7 @@ class WholeTensor:
         return Merged(change, (error / norm) ** 0.5 if norm else 0.0, digest_of([raw_bytes(self.before)]))
 
     def _exact(self, stored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of what is stored and what should be, a block at a time."""
+        """Pairs of stored and exact values, a block at a time."""
         if self.biases:
             yield stored, apply_bias(self.X, self.biases, torch.float64)
             return

@@ -630,7 +630,7 @@ def test_lora_lite_takes_no_module_for_another_of_that_end(tmp_path):
 
 @pytest.mark.parametrize("name", ["conv1d", "experts", "embedding"])
 def test_lora_lite_knows_linear_modules_only(name, tmp_path):
-    with pytest.raises(InvalidInput, match="lora-lite knows linear modules only"):
+    with pytest.raises(InvalidInput, match="lora-lite holds linear modules only"):
         converted(saved(name), base_of(name), tmp_path / "OUT", to="lora-lite")
 
 
