@@ -76,19 +76,25 @@ def check(options: Options) -> None:
         UsageError: saying which option, and what is known.
     """
     if options.rank < 1 or options.dropped < 0:
-        raise UsageError("a rank must be positive, a truncation rank not negative")
+        raise UsageError(
+            f"invalid ranks {options.rank} and {options.dropped}",
+            "",
+            "a rank is positive, a truncation rank 0 or more",
+        )
     if not options.emit:
         raise UsageError("nothing to emit", "", f"give some of {', '.join(PARTS)}")
     if not (0 <= options.beta < math.inf and 0 <= options.gamma < math.inf):
-        raise UsageError("beta and gamma must not be negative, and finite")
+        raise UsageError(
+            f"invalid loss weights {options.beta} and {options.gamma}: both are finite and not negative"
+        )
     if not 0 <= options.min_realised <= 1:
         raise UsageError(f"min_realised {options.min_realised} is not a share", "", "give 0 to 1")
     check_running(options.running)
     if not 0 < options.lora_alpha < math.inf:
-        raise UsageError("alpha must be positive and finite")
+        raise UsageError(f"invalid alpha {options.lora_alpha}: it is positive and finite")
     if options.max_shard_size is not None and not SHARD_SIZE.fullmatch(options.max_shard_size):
         raise UsageError(
-            f"no size of a shard: {options.max_shard_size!r}", "", "give one such as 5GB or 500MB"
+            f"invalid shard size {options.max_shard_size!r}", "", "give a number and a unit, such as 5GB"
         )
     _check_names(options)
 
