@@ -1,1 +1,1 @@
-"""One verb a file: options to plan to stages to report."""
+"""One function a verb, with plain arguments: `kasa_cli` exports them, and the command line calls them."""

@@ -1,4 +1,4 @@
-"""`kasa demo`: the whole path on a small real model, with the figures that matter measured on the way."""
+"""`kasa demo`."""
 
 import importlib.util
 import shutil
@@ -89,7 +89,7 @@ def packaged_model() -> Path | None:
 
 
 def generated_model(folder: Path) -> Path:
-    """A Llama of two narrow layers with seeded random weights, written where `folder` is."""
+    """A Llama of two narrow layers with seeded random weights, written to `folder`."""
     if folder.exists():
         shutil.rmtree(folder)
     config = LlamaConfig(

@@ -21,13 +21,13 @@ def refuse_occupied(*files: Path | None, overwrite: bool, folder: Path | None = 
         if path is None or not os.path.lexists(path):
             continue
         if path.is_symlink() or not path.is_file():
-            raise OutputExists("not a file, and not overwritten", str(path), "choose another")
+            raise OutputExists("the output is not a regular file", str(path), "choose another")
         if not overwrite:
             raise OutputExists(
                 "the output exists", str(path), "choose another, or replace it with --overwrite"
             )
     if folder is not None and os.path.lexists(folder) and not folder.is_dir():
-        raise OutputExists("not a folder", str(folder), "choose another")
+        raise OutputExists("the output is not a folder", str(folder), "choose another")
 
 
 def to_json(report: Report) -> str:

@@ -46,7 +46,9 @@ def num_bytes(text: str | None) -> int | None:
         return None
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
     if not match:
-        raise UsageError(f"no size: {text!r}", "--max-size", "give one such as 5GB or 500MB")
+        raise UsageError(
+            f"invalid size {text!r}", "--max-size", "give a number and a unit, such as 5GB or 500MB"
+        )
     return int(float(match[1]) * SIZES[match[2]])
 
 
@@ -63,5 +65,7 @@ def num_days(text: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([dhw])", text.strip().lower())
     if not match:
-        raise UsageError(f"no time span: {text!r}", "--older-than", "give one such as 90d or 12h")
+        raise UsageError(
+            f"invalid time span {text!r}", "--older-than", "give a number and a unit, such as 90d or 12h"
+        )
     return float(match[1]) * DAYS[match[2]]

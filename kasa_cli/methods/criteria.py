@@ -1,6 +1,6 @@
-"""Criteria: what a spectrum says about whether a module is worth training. One row of `CRITERIA` each.
+"""Criteria for selecting modules to train; each is one row of `CRITERIA`.
 
-A score is a number of one spectrum. NaN says that the criterion has nothing to say about it; infinity is a score.
+A score is a number computed from one spectrum. NaN means that the criterion does not apply; infinity is a score.
 
 Shapes: o = out_features, i = in_features, k = min(o, i).
 """
@@ -24,7 +24,7 @@ IQR_OF_NORMAL = 1.349
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What was measured of a weight: both ends, the norm and, where asked for, all values, descending."""
+    """The spectrum of a weight: its extremes, the norm and, for criteria that need them, all values, descending."""
 
     shape: tuple[int, int]
     sigma_max: float
@@ -38,7 +38,7 @@ Score = Callable[[Spectrum], float]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A score, which end of it is worth training, and whether it needs the whole spectrum."""
+    """A score, its end that is worth training, and whether it needs the whole spectrum."""
 
     score: Score
     prefer: str
@@ -146,9 +146,9 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def expected(score: Score, shape: tuple[int, int], frobenius: float = 0.0) -> float:
-    """What a random matrix of this shape scores, its randomness taken out.
+    """The score of the expected spectrum of a random matrix of this shape.
 
-    Its norm is the one given, for not every score is free of scale; or its entries have variance 1.
+    Its norm is `frobenius`, since some scores depend on the scale; without it its entries have variance 1.
     """
     S = expected_spectrum(shape)
     norm = quantities.frobenius(S)

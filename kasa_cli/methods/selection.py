@@ -1,4 +1,4 @@
-"""Choosing among scored modules: the order, the cut, and how two orders compare."""
+"""Selects among scored modules: the order, the amount, and the comparison of two orders."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -11,7 +11,7 @@ SIGNS = {"low": 1.0, "high": -1.0}
 
 @dataclass(frozen=True)
 class Amount:
-    """How much to choose; exactly one is given."""
+    """The amount to select; exactly one of the fields is given."""
 
     top_p: float | None = None
     num_modules: int | None = None
@@ -34,9 +34,9 @@ def order(scores: Sequence[float], prefer: str) -> list[int]:
 def choose(
     scores: Sequence[float], prefer: str, amount: Amount, groups: Sequence[str] | None = None
 ) -> list[int]:
-    """Indices of the chosen, best first.
+    """Indices of the selection, best first.
 
-    With groups the amount is taken of each of them, and they follow each other in order of first appearance.
+    With groups the amount applies to each group, and the groups follow each other in the order of first appearance.
 
     Raises:
         NumericalError: a score is not a number.
@@ -50,7 +50,7 @@ def choose(
 
 
 def overlap(a: Collection[str], b: Collection[str]) -> float:
-    """Jaccard's index |a ∩ b| / |a ∪ b|; 1 for two empty choices.
+    """Jaccard's index |a ∩ b| / |a ∪ b|; 1 for two empty selections.
 
     >>> overlap(["q", "k"], ["k", "v"])
     0.3333333333333333
@@ -62,7 +62,7 @@ def overlap(a: Collection[str], b: Collection[str]) -> float:
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Spearman's: the linear correlation of the ranks, ties at their mean; infinities rank as the largest.
 
-    None where it has no meaning: fewer than two scores, or one of the lists constant.
+    None where it is undefined: fewer than two scores, or a constant list.
 
     Raises:
         NumericalError: a score is not a number.
@@ -78,7 +78,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
 def matched_rank(
     rank: int, all_shapes: Sequence[tuple[int, int, int]], chosen: Sequence[tuple[int, int, int]]
 ) -> int:
-    """The rank at which adapters on the chosen train no more than rank R on all: ⌊R Σ_all n(o+i) / Σ_chosen n(o+i)⌋.
+    """The rank at which the selection trains no more than rank R on all: ⌊R Σ_all n(o+i) / Σ_chosen n(o+i)⌋.
 
     A shape is (n, o, i), n the number of matrices (the experts of a fused parameter). At least 1.
 
@@ -94,12 +94,12 @@ def matched_rank(
 
 
 def _budget(shapes: Sequence[tuple[int, int, int]]) -> int:
-    """Parameters that one rank costs."""
+    """Number of parameters for each unit of rank."""
     return sum(n * (o + i) for n, o, i in shapes)
 
 
 def _best(indices: list[int], scores: Sequence[float], prefer: str, amount: Amount) -> list[int]:
-    """The head of a ranking; the share is rounded down, but never to nothing, as PEFT's selector does."""
+    """The head of a ranking; the fraction is rounded down, but to 1 at least, as in PEFT's selector."""
     if amount.threshold is not None:
         sign = SIGNS[prefer]
         return [index for index in indices if sign * scores[index] <= sign * amount.threshold]

@@ -1,4 +1,4 @@
-"""`kasa store ls` and `kasa store prune`: what is remembered of spectra and names, and forgetting it."""
+"""Lists and prunes the store of measured spectra and module names."""
 
 import time
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from kasa_cli.report.totals import StoreRow
 DAY = 24 * 3600
 UNKNOWN: dict[str, Any] = {"name": "?", "dtype": "?", "shape": [0, 0]}
 Held = tuple[Store, Entry]
-"""What is kept, and on which shelf."""
+"""An entry, and the store that holds it."""
 
 
 def ls(store: Path | None = None) -> StoreReport:
-    """Every tensor measured, the one used last first; and how many models' names are known."""
+    """Every measured tensor, the one used last first, and the number of models whose names are known."""
     opened = existing(store)
     held = _held(opened)
     tensors, models = _parted(held)
@@ -38,13 +38,13 @@ def prune(
     everything: bool = False,
     dry_run: bool = False,
 ) -> StoreReport:
-    """Forget what was used the longest ago, until what is left fits; or what is older; or all.
+    """Remove the entries used longest ago until the rest fits, those that are older, or all.
 
     Raises:
-        UsageError: nothing says what to forget.
+        UsageError: none of the three is given.
     """
     if max_bytes is None and max_days is None and not everything:
-        raise UsageError("nothing says what to forget", "", "give --max-size, --older-than or --all")
+        raise UsageError("nothing is chosen for removal", "", "give --max-size, --older-than or --all")
     opened = existing(store)
     held = _held(opened)
     doomed = held if everything else _doomed(held, max_bytes, max_days)
@@ -77,13 +77,13 @@ def _shelves(opened: Store) -> tuple[Store, Store]:
 
 
 def _held(opened: Store) -> list[Held]:
-    """All that is kept, the last used first."""
+    """All entries, the last used first."""
     held = [(shelf, entry) for shelf in _shelves(opened) for entry in shelf.entries()]
     return sorted(held, key=lambda one: (-one[1].last_used, one[1].content))
 
 
 def _parted(held: Iterable[Held]) -> tuple[list[Entry], list[Entry]]:
-    """The tensors measured, and the models whose names are known."""
+    """The measured tensors, and the models whose names are known."""
     parts: dict[str, list[Entry]] = {FACTS: [], NAMES: []}
     for shelf, entry in held:
         parts[shelf.layout].append(entry)
@@ -95,7 +95,7 @@ def _num_bytes(held: Iterable[Held]) -> int:
 
 
 def _doomed(held: list[Held], max_bytes: int | None, max_days: float | None) -> list[Held]:
-    """Of entries, the last used first: those too old, and those that no longer fit."""
+    """The entries that are too old or no longer fit; `held` has the last used first."""
     doomed, room, now = [], max_bytes, time.time()
     for one in held:
         entry = one[1]
@@ -109,7 +109,7 @@ def _doomed(held: list[Held], max_bytes: int | None, max_days: float | None) -> 
 
 
 def _row(opened: Store, entry: Entry) -> StoreRow:
-    """What a person can recognise a tensor by: the name it was first measured under, and its shape."""
+    """A row for a person: the name under which the tensor was first measured, its shape and use."""
     payload = opened.any_fact(entry.content, "extremes") or next(
         (found for question in entry.questions if (found := opened.any_fact(entry.content, question))), None
     )
@@ -126,7 +126,7 @@ def _row(opened: Store, entry: Entry) -> StoreRow:
 
 
 def _about(payload: bytes) -> dict[str, Any]:
-    """What a fact is about, if it is one as this version of kasa keeps them."""
+    """The tensor of a fact; unknown values for a fact of another version of kasa."""
     try:
         about: dict[str, Any] = UNKNOWN | header(payload)["about"]
     except (KeyError, TypeError, ValueError):

@@ -30,22 +30,7 @@ OPTIONS = """
 --rank -r --truncation-rank --alpha --use-rslora --emit --dtype --rounding --min-realised --strict --diag-init
 --beta --gamma --compat --max-shard-size
 """
-VERBS = (
-    [],
-    ["truncate"],
-    ["inspect"],
-    ["inspect", "spectrum"],
-    ["inspect", "adapter"],
-    ["inspect", "diff"],
-    ["select-targets"],
-    ["merge"],
-    ["convert"],
-    ["verify"],
-    ["store"],
-    ["store", "ls"],
-    ["store", "prune"],
-    ["demo"],
-)
+VERBS = ([], ["inspect"], ["store"], *(verb.split() for verb in kasa_cli.VERBS))
 
 
 COMMON = "--target --exclude --targets-from --workers --store --no-store --keep-going --json --format"

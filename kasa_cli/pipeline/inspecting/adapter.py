@@ -1,7 +1,7 @@
-"""LOOK, at adapters: what one does to every weight, from its own file and, where that is not enough, from the base.
+"""Figures of an adapter: its update of each weight, from its file and, where that is not enough, from the base.
 
-Products are never formed: of a sum of low-rank terms the singular values come from the factors; anything else is
-looked at some rows at a time.
+Products are never formed. The singular values of a sum of low-rank terms come from the factors; any other update is
+read some rows at a time.
 """
 
 import math
@@ -33,25 +33,25 @@ from kasa_cli.pipeline.adapter_on_base.patches import (
     needs_weight,
     weight_under,
 )
-from kasa_cli.pipeline.inspecting.share_in_cut import Cut, Dropped
+from kasa_cli.pipeline.inspecting.share_in_cut import Cut, TruncatedDirections
 from kasa_cli.report import InCut, ModuleRow, module_type
 
 ENERGY = 0.9
 
-NEEDS_BASE = "not known without the base: give --base"
-START_IS_LOST = "its start took something off the base that is not in the file"
+NEEDS_BASE = "unknown without the base: give --base"
+START_IS_LOST = "its initialisation changed the base by an amount that is not in the file"
 
 
 @dataclass(frozen=True)
 class Item:
-    """A patch of an adapter and, if there is a base, where it goes."""
+    """A patch of an adapter and its place on the base, if a base is given."""
 
     patch: Patch
     place: Placed | None = None
 
     @property
     def name(self) -> str:
-        """The module or its parameter; where only the base could tell which, the path that the file has."""
+        """The module or its parameter; the path in the file, where only the base could tell which it is."""
         patch = self.patch
         if patch.parameter == UNKNOWN_PARAMETER:
             return patch.module + ".base_layer" * patch.depth
@@ -59,18 +59,18 @@ class Item:
 
     @property
     def is_stack(self) -> bool:
-        """Whether it is about a parameter, which may hold several experts; only LoRA is there."""
+        """Whether the patch changes a parameter, which may hold several experts; only LoRA does."""
         is_parameter = self.patch.parameter != "weight" and self.patch.row.holds_experts
         return is_parameter or (self.place is not None and len(self.place.matrices) > 1)
 
     @property
     def num_bytes(self) -> int:
-        """Of the weight in float64, if it is read at all."""
+        """Bytes of the weight in float64; 0 if it is not read."""
         return 8 * math.prod(self.place.shape) if self.place and not self.is_stack else 0
 
     @property
     def matrix(self) -> Matrix | None:
-        """The weight in the base's files, to ask about; None of experts, and of one whose pieces lie turned."""
+        """The weight in the base; None for experts, and for several pieces that are stored transposed."""
         place = self.place
         if place is None or self.is_stack or (place.is_turned and len(place.matrices[0]) > 1):
             return None
@@ -78,15 +78,15 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An adapter, its file held open, and the base that it is looked at with, if any."""
+class OpenAdapter:
+    """An adapter with its open file, and its base, if one is given."""
 
     adapter: Adapter
     base: Checkpoint | None
     files: OpenFiles
 
     def tensors(self, patch: Patch) -> dict[str, Tensor]:
-        """A patch's tensors by their short names.
+        """The tensors of a patch by their short names.
 
         Raises:
             InvalidInput: a number in one of them is not finite.
@@ -94,40 +94,40 @@ class Opened:
         return self.files.tensors(self.adapter.container, patch.tensors)
 
     def weight(self, item: Item) -> Tensor | None:
-        """W under the adapter as (out, in): the one in the adapter's own file, or the base's."""
+        """The weight W under the adapter as (out, in): from the adapter's own file, or from the base."""
         place, patch = item.place, item.patch
         own = f"{patch.module}.weight"
         for one in self.adapter.replacements:
             if one.parameter == own and one.is_base:
-                found = self.files.tensor(self.adapter.container, one.tensor)
-                turned = place.is_transposed if place else is_of_embedding(patch.tensors)
-                return found.T if turned else found
+                weight = self.files.tensor(self.adapter.container, one.tensor)
+                is_turned = place.is_transposed if place else is_of_embedding(patch.tensors)
+                return weight.T if is_turned else weight
         if place is None or self.base is None or item.is_stack:
             return None
         return weight_under(self.base, place)
 
     @property
     def has_patterns(self) -> bool:
-        """Whether rank or alpha depend on names."""
+        """Whether rank or alpha depend on the module."""
         return any(self.adapter.config.get(f"{of}_pattern") for of in ("rank", "alpha"))
 
 
 @dataclass(frozen=True)
-class Look:
-    """One patch under the lens."""
+class PatchTensors:
+    """One patch with its tensors, while it is measured."""
 
-    opened: Opened
+    opened: OpenAdapter
     item: Item
     tensors: Mapping[str, Tensor]
 
     @property
     def patch(self) -> Patch:
-        """What the adapter says."""
+        """The patch as the adapter has it."""
         return self.item.patch
 
     @cached_property
     def shape(self) -> tuple[int, int] | None:
-        """(out, in) as the adapter counts them; without a base, what its own tensors say of it."""
+        """(out, in) as the adapter counts them; without a base, as far as its tensors tell."""
         if self.item.place:
             return self.item.place.sides
         shapes = {short: tuple(tensor.shape) for short, tensor in self.tensors.items()}
@@ -136,7 +136,7 @@ class Look:
 
     @cached_property
     def num_matrices(self) -> int | None:
-        """How many experts there are; None where rank and number cannot be told apart without the base."""
+        """Number of experts; None where the file alone does not separate it from the rank."""
         if self.item.place:
             return len(self.item.place.matrices)
         if not self.item.is_stack:
@@ -145,7 +145,7 @@ class Look:
         return None if self.opened.has_patterns or num_rows % r else num_rows // r
 
     def pairs(self) -> Iterable[Factors | None]:
-        """The two factors of each matrix, of kinds that have two."""
+        """The two factors of each matrix, for kinds with two."""
         if self.num_matrices is None:
             return [None]
         if self.item.is_stack:
@@ -154,7 +154,7 @@ class Look:
         return [learned.pair(self.patch.row, self.tensors, self.shape)]
 
     def updates(self) -> Iterable[Update | str]:
-        """What the adapter does to each matrix, or why that is not known; of experts one at a time."""
+        """The update of each matrix, or the reason why it is unknown; experts come one at a time."""
         if self.num_matrices is None or self.shape is None:
             return [NEEDS_BASE]
         if self.patch.base_change is BaseChange.LOST:
@@ -163,12 +163,12 @@ class Look:
         shape = self.shape
         module = Module(*shape, self.patch.settings, is_transposed)
         if self.item.is_stack:
-            made = expert_changes(self.tensors, module, self.num_matrices)
-            return (learned.update(change, None, shape) for change in made)
+            changes = expert_changes(self.tensors, module, self.num_matrices)
+            return (learned.update(change, None, shape) for change in changes)
         return [self._update(module)]
 
     def _update(self, module: Module) -> Update | str:
-        """The weight is read only where the change depends on it."""
+        """The update of a single weight, which is read only where the update depends on it."""
         needs = needs_weight(self.patch)
         W = self.opened.weight(self.item) if needs else None
         if needs and W is None:
@@ -182,21 +182,21 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Looked:
-    """One row, and what KaSA's penalties of that layer are made of."""
+class MeasuredPatch:
+    """One row, and the terms of KaSA's penalties for that layer."""
 
     row: ModuleRow
     layer: Layer | None
 
 
-def module_rows(opened: Opened, item: Item, cuts: Dropped) -> list[Looked]:
-    """A row for each weight that a patch changes; an expert is one.
+def module_rows(opened: OpenAdapter, item: Item, cuts: TruncatedDirections) -> list[MeasuredPatch]:
+    """A row for each weight that a patch changes; each expert is a weight.
 
     Raises:
         InvalidInput, NumericalError: a tensor is not finite, or does not fit; naming module and tensor.
     """
     try:
-        look = Look(opened, item, opened.tensors(item.patch))
+        look = PatchTensors(opened, item, opened.tensors(item.patch))
         pairs, updates, count = look.pairs(), look.updates(), look.num_matrices or 1
         numbers = range(count) if count > 1 else [None]
         return [
@@ -210,15 +210,21 @@ def module_rows(opened: Opened, item: Item, cuts: Dropped) -> list[Looked]:
         raise type(error)(error.what, where, error.remedy) from error
 
 
-def _row(look: Look, number: int | None, pair: Factors | None, update: Update | str, cuts: Dropped) -> Looked:
+def _row(
+    look: PatchTensors,
+    number: int | None,
+    pair: Factors | None,
+    update: Update | str,
+    cuts: TruncatedDirections,
+) -> MeasuredPatch:
     patch, name = look.patch, look.item.name
     settings: Mapping[str, Any] = patch.settings if look.num_matrices is not None else {}
-    found, why = (None, update) if isinstance(update, str) else (update, update.why)
+    known, why = (None, update) if isinstance(update, str) else (update, update.why)
     d = learned.diagonal(patch.row, look.tensors)
     rank = len(pair[0]) if pair else settings.get("r")
     defects = [defect(pair[0].T.contiguous()), defect(pair[1])] if pair else [None, None]
     layer = _layer(look, pair, d, defects)
-    in_cut, in_cut_why = _in_cut(look, rank, found, cuts)
+    in_cut, in_cut_why = _in_cut(look, rank, known, cuts)
     row = ModuleRow(
         name=name if number is None else f"{name}[{number}]",
         module=patch.module,
@@ -229,9 +235,9 @@ def _row(look: Look, number: int | None, pair: Factors | None, update: Update | 
         rank=rank,
         alpha=settings.get("alpha"),
         scaling=learned.scaling(patch.row, look.tensors, settings),
-        norm=found.norm if found else None,
+        norm=known.norm if known else None,
         why=why,
-        **_spectral(found),
+        **_spectral(known),
         **_diagonal(d),
         defect_a=defects[0],
         defect_b=defects[1],
@@ -239,11 +245,11 @@ def _row(look: Look, number: int | None, pair: Factors | None, update: Update | 
         in_cut=in_cut,
         in_cut_why=in_cut_why,
     )
-    return Looked(row, layer)
+    return MeasuredPatch(row, layer)
 
 
 def _spectral(update: Update | None) -> dict[str, Any]:
-    """What the singular values say, if they are known."""
+    """The figures of the singular values; None where they are unknown."""
     S = update.svd[1] if update and update.svd else None
     names = ("sigma_max", "stable_rank", "effective_rank", "rank_90")
     if S is None:
@@ -260,17 +266,17 @@ def _spectral(update: Update | None) -> dict[str, Any]:
 
 
 def _diagonal(d: Tensor | None) -> dict[str, Any]:
-    """The learned diagonal with its signs; of a dense core, which has none, the singular values."""
-    made: dict[str, Any] = dict.fromkeys(("diagonal", "diagonal_signs", "core"))
+    """The learned diagonal with its signs; for a dense core, its singular values."""
+    figures: dict[str, Any] = dict.fromkeys(("diagonal", "diagonal_signs", "core"))
     if d is None:
-        return made
+        return figures
     if d.ndim == 2:
-        return made | {"core": tuple(torch.linalg.svdvals(d).tolist())}
+        return figures | {"core": tuple(torch.linalg.svdvals(d).tolist())}
     values = tuple(d.tolist())
-    return made | {"diagonal": values, "diagonal_signs": learned.signs(values)}
+    return figures | {"diagonal": values, "diagonal_signs": learned.signs(values)}
 
 
-def _layer(look: Look, pair: Factors | None, d: Tensor | None, defects: list[Any]) -> Layer | None:
+def _layer(look: PatchTensors, pair: Factors | None, d: Tensor | None, defects: list[Any]) -> Layer | None:
     if not look.patch.row.truncates_base or pair is None or d is None or look.shape is None:
         return None
     return Layer(float(d.square().sum()), defects[0], defects[1], look.shape, len(pair[0]))
@@ -281,7 +287,7 @@ def _penalties(layer: Layer) -> dict[str, float]:
 
 
 def _in_cut(
-    look: Look, rank: int | None, update: Update | None, cuts: Dropped
+    look: PatchTensors, rank: int | None, update: Update | None, cuts: TruncatedDirections
 ) -> tuple[InCut | None, str | None]:
     if update is None or update.svd is None or rank is None or look.shape is None or look.item.is_stack:
         return None, None

@@ -1,4 +1,4 @@
-"""One weight in two checkpoints: how its spectrum, its ends and its entries differ."""
+"""One weight in two checkpoints: the difference of its entries, its spectrum and its subspaces."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,9 +15,9 @@ from kasa_cli.pipeline.measuring.weights import weigh
 from kasa_cli.report import DiffRow, module_type
 
 INTRUDER = 0.6
-"""Cosine below which a direction is like none before (Shuttleworth et al. 2024 look at 0.5 to 0.7)."""
+"""Cosine below which a direction of B counts as new (Shuttleworth et al. 2024 use 0.5 to 0.7)."""
 REACH = 4
-"""Directions of A that are searched for each of B's: so many times the subspace rank."""
+"""The directions of A that each direction of B is compared with: this many times the subspace rank."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is compared of a weight; `top` and `bottom` are left singular vectors."""
+    """The compared quantities of one weight; `top` and `bottom` are left singular vectors."""
 
     S: Tensor
     extremes: Extremes
@@ -43,15 +43,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Contrasted:
-    """What came of a pair: None for a weight that is the same in both; how many decompositions it took."""
+class ComparedPair:
+    """The row of a pair, None for a weight that is the same in both, and the number of decompositions."""
 
     row: DiffRow | None
     num_new: int
     num_reused: int
 
 
-def contrast(pair: Pair, sources: tuple[Checkpoint, Checkpoint], facts: Facts, rank: int) -> Contrasted:
+def contrast(pair: Pair, sources: tuple[Checkpoint, Checkpoint], facts: Facts, rank: int) -> ComparedPair:
     """Compare one weight of A with that of B.
 
     Raises:
@@ -60,12 +60,12 @@ def contrast(pair: Pair, sources: tuple[Checkpoint, Checkpoint], facts: Facts, r
     device = torch.device("cpu")
     weights = (weigh(sources[0], pair.first, device), weigh(sources[1], pair.second, device))
     if weights[0].content == weights[1].content:
-        return Contrasted(None, 0, 0)
+        return ComparedPair(None, 0, 0)
     rank = min(rank, max(1, min(pair.shape) // REACH))
     sides = (_measured(facts.bench(weights[0]), rank, REACH), _measured(facts.bench(weights[1]), rank, 1))
     num_new = sum(side.is_new for side in sides)
     as_computed = replace(pair, shape=weights[0].shape)  # a Conv1D is (in, out) in memory too
-    return Contrasted(_row(as_computed, sides, distance(pair, sources), rank), num_new, 2 - num_new)
+    return ComparedPair(_row(as_computed, sides, distance(pair, sources), rank), num_new, 2 - num_new)
 
 
 def distance(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> float:
@@ -80,7 +80,7 @@ def distance(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> float:
 
 
 def _measured(bench: Bench, rank: int, reach: int) -> Measured:
-    """Ask for all that is compared; the Gram matrix is gone when this returns, before that of the other is made."""
+    """Measure one side; its Gram matrix is freed before that of the other side is formed."""
     top = bench.top(reach * rank).U
     bottom = bench.bottom(rank).U if rank < min(bench.weight.shape) else top  # a vector has one direction
     return Measured(bench.values().S, bench.extremes(), top, bottom, bench.is_new)

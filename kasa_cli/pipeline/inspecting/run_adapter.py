@@ -1,4 +1,4 @@
-"""`kasa inspect adapter`: what an adapter does to every weight, from its own file and, if need be, from its base."""
+"""Inspects an adapter: every update, from its own file and, where that is needed, from its base."""
 
 import math
 import re
@@ -17,8 +17,14 @@ from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.adapter_on_base.match import AdapterOnBase, on_base, read_adapter
 from kasa_cli.pipeline.adapter_on_base.provenance import BASES, ORIGINAL, TRUNCATED, Origin
 from kasa_cli.pipeline.adapter_on_base.truncated_part import known_truncations
-from kasa_cli.pipeline.inspecting.adapter import Item, Looked, Opened, module_rows
-from kasa_cli.pipeline.inspecting.share_in_cut import CUT_ALREADY, NO_BASE, NOT_SAID, Dropped, what_base_is
+from kasa_cli.pipeline.inspecting.adapter import Item, MeasuredPatch, OpenAdapter, module_rows
+from kasa_cli.pipeline.inspecting.share_in_cut import (
+    CUT_ALREADY,
+    NO_BASE,
+    NOT_SAID,
+    TruncatedDirections,
+    what_base_is,
+)
 from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
@@ -29,13 +35,13 @@ __all__ = ["Running", "Where", "adapter"]
 
 COMMAND = "inspect adapter"
 BETA, GAMMA = 1e-4, 1e-3
-"""What PEFT takes where a `kasa_config` names none."""
+"""PEFT's defaults, for a `kasa_config` without them."""
 ADDED_BIAS = "lora_B.bias"
 
 
 @dataclass(frozen=True)
-class Base:
-    """A base, and the adapter led to it."""
+class PlacedAdapter:
+    """A base, and the adapter placed on it."""
 
     origin: Origin
     fitted: AdapterOnBase
@@ -50,7 +56,7 @@ def adapter(
     running: Running | None = None,
     watcher: Watcher | None = None,
 ) -> AdapterReport:
-    """Look at an adapter: scaling, norm, singular values, diagonal, orthogonality, penalties, share in the cut.
+    """Measure an adapter: scaling, norm, singular values, diagonal, orthogonality, penalties, share in the cut.
 
     `where` is its base, which only some kinds and the share need; `base_is` says whether that is truncated.
 
@@ -62,74 +68,80 @@ def adapter(
     if base_is not in BASES:
         raise UsageError(f"unknown kind of base {base_is!r}", "", f"known: {', '.join(BASES)}")
     if where is None and base_is != "auto":
-        raise UsageError("--base-is without a base", "", "give the base with --base")
+        raise UsageError("--base-is needs a base", base_is, "give the base with --base")
     opened = read_adapter(path)
     base = _base(opened, where, running) if where else None
-    told = _base_is(base_is, base) if base else None
-    cuts = _cuts(path, base, told)
+    base_state = _base_is(base_is, base) if base else None
+    cuts = _cuts(path, base, base_state)
     with OpenFiles() as files:
-        seen = Opened(opened, base.origin.checkpoint if base else None, files)
-        looked = _look(seen, base, cuts, running, watcher)
-    rows = tuple(one.row for one in looked)
+        seen = OpenAdapter(opened, base.origin.checkpoint if base else None, files)
+        measured = _measure(seen, base, cuts, running, watcher)
+    rows = tuple(one.row for one in measured)
     return AdapterReport(
         command=COMMAND,
         adapter=str(path),
         kind=opened.kind,
         base=where.model if where else None,
-        base_is=told,
+        base_is=base_state,
         modules=rows,
         values=_values(opened),
-        penalties=_penalties(opened, [one.layer for one in looked if one.layer]),
+        penalties=_penalties(opened, [one.layer for one in measured if one.layer]),
         totals=_totals(opened, rows),
         notes=(*_notes(rows), *(base.notes if base else ())),
     )
 
 
-def _base(opened: Adapter, where: Where, running: Running) -> Base:
-    """The base, where every tensor of the adapter fits."""
+def _base(opened: Adapter, where: Where, running: Running) -> PlacedAdapter:
+    """The base, with the adapter placed on it; every tensor must fit."""
     facts = open_facts(running)
     _, checkpoint, names = survey(where, facts.store)
     origin = provenance.origin(checkpoint)
-    led = on_base(opened, origin, names)
-    led.require_base(origin)
-    return Base(origin, led, facts, (*([names.note] if names.note else []), *store_notes(facts)))
+    placed = on_base(opened, origin, names)
+    placed.require_base(origin)
+    return PlacedAdapter(origin, placed, facts, (*([names.note] if names.note else []), *store_notes(facts)))
 
 
-def _base_is(asked: str, base: Base) -> str | None:
-    """Whether the base is truncated, if the adapter is one to which that matters; None where nothing says so."""
+def _base_is(asked: str, base: PlacedAdapter) -> str | None:
+    """Whether the base is truncated, for adapters that depend on it; None where that is unknown."""
     names = base.fitted.truncated_targets
     return what_base_is(asked, base.origin, base.fitted.made_by, names) if names else None
 
 
-def _cuts(path: Path, base: Base | None, told: str | None) -> Dropped:
+def _cuts(path: Path, base: PlacedAdapter | None, base_state: str | None) -> TruncatedDirections:
     cuts = known_truncations(path, base.origin if base else None)
     if base is None:
         made_by = provenance.adapter_manifest(path)
         known = made_by.truncations if isinstance(made_by, TruncateManifest) else {}
         names = {module: name for name, (module, _) in known.items()}
-        return Dropped(cuts, names, None, NO_BASE)
-    if told == ORIGINAL:
-        return Dropped(cuts, {}, (base.origin.checkpoint, base.facts))
-    return Dropped(cuts, {}, None, CUT_ALREADY if told == TRUNCATED else NOT_SAID)
+        return TruncatedDirections(cuts, names, None, NO_BASE)
+    if base_state == ORIGINAL:
+        return TruncatedDirections(cuts, {}, (base.origin.checkpoint, base.facts))
+    return TruncatedDirections(cuts, {}, None, CUT_ALREADY if base_state == TRUNCATED else NOT_SAID)
 
 
-def _look(seen: Opened, base: Base | None, cuts: Dropped, running: Running, watcher: Watcher) -> list[Looked]:
-    """Every patch, in the order of the layers."""
+def _measure(
+    seen: OpenAdapter,
+    base: PlacedAdapter | None,
+    cuts: TruncatedDirections,
+    running: Running,
+    watcher: Watcher,
+) -> list[MeasuredPatch]:
+    """Measure every patch, in the order of the layers."""
     items = [Item(place.patch, place) for place in base.fitted.places] if base else []
     items = items or [Item(patch) for patch in seen.adapter.patches]
     items.sort(key=lambda item: _natural(item.name))
-    task: Task[Item, list[Looked]] = Task(
+    task: Task[Item, list[MeasuredPatch]] = Task(
         lambda item: module_rows(seen, item, cuts),
         name=lambda item: item.name,
         memory=lambda item: item.num_bytes,
     )
     with blas_threads(running.threads_per_worker):
-        looked = run_stage("look", task, items, running.num_workers, watcher)
-    return [one for rows in looked for one in rows]
+        measured = run_stage("look", task, items, running.num_workers, watcher)
+    return [one for rows in measured for one in rows]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """An order in which layer 2 comes before layer 10.
+    """A sort key under which layer 2 comes before layer 10.
 
     >>> sorted(["layers.10.q", "layers.2.q"], key=_natural)
     ['layers.2.q', 'layers.10.q']
@@ -138,7 +150,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _values(opened: Adapter) -> tuple[ValueRow, ...]:
-    """What the file holds beside updates: whole parameters, rows of embeddings, biases of its own."""
+    """The values in the file beside updates: whole parameters, rows of embeddings, added biases."""
 
     def row(parameter: str, tensor: str, why: str) -> ValueRow:
         entry = opened.container.tensors[tensor]
@@ -160,8 +172,8 @@ def _penalties(opened: Adapter, layers: Sequence[Layer]) -> dict[str, Any] | Non
         return None
     given = opened.config.get("kasa_config") or {}
     beta, gamma = float(given.get("beta", BETA)), float(given.get("gamma", GAMMA))
-    found = {name: asdict(one) for name, one in penalties(layers, beta, gamma).items()}
-    return {"beta": beta, "gamma": gamma, **found}
+    by_convention = {name: asdict(one) for name, one in penalties(layers, beta, gamma).items()}
+    return {"beta": beta, "gamma": gamma, **by_convention}
 
 
 def _totals(opened: Adapter, rows: Sequence[ModuleRow]) -> AdapterTotals:
@@ -177,7 +189,7 @@ def _totals(opened: Adapter, rows: Sequence[ModuleRow]) -> AdapterTotals:
 
 
 def _notes(rows: Iterable[ModuleRow]) -> list[str]:
-    """Why figures are missing, each reason once."""
+    """The reasons for missing figures, each once."""
     listed = list(rows)
     whys = Counter(row.why for row in listed if row.why)
     cuts = Counter(row.in_cut_why for row in listed if row.in_cut_why)

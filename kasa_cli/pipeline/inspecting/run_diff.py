@@ -7,7 +7,7 @@ from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.matrix import measuring_bytes
 from kasa_cli.errors import UsageError
 from kasa_cli.methods.selection import rank_correlation
-from kasa_cli.pipeline.inspecting.diff import Contrasted, Pair, contrast
+from kasa_cli.pipeline.inspecting.diff import ComparedPair, Pair, contrast
 from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
 from kasa_cli.pipeline.measuring.many import room
 from kasa_cli.pipeline.opening import Where, survey
@@ -44,9 +44,13 @@ def diff(
     sources, chosen, notes = _open(models, patterns, facts)
     pairs, skipped = _pairs(*chosen)
     if not pairs:
-        raise UsageError("the two have no weight in common", f"{models[0].model} and {models[1].model}")
+        raise UsageError(
+            "the two models have no weight in common",
+            f"{models[0].model} and {models[1].model}",
+            "compare models of one family",
+        )
     found = _contrasted(pairs, sources, facts, (running, rank), watcher)
-    done = {name: one for name, one in found.items() if isinstance(one, Contrasted)}
+    done = {name: one for name, one in found.items() if isinstance(one, ComparedPair)}
     rows = tuple(one.row for one in done.values() if one.row)
     return DiffReport(
         command="inspect diff",
@@ -69,7 +73,7 @@ def diff(
 def _open(
     models: tuple[Where, Where], patterns: Patterns, facts: Facts
 ) -> tuple[tuple[Checkpoint, Checkpoint], list[tuple[Candidate, ...]], list[str]]:
-    """Both checkpoints with what there is to compare in them."""
+    """Both checkpoints, and the weights to compare in each."""
     checkpoints, chosen, notes = [], [], []
     for where in models:
         _, checkpoint, names = survey(where, facts.store)
@@ -80,7 +84,7 @@ def _open(
 
 
 def _pairs(first: Sequence[Candidate], second: Sequence[Candidate]) -> tuple[list[Pair], tuple[Skipped, ...]]:
-    """What both have, by the names in memory: files may name it differently. What only one has is skipped."""
+    """The weights that both have, by their names in memory, and those that only one has, which are skipped."""
     ours, theirs = ({one.module: one for one in chosen} for chosen in (first, second))
     pairs, skipped = [], []
     for module in dict.fromkeys((*ours, *theirs)):
@@ -106,7 +110,7 @@ def _matched(one: Candidate, other: Candidate) -> list[Pair]:
 
 
 def _size(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> int:
-    """Both weights are held, and one Gram matrix at a time."""
+    """Bytes of a comparison: both weights, and one Gram matrix at a time."""
     return room(pair.first) + room(pair.second) - measuring_bytes(pair.shape, 0)
 
 
@@ -116,11 +120,11 @@ def _contrasted(
     facts: Facts,
     how: tuple[Running, int],
     watcher: Watcher,
-) -> dict[str, Contrasted | Skipped]:
+) -> dict[str, ComparedPair | Skipped]:
     """Compare every pair, in the order given; with `keep_going`, pairs that cannot be measured are skipped."""
     running, rank = how
 
-    def compared(pair: Pair) -> Contrasted | Skipped:
+    def compared(pair: Pair) -> ComparedPair | Skipped:
         return contrast(pair, sources, facts, rank)
 
     task = Task(

@@ -1,4 +1,4 @@
-"""`kasa inspect spectrum`: all singular values of every target, and what they say."""
+"""Inspects the spectra of a checkpoint: all singular values of every target, and figures of them."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +26,8 @@ ANY_SIDE = 1 << 62
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What is kept of one weight: its figures and curve, and its values where a file of them is wanted."""
+class MeasuredSpectrum:
+    """The results for one weight: figures, curve, and the singular values if they are written to a file."""
 
     row: SpectrumRow
     curve: Curve
@@ -35,10 +35,10 @@ class Looked:
 
 
 def plan(where: Where, patterns: Patterns | None = None, running: Running | None = None) -> MeasurePlan:
-    """What `spectrum` would look at, from headers alone.
+    """The weights that `spectrum` would measure, from headers alone.
 
     Raises:
-        KasaError: whatever `spectrum` would refuse before it reads a weight.
+        KasaError: the errors that `spectrum` raises before it reads a weight.
     """
     running = running or Running()
     check_running(running)
@@ -55,9 +55,9 @@ def spectrum(
     values: Path | None = None,
     watcher: Watcher | None = None,
 ) -> SpectrumReport:
-    """Measure all singular values of the linear weights of the blocks, or of what the patterns name.
+    """Measure all singular values of the linear weights of the blocks, or of those that the patterns name.
 
-    `values` is a safetensors file to be written with all of them, in float64, by the names of the rows.
+    `values` is a safetensors file for all of them, in float64, under the names of the rows.
 
     Raises:
         KasaError: by the kind of trouble.
@@ -68,13 +68,13 @@ def spectrum(
     _, checkpoint, names = survey(where, facts.store)
     chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
     require_some(chosen)
-    first_last = reversed(chosen)  # of tied weights the first gives the row its module
-    modules = {matrix.name: one.module for one in first_last for matrix in one.matrices}
+    last_to_first = reversed(chosen)  # a tied weight takes the module of its first name
+    modules = {matrix.name: one.module for one in last_to_first for matrix in one.matrices}
 
-    def look(bench: Bench) -> Looked:
+    def look(bench: Bench) -> MeasuredSpectrum:
         module = modules[bench.weight.name]
         row, S = spectrum_row(bench, module, module_type(module))
-        return Looked(row, curve(row.name, S), S.clone() if values else None)
+        return MeasuredSpectrum(row, curve(row.name, S), S.clone() if values else None)
 
     asked = ask(checkpoint, _all(chosen), look, facts, running, watcher)
     if values:
@@ -100,7 +100,7 @@ def _all(chosen: tuple[Candidate, ...]) -> list[Matrix]:
     return [matrix for one in chosen for matrix in one.matrices]
 
 
-def _totals(asked: Asked[Looked]) -> SpectrumTotals:
+def _totals(asked: Asked[MeasuredSpectrum]) -> SpectrumTotals:
     return {"tensors": len(asked.answers), "unmeasured": len(asked.skipped), **asked.totals}
 
 

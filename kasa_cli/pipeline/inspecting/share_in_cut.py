@@ -1,4 +1,4 @@
-"""Where a base was cut under an adapter: the directions, from the tail that was written then or from the original."""
+"""The share of an update in the truncated directions of its base, known from the tail or from the original base."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,19 +17,19 @@ from kasa_cli.pipeline.measuring.facts import Facts
 from kasa_cli.report import InCut
 
 IN_TAIL, IN_BASE = "tail", "base"
-NO_BASE = "where its base was cut is not known: give the original as --base"
-CUT_ALREADY = "its base is truncated already, and no tail says where: give the original as --base"
-NOT_SAID = "nothing says whether its base is truncated already: say --base-is original, if it is"
-NO_CUT = "no cut of that rank: it is all of the weight"
-ZERO_CUT = "what was cut is zero: it has no direction"
+NO_BASE = "the truncated directions of its base are unknown: give the original base with --base"
+CUT_ALREADY = "this base is truncated already and has no tail beside it: give the original base with --base"
+NOT_SAID = "no manifest says whether this base is truncated already: give --base-is original if it is not"
+NO_CUT = "the truncation rank is the full rank of the weight"
+ZERO_CUT = "the truncated part is zero and has no direction"
 ZERO_UPDATE = "the update is zero"
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A weight whose base may have been cut: its module, the rank of the adapter there, its pieces in a base.
+    """A weight that may be truncated in the base: its module, the adapter's rank, and the weight in the base.
 
-    `is_kasa`: of a kind that cuts, on a base that is not in its own file.
+    `is_kasa`: the adapter truncates its base, and the base is not in its own file.
     """
 
     module: str
@@ -40,10 +40,10 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """What is known of the cuts under an adapter; `original` is the base to ask, `why` the reason if there is none.
+class TruncatedDirections:
+    """The known truncations under an adapter. `original` is the original base; without it, `why` is the reason.
 
-    `names` leads from modules to tensors on disk, where there is no base that could.
+    `names` maps modules to tensors on disk where no base is given.
     """
 
     cuts: Truncations = field(default_factory=Truncations)
@@ -52,9 +52,9 @@ class Dropped:
     why: str = NO_BASE
 
     def share(self, cut: Cut, update: Svd) -> tuple[InCut | None, str | None]:
-        """How much of an update lies where the base was cut; or None, and why that is not known.
+        """The share of an update in the truncated directions; or None and the reason why it is unknown.
 
-        Twice None where nobody knows of a cut, for a kind that makes none.
+        Both are None for a kind of adapter that truncates nothing, on a base without known truncations.
 
         Raises:
             NumericalError: no solver converges.

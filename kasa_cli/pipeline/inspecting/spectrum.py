@@ -1,4 +1,4 @@
-"""From all singular values of a weight to a row of figures and a curve."""
+"""The row of figures and the curve of one weight, from all its singular values."""
 
 import numpy as np
 from torch import Tensor
@@ -14,9 +14,9 @@ CURVE = 128
 
 
 def spectrum_row(bench: Bench, module: str, module_type: str) -> tuple[SpectrumRow, Tensor]:
-    """The figures of one weight, and all of its singular values."""
-    weight, found, extremes = bench.weight, bench.values(), bench.extremes()
-    S = found.S
+    """The figures of one weight, and all its singular values."""
+    weight, spectrum, extremes = bench.weight, bench.values(), bench.extremes()
+    S = spectrum.S
     edge = quantities.marchenko_pastur(S, weight.shape)
     tail = quantities.power_law(S)
     row = SpectrumRow(
@@ -41,20 +41,20 @@ def spectrum_row(bench: Bench, module: str, module_type: str) -> tuple[SpectrumR
         power_law_alpha=tail.alpha if tail else None,
         power_law_xmin=tail.xmin if tail else None,
         power_law_tail=tail.tail if tail else None,
-        solver=found.solver,
+        solver=spectrum.solver,
         sketch=tuple(float(S[index]) for index in spread(len(S), SKETCH)),
     )
     return row, S
 
 
 def curve(name: str, S: Tensor) -> Curve:
-    """Some of the values at indices that are even on a log axis from either end."""
+    """Some of the values, at indices that are evenly spaced on a log axis from either end."""
     indices = curve_indices(len(S))
     return Curve(name, tuple(index + 1 for index in indices), tuple(float(S[index]) for index in indices))
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """So many indices of a list, at equal steps from the first to the last.
+    """`wanted` indices of a list, at equal steps from the first to the last.
 
     >>> spread(100, 4), spread(2, 4)
     ([0, 33, 66, 99], [0, 1])

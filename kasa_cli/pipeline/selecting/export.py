@@ -1,4 +1,4 @@
-"""A choice handed over as text, proven on the model: no trainer may take it for another."""
+"""Exports a selection as text for a trainer, checked on the model without weights."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from kasa_cli.targets.trainer_configs import Chosen
 EMISSIONS = tuple(trainer_configs.FORMATS)
 
 
-def hand_over(
+def export(
     kind: str, best: Sequence[Candidate], checkpoint: Checkpoint, names: NameMap, rank: int
 ) -> Emission:
-    """The text of a choice, after PEFT has wrapped exactly that on a model without weights.
+    """The text of a selection, after PEFT has wrapped exactly these modules on a model without weights.
 
     Raises:
-        UsageError: there is no such text for this choice.
-        IntegrityError: PEFT makes something else of it.
+        UsageError: the format cannot express this selection.
+        IntegrityError: PEFT wraps other modules.
     """
     slots = {slot.module for slot in names.slots.values()}
     chosen = Chosen(

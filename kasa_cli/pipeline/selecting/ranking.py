@@ -1,4 +1,4 @@
-"""DECIDE: scores in, an order and a choice out; modules and the parameters of fused experts apart."""
+"""Ranks the candidates by their scores and selects the best; modules and fused experts are ranked separately."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ KINDS = ("module", "parameter")
 
 @dataclass(frozen=True)
 class Ranking:
-    """By what, and how much. `prefer` is the end of the criterion that is chosen.
+    """The criterion and the amount of a selection. `prefer` is the preferred end of the criterion.
 
-    `fair`: the score over that of a random matrix of the same shape decides; `by_type`: each module type apart.
+    `fair`: divide a score by that of a random matrix of the same shape; `by_type`: rank within each module type.
     """
 
     criterion: str
@@ -34,7 +34,7 @@ class Ranking:
 
     @property
     def scores(self) -> dict[str, Score]:
-        """Every score that is asked for, by criterion."""
+        """The score functions, by criterion."""
         own = RULES[self.rule] if self.rule else CRITERIA[self.criterion].score
         return {self.criterion: own, **{name: CRITERIA[name].score for name in self.compare}}
 
@@ -46,7 +46,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Judged:
-    """The scores of one weight by criterion, and what chance would score, if that is what they are held against."""
+    """The scores of one weight by criterion, and the expected score of a random matrix, if it is needed."""
 
     scores: Mapping[str, float]
     expected: float | None
@@ -54,7 +54,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate, and how each of its matrices was judged: one, or the experts."""
+    """A candidate with the scores of its matrices: one, or one for each expert."""
 
     candidate: Candidate
     judged: tuple[Judged, ...]
@@ -69,12 +69,12 @@ class Scored:
 
     @property
     def expected(self) -> float | None:
-        """What chance would score, in the mean."""
-        found = [one.expected for one in self.judged if one.expected is not None]
-        return fmean(found) if found else None
+        """The mean score of random matrices of the same shape."""
+        scores = [one.expected for one in self.judged if one.expected is not None]
+        return fmean(scores) if scores else None
 
     def decisive(self, criterion: str) -> float:
-        """The score that orders: over what chance gives, where that was asked for."""
+        """The score that decides the order: divided by the expected one, where that is known."""
         expected = self.expected
         return self.score(criterion) if expected is None else self.score(criterion) / expected
 
@@ -83,26 +83,26 @@ def judge(bench: Bench, ranking: Ranking) -> Judged:
     """The scores of one weight.
 
     Raises:
-        UsageError: the criterion gives a random matrix nothing to be held against.
+        UsageError: the criterion has no usable score for a random matrix.
     """
     values = bench.values().S if ranking.needs_values else None
-    found = bench.extremes()
-    spectrum = Spectrum(bench.weight.shape, found.sigma_max, found.sigma_min, found.frobenius, values)
+    ends = bench.extremes()
+    spectrum = Spectrum(bench.weight.shape, ends.sigma_max, ends.sigma_min, ends.frobenius, values)
     scores = {name: score(spectrum) for name, score in ranking.scores.items()}
     return Judged(scores, _chance(ranking, spectrum) if ranking.fair else None)
 
 
 def _chance(ranking: Ranking, spectrum: Spectrum) -> float:
-    """What a random matrix of that shape and norm scores."""
-    found = expected(ranking.scores[ranking.criterion], spectrum.shape, spectrum.frobenius)
-    if not 0 < found < math.inf:
-        what = f"a random matrix of {spectrum.shape[0]} x {spectrum.shape[1]} scores {found}"
+    """The score of a random matrix of that shape and norm."""
+    chance = expected(ranking.scores[ranking.criterion], spectrum.shape, spectrum.frobenius)
+    if not 0 < chance < math.inf:
+        what = f"a random matrix of {spectrum.shape[0]} x {spectrum.shape[1]} scores {chance}"
         raise UsageError(what, ranking.criterion, "--shape-fair needs another criterion")
-    return found
+    return chance
 
 
 def chosen(scored: Sequence[Scored], ranking: Ranking) -> list[Scored]:
-    """The choice, best first: modules, then parameters, each by its own count."""
+    """The selection, best first: modules, then parameters, each by its own number."""
     return [
         members[index]
         for members in _by_kind(scored)
@@ -116,7 +116,7 @@ def chosen(scored: Sequence[Scored], ranking: Ranking) -> list[Scored]:
 
 
 def rows(scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking) -> tuple[CandidateRow, ...]:
-    """Every candidate, in the order of the model, with its place in its order from 1."""
+    """A row for every candidate, in the order of the model, with its rank from 1."""
     places = _places(scored, ranking)
     selected = {one.candidate.module for one in best}
     return tuple(_row(one, places[one.candidate.module], selected, ranking) for one in scored)
@@ -125,14 +125,14 @@ def rows(scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking) -> 
 def comparison(
     scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking
 ) -> tuple[CriterionComparison, ...]:
-    """For each other criterion: how much of as large a choice by it is the same, and how alike the orders are."""
+    """For each other criterion: the overlap with an equally large selection by it, and the rank correlation."""
     return tuple(_compared(name, scored, best, ranking) for name in ranking.compare)
 
 
 def without_nan(
     scored: Sequence[Scored], criteria: Sequence[str]
 ) -> tuple[list[Scored], tuple[Skipped, ...]]:
-    """The candidates of whom every criterion has something to say, and the others with the one that has not."""
+    """The candidates that every criterion scores, and the others with the first criterion that does not."""
     silent = {
         one.candidate.module: name
         for one in scored
@@ -140,13 +140,13 @@ def without_nan(
         if one.score(name) != one.score(name)
     }
     kept = [one for one in scored if one.candidate.module not in silent]
-    return kept, tuple(Skipped(module, f"{name} has nothing to say of it") for module, name in silent.items())
+    return kept, tuple(Skipped(module, f"{name} gives it no score") for module, name in silent.items())
 
 
 def _compared(
     name: str, scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking
 ) -> CriterionComparison:
-    """Orders are alike where they are of one kind; the mean over modules and parameters, by their number."""
+    """The comparison with one criterion; correlations of modules and of parameters are averaged by their number."""
     prefer, shared, total, correlations = CRITERIA[name].prefer, [], [], []
     for members in _by_kind(scored):
         ours = [one.candidate.module for one in best if one in members]
@@ -182,7 +182,7 @@ def _row(one: Scored, place: int, selected: set[str], ranking: Ranking) -> Candi
 
 
 def _places(scored: Sequence[Scored], ranking: Ranking) -> dict[str, int]:
-    """The place of each candidate among its kind, or among its module type where types are apart."""
+    """The rank of each candidate within its kind, or within its module type."""
     places: dict[str, int] = {}
     for members in _by_kind(scored):
         labels = _types(members) if ranking.by_type else [""] * len(members)

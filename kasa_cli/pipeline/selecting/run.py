@@ -1,4 +1,4 @@
-"""`kasa select-targets`: rank what could be fine-tuned by one figure of its spectrum, and hand the best over."""
+"""Selects targets: ranks the candidates by one figure of their spectra, and exports the best."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from kasa_cli.pipeline.measuring.many import Asked, ask
 from kasa_cli.pipeline.measuring.plan import measure_plan, require_some
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.selecting import ranking
-from kasa_cli.pipeline.selecting.export import EMISSIONS, hand_over
+from kasa_cli.pipeline.selecting.export import EMISSIONS, export
 from kasa_cli.pipeline.selecting.ranking import Judged, Ranking, Scored
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
 from kasa_cli.report import MeasurePlan, SelectReport, Skipped
@@ -29,9 +29,9 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Choice:
-    """The options of `kasa select-targets` that are about the choice.
+    """The options of a selection.
 
-    `amount` empty is the best fifth; `prefer` None the criterion's own end; `rule` is of kappa only.
+    An empty `amount` is the best fifth; `prefer` None is the criterion's own end; `rule` applies to kappa only.
     """
 
     amount: Amount = Amount()  # noqa: RUF009 - frozen
@@ -52,10 +52,10 @@ def plan(
     patterns: Patterns | None = None,
     running: Running | None = None,
 ) -> MeasurePlan:
-    """What `select_targets` would score, from headers alone.
+    """The weights that `select_targets` would score, from headers alone.
 
     Raises:
-        KasaError: whatever `select_targets` would refuse before it reads a weight.
+        KasaError: the errors that `select_targets` raises before it reads a weight.
     """
     options, running = options or Choice(), running or Running()
     check_running(running)
@@ -73,7 +73,7 @@ def select_targets(
     """Score every candidate and choose the best.
 
     Raises:
-        KasaError: by the kind of trouble; a weight that is not finite by the name of its tensor.
+        KasaError: by the kind of trouble; for a weight that is not finite it names the tensor.
     """
     options, running, watcher = options or Choice(), running or Running(), watcher or Silent()
     rank_by = check(options)
@@ -107,7 +107,7 @@ def select_targets(
             "unmeasured": len(asked.skipped),
             **asked.totals,
         },
-        emission=hand_over(options.emit, [one.candidate for one in best], checkpoint, names, rank or RANK)
+        emission=export(options.emit, [one.candidate for one in best], checkpoint, names, rank or RANK)
         if options.emit
         else None,
         notes=(*_notes(checkpoint, names, best), *store_notes(facts)),
@@ -121,7 +121,7 @@ def _survey(
     patterns: Patterns | None,
     facts: Facts | None = None,
 ) -> tuple[Checkpoint, NameMap, tuple[Candidate, ...], tuple[Skipped, ...]]:
-    """The model, and what of it is a candidate under the rule."""
+    """The model, its candidates under the rule, and the weights that are none."""
     _, checkpoint, names = survey(where, facts.store if facts else None)
     as_in: AsIn = "peft" if rank_by.rule == "peft" else "kasa"
     found, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), as_in, options.max_dim)
@@ -130,10 +130,10 @@ def _survey(
 
 
 def check(options: Choice) -> Ranking:
-    """What to rank by.
+    """The ranking that the options ask for.
 
     Raises:
-        UsageError: saying which option, and what is known.
+        UsageError: an option is wrong; the error names it and the values that are known.
     """
     for name in (options.criterion, *options.compare):
         _check_name(name, CRITERIA, "criterion")
@@ -142,7 +142,11 @@ def check(options: Choice) -> Ranking:
     _check_name(options.emit, EMISSIONS, "hand-off")
     _check_amount(options.amount)
     if options.max_dim < 1 or (options.match_budget is not None and options.match_budget < 1):
-        raise UsageError("--max-dim and --match-budget must be positive")
+        raise UsageError(
+            f"--max-dim {options.max_dim} and --match-budget {options.match_budget} must be positive",
+            "",
+            "give 1 or more",
+        )
     criterion = CRITERIA[options.criterion]
     return Ranking(
         criterion=options.criterion,
@@ -163,17 +167,17 @@ def _check_name(name: str | None, known: Iterable[str], what: str) -> None:
 def _check_amount(amount: Amount) -> None:
     given = [value for value in (amount.top_p, amount.num_modules, amount.threshold) if value is not None]
     if len(given) > 1:
-        raise UsageError("give one of --top-p, --num-modules and --threshold, not several")
+        raise UsageError("--top-p, --num-modules and --threshold exclude each other", "", "give one of them")
     if amount.top_p is not None and not 0 < amount.top_p <= 1:
-        raise UsageError(f"--top-p {amount.top_p} is not above 0 and at most 1")
+        raise UsageError(f"--top-p {amount.top_p} is not a fraction", "", "give more than 0 and at most 1")
     if amount.num_modules is not None and amount.num_modules < 1:
-        raise UsageError(f"--num-modules {amount.num_modules} is not positive")
+        raise UsageError(f"--num-modules {amount.num_modules} is not positive", "", "give 1 or more")
     if amount.threshold is not None and amount.threshold != amount.threshold:
-        raise UsageError("--threshold is not a number")
+        raise UsageError("--threshold is not a number", "", "give a score")
 
 
 def _scored(found: Sequence[Candidate], asked: Asked[Judged]) -> list[Scored]:
-    """The candidates all of whose matrices were measured."""
+    """The candidates whose matrices are all measured."""
     scored = []
     for one in found:
         names = [matrix.name for matrix in one.matrices]
@@ -186,7 +190,11 @@ def _matched(options: Choice, scored: Sequence[Scored], best: Sequence[Scored]) 
     if options.match_budget is None:
         return None
     if not best:
-        raise UsageError("nothing is selected, so no rank matches a budget")
+        raise UsageError(
+            "--match-budget needs a selection, and nothing is selected",
+            "",
+            "raise --threshold or leave --match-budget out",
+        )
     sizes = [
         [(one.candidate.num_matrices, *one.candidate.shape) for one in group] for group in (scored, best)
     ]
@@ -194,7 +202,7 @@ def _matched(options: Choice, scored: Sequence[Scored], best: Sequence[Scored]) 
 
 
 def _notes(checkpoint: Checkpoint, names: NameMap, best: Sequence[Scored]) -> list[str]:
-    """What a user should know before training on the choice."""
+    """Notes for the user before training on the selection."""
     notes = [names.note] if names.note else []
     tied = [
         one.candidate.module

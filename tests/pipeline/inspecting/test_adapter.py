@@ -418,7 +418,7 @@ def test_without_a_tail_the_original_is_cut_as_deep_as_the_manifest_says(pretrun
     report = looked(copy / "adapter", model)
     assert report.base_is == "original"
     assert_shares(report, model, "base", 6, 1e-9)
-    for base, wanted in ((copy / "base", "truncated already"), (None, "give the original as --base")):
+    for base, wanted in ((copy / "base", "truncated already"), (None, "give the original base with --base")):
         report = looked(copy / "adapter", base)
         assert all(row.in_cut is None and wanted in row.in_cut_why for row in report.modules)
         assert any(wanted in note for note in report.notes)
