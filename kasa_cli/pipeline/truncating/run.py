@@ -60,7 +60,9 @@ def plan(where: Where, options: Options) -> PlanReport:
             "seconds": round(seconds_needed(targets, options.num_workers), 1),
         },
         output=PlannedParts(
-            base="base" in options.emit, adapter="adapter" in options.emit, tail="tail" in options.emit
+            base="base" in options.emit,
+            adapter="adapter" in options.emit and bool(made.selection.modules),
+            tail="tail" in options.emit,
         ),
         notes=_notes(made, options),
     )
@@ -182,12 +184,11 @@ def _notes(made: Plan, options: Options) -> tuple[str, ...]:
     if "adapter" in options.emit:
         notes += peft.difficulties(modules, config, has_conv1d=has_conv1d)
     if "adapter" in options.emit and made.selection.experts:
-        where = (
-            "in base/ and tail/, not in adapter/" if modules else "in base/ and tail/: there is no adapter/"
+        num_experts = len(made.selection.experts)
+        without = (
+            f"adapter/ does not hold these {num_experts} matrices" if modules else "there is no adapter/"
         )
-        notes.append(
-            f"PEFT has no KaSA for fused experts: {len(made.selection.experts)} of their matrices are {where}"
-        )
+        notes.append(f"PEFT has no KaSA for fused experts: {without}")
     if (
         "adapter" in options.emit
         and modules

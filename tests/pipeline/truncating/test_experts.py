@@ -123,7 +123,7 @@ def test_experts_and_modules_are_truncated_together(tmp_path: Path) -> None:
     assert close(logits(adapted), logits(case.truncated()), 2e-5)
     adapter = load_file(case.out / "adapter/adapter_model.safetensors")
     assert all(".q_proj." in name for name in adapter)
-    assert any("not in adapter/" in note for note in case.report.notes)
+    assert any("adapter/ does not hold these" in note for note in case.report.notes)
 
 
 def test_of_experts_alone_there_is_no_adapter(tmp_path: Path) -> None:
@@ -163,6 +163,7 @@ def test_a_plan_has_a_row_for_every_expert(tmp_path: Path) -> None:
         "model.layers.0.mlp.experts.gate_up_proj[0]",
         "model.layers.0.mlp.experts.gate_up_proj[1]",
     ]
+    assert report.output == {"base": True, "adapter": False, "tail": True}
     assert {(row.shape, row.dtype, row.is_transposed, row.dropped) for row in report.tensors} == {
         ((96, 32), "F32", False, T)
     }
