@@ -8,7 +8,7 @@ from kasa_cli.errors import printable
 from kasa_cli.render.grid import placed
 from kasa_cli.render.spectra import MOST_DECADES, Summary, aligned, more, sketch
 from kasa_cli.render.units import number, percent
-from kasa_cli.report import AdapterReport, ModuleRow, ValueRow
+from kasa_cli.report import AdapterReport, ModuleRow, ValueRow, by_module_type
 
 MAX_ROWS = 60
 EXTREMES = 5
@@ -51,9 +51,7 @@ def by_module(report: AdapterReport) -> Summary:
 
 def by_type(report: AdapterReport) -> Summary:
     """One row a module type: least and largest norm, medians, the largest defects."""
-    groups: dict[str, list[ModuleRow]] = {}
-    for row in report.modules:
-        groups.setdefault(row.module_type, []).append(row)
+    groups = by_module_type(report.modules)
     rows = [
         (
             printable(kind),

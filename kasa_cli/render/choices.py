@@ -8,7 +8,7 @@ from typing import Any
 from kasa_cli.errors import printable
 from kasa_cli.render.spectra import MAX_ROWS, Summary, more
 from kasa_cli.render.units import big, number
-from kasa_cli.report import CandidateRow, SelectReport, StoreReport
+from kasa_cli.report import CandidateRow, SelectReport, StoreReport, by_module_type
 
 NEXT = 5
 EVERYWHERE = "extremes"
@@ -93,9 +93,7 @@ def _candidate_cells(row: CandidateRow, has_expected: bool, others: Sequence[str
 
 def choices_by_type(report: SelectReport) -> Summary:
     """How many of each module type were chosen, and their scores."""
-    groups: dict[str, list[CandidateRow]] = {}
-    for row in report.candidates:
-        groups.setdefault(row.module_type, []).append(row)
+    groups = by_module_type(report.candidates)
     rows = [(kind, *_choice_cells(members)) for kind, members in groups.items()]
     columns = ("module type", "chosen", "of", f"{report.criterion} min", "median", "max")
     return "chosen by module type", columns, rows

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from kasa_cli.errors import printable
 from kasa_cli.render.units import number
-from kasa_cli.report import ConvertedRow, ConvertReport, module_type
+from kasa_cli.report import ConvertReport, by_module_type
 
 Summary = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """As in `tables`."""
@@ -17,9 +17,7 @@ EXACT = 1e-6
 
 def converted_tables(report: ConvertReport) -> list[Summary]:
     """One row a module type; and where something was lost, where most of it."""
-    groups: dict[str, list[ConvertedRow]] = {}
-    for row in report.tensors:
-        groups.setdefault(module_type(row.module), []).append(row)
+    groups = by_module_type(report.tensors)
     rows = [
         (
             kind,

@@ -28,7 +28,6 @@ from kasa_cli.report import (
     DemoReport,
     DiffReport,
     MeasurePlan,
-    MergedRow,
     MergePlan,
     MergeReport,
     PlanReport,
@@ -37,12 +36,11 @@ from kasa_cli.report import (
     Skipped,
     SpectrumReport,
     StoreReport,
-    TensorRow,
-    ToChange,
     ToMeasure,
     ToTruncate,
     TruncateReport,
     VerifyReport,
+    by_module_type,
     module_type,
 )
 
@@ -84,7 +82,7 @@ def as_text(report: Report) -> str:
 def by_type(report: TruncateReport) -> Summary:
     """One row a module type: count, κ, energy, and how much of the cut is left after rounding."""
     rows = []
-    for kind, members in grouped(report.tensors).items():
+    for kind, members in by_module_type(report.tensors).items():
         realised = [row.realised for row in members if row.realised is not None]
         kappas = sorted(row.kappa for row in members)
         rows.append(
@@ -147,9 +145,7 @@ def to_measure(weights: Sequence[ToMeasure]) -> Summary:
 
 def merged_by_type(report: MergeReport) -> Summary:
     """One row a module type: how many tensors changed, by how much at most, and how far rounding is off."""
-    groups: dict[str, list[MergedRow]] = {}
-    for row in report.tensors:
-        groups.setdefault(module_type(row.module), []).append(row)
+    groups = by_module_type(report.tensors)
     rows = [
         (
             kind,
@@ -165,9 +161,7 @@ def merged_by_type(report: MergeReport) -> Summary:
 
 def to_change(report: MergePlan | ConvertPlan) -> Summary:
     """Tensors that would change, by module type."""
-    groups: dict[str, list[ToChange]] = {}
-    for row in report.tensors:
-        groups.setdefault(module_type(row.module), []).append(row)
+    groups = by_module_type(report.tensors)
     rows = [
         (
             kind,
@@ -218,14 +212,6 @@ def roundings(report: DemoReport) -> Summary:
         for row in report.rounding
     ]
     return "what bfloat16 leaves of the cut", ("options", "realised", "median"), rows
-
-
-def grouped(rows: Sequence[TensorRow]) -> dict[str, list[TensorRow]]:
-    """Rows by module type, in the order of the model."""
-    groups: dict[str, list[TensorRow]] = {}
-    for row in rows:
-        groups.setdefault(module_type(row.module), []).append(row)
-    return groups
 
 
 def _closing(report: Report) -> list[str]:

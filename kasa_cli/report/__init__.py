@@ -13,7 +13,7 @@ from kasa_cli.report.spectrum import Curve, SpectrumReport, SpectrumRow
 from kasa_cli.report.store import StoreReport
 from kasa_cli.report.truncate import PlanReport, SpectralFacts, TensorRow, TruncateReport
 from kasa_cli.report.verify import VerifyReport
-from kasa_cli.report.weights import Skipped, ToChange, ToTruncate, module_type
+from kasa_cli.report.weights import Skipped, ToChange, ToTruncate, by_module_type, module_type
 
 __all__ = [
     "AdapterReport",
@@ -49,5 +49,6 @@ __all__ = [
     "TruncateReport",
     "ValueRow",
     "VerifyReport",
+    "by_module_type",
     "module_type",
 ]

@@ -1,7 +1,9 @@
 """Weights in reports: to truncate, to change, and skipped with the reason."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 
 def module_type(module: str) -> str:
@@ -11,6 +13,25 @@ def module_type(module: str) -> str:
     'self_attn.q_proj'
     """
     return re.split(r"\.\d+\.", f".{module}")[-1].lstrip(".")
+
+
+class HasModule(Protocol):
+    """A row about the weight of a module."""
+
+    @property
+    def module(self) -> str:
+        """Name of the module in memory."""
+
+
+Row = TypeVar("Row", bound=HasModule)
+
+
+def by_module_type(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows grouped by module type, in the order of the model."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, "module_type", "") or module_type(row.module), []).append(row)
+    return groups
 
 
 @dataclass(frozen=True)

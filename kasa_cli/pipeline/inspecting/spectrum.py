@@ -6,7 +6,7 @@ from torch import Tensor
 from kasa_cli.linalg import quantities
 from kasa_cli.linalg.bottom import EPS
 from kasa_cli.pipeline.measuring.facts import Bench
-from kasa_cli.report import Curve, SpectrumRow
+from kasa_cli.report import Curve, SpectrumRow, by_module_type
 
 RANKS = (1, 8, 16, 32, 64, 128, 256)
 SKETCH = 24
@@ -74,9 +74,7 @@ def curve_indices(count: int) -> list[int]:
 
 def best_and_worst(rows: list[SpectrumRow]) -> dict[str, tuple[str, str]]:
     """The names of the smallest and the largest κ of each module type that has several."""
-    groups: dict[str, list[SpectrumRow]] = {}
-    for row in rows:
-        groups.setdefault(row.module_type, []).append(row)
+    groups = by_module_type(rows)
     ordered = {
         kind: sorted(group, key=lambda row: row.kappa) for kind, group in groups.items() if len(group) > 1
     }
