@@ -1,4 +1,4 @@
-"""The model card of an output: kasa's own words, the licence carried over, never a local path."""
+"""Model card of an output: what kasa did, and the licence of the source. It holds no local path."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ MAX_CARD = 4_000_000
 
 
 def source_facts(root: Path, companions: tuple[str, ...]) -> dict[str, Any]:
-    """What a new card carries over from the front matter of the source's; {} if it has none that reads."""
+    """Front matter that a new card takes over from the card of the source; {} if that cannot be read."""
     if "README.md" not in companions:
         return {}
     try:
@@ -28,7 +28,7 @@ def source_facts(root: Path, companions: tuple[str, ...]) -> dict[str, Any]:
 def card(
     repo: str | None, facts: Mapping[str, Any], title: str, body: str, *, is_adapter: bool = False
 ) -> bytes:
-    """A card whose front matter no name can break out of."""
+    """A card. Its front matter is dumped as YAML, so that no name can break out of it."""
     relation, library = ("adapter", "peft") if is_adapter else ("finetune", "transformers")
     base = {"base_model": repo, "base_model_relation": relation} if repo else {}
     front = {**facts, **base, "library_name": library, "tags": ["kasa", "peft", "lora"]}

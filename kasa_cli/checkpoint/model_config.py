@@ -1,4 +1,4 @@
-"""What a new base says of itself in config.json: its dtype, its vocabulary, whether its ends are tied."""
+"""config.json of a new base: its dtype, the size of its vocabulary, and whether its weights are tied."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ MAX_DEPTH = 16
 
 
 def retyped(config: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
-    """A config with a dtype that holds old and new tensors: loaders would else round the new ones again."""
+    """A config with a dtype wide enough for old and new tensors: otherwise loaders round the new ones again."""
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     named = config.get(key)
     if dtype == "auto" or named == dtype or (named not in HALVES and dtype in HALVES):
@@ -34,7 +34,7 @@ def retyped(config: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that says that embedding and head are two: at the top, and where its text part says otherwise.
+    """A config in which embedding and head are separate, at the top and in a text part that ties them.
 
     >>> untied({"text_config": {"tie_word_embeddings": True}})
     {'text_config': {'tie_word_embeddings': False}, 'tie_word_embeddings': False}
@@ -45,7 +45,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resized(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """A config with another size of vocabulary, wherever the old one stands; at the top, if nowhere.
+    """A config with another vocabulary size, in every place that holds the old one; at the top if none does.
 
     >>> resized({"vocab_size": 9, "text_config": {"vocab_size": 8}}, 8, 12)
     {'vocab_size': 9, 'text_config': {'vocab_size': 12}}
@@ -55,7 +55,7 @@ def resized(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
 
 
 def encoded(config: Mapping[str, Any]) -> bytes:
-    """The file, as transformers would indent it."""
+    """The bytes of the file, indented as by transformers."""
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -71,10 +71,10 @@ def _replaced(config: Mapping[str, Any], old: int, new: int, depth: int) -> dict
 
 
 def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
-    """Refuse a checkpoint whose numbers are codes: their spectrum would mean nothing.
+    """Refuse a quantised checkpoint: its numbers are codes, and their spectrum means nothing.
 
     Raises:
-        InvalidInput: naming the method, and what to do.
+        InvalidInput: the checkpoint is quantised; the message names the method and the way out.
     """
     declared = config.get("quantization_config")
     method = declared.get("quant_method", "unknown") if isinstance(declared, Mapping) else None

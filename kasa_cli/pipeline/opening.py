@@ -1,4 +1,4 @@
-"""From the model that the user named to a checkpoint, every header checked, and the names of its modules."""
+"""Opens the model that the user named: its checkpoint, with every header checked, and the names of its modules."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from kasa_cli.model_names.names import NameMap
 
 @dataclass(frozen=True)
 class Where:
-    """Where the model comes from: a directory, or a Hub id with its revision."""
+    """Location of a model: a directory, or a Hub id with its revision."""
 
     model: str
     revision: str | None = None
@@ -22,9 +22,9 @@ class Where:
 
 
 def survey(where: Where, store: Store | None = None) -> tuple[Source, Checkpoint, NameMap]:
-    """The model behind a name: its files, checked, and the modules its tensors belong to.
+    """A model: its files, with every header checked, and the modules of its tensors.
 
-    The names come from `store` if it has them, and are kept there; without a store nothing is written.
+    The names come from `store` if it has them, and are kept there. Without a store nothing is written.
     """
     source, checkpoint = find(where)
     refuse_quantised(checkpoint.config, checkpoint.tensors, where.model)
@@ -33,7 +33,7 @@ def survey(where: Where, store: Store | None = None) -> tuple[Source, Checkpoint
 
 
 def find(where: Where) -> tuple[Source, Checkpoint]:
-    """The model's files, every header checked."""
+    """The files of a model, with every header checked."""
     source = resolve(
         where.model,
         revision=where.revision,

@@ -19,7 +19,7 @@ from kasa_cli.files.staging import MANIFEST
 
 ORIGINAL, TRUNCATED = manifest.ORIGINAL, manifest.TRUNCATED
 BASES = ("auto", ORIGINAL, TRUNCATED)
-REMEDY = "say --base-is original or --base-is truncated"
+REMEDY = "give --base-is original or --base-is truncated"
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,11 @@ def base_is(asked: str, base: Origin, made_by: Manifest | None, names: Iterable[
             common = {TRUNCATED, ORIGINAL}.intersection(*fitting)
             if common:
                 return TRUNCATED if TRUNCATED in common else ORIGINAL
-            raise IntegrityError(
-                "the base is not the one that its adapter was made for", str(base.checkpoint.root), REMEDY
-            )
+            raise IntegrityError("the adapter was made for another base", str(base.checkpoint.root), REMEDY)
     if isinstance(base.manifest, MergeManifest) and base.manifest.base_is == TRUNCATED:
         return TRUNCATED
     raise IntegrityError(
-        "nothing says whether the base of a KaSA adapter is truncated already",
+        "no manifest records whether the base of this KaSA adapter is truncated",
         str(base.checkpoint.root),
         REMEDY,
     )
@@ -84,7 +82,7 @@ def require_fit(base: Origin, made_by: Manifest | None, names: Iterable[str], ad
         record = made_by.tensors.get(name)
         if record and record.input_blake3 and not record.states(base.digest(name)):
             what = f"not the base that {adapter.name} was made for"
-            raise IntegrityError(what, name, "take that one, or insist with --force-base")
+            raise IntegrityError(what, name, "give that base, or use --force-base")
 
 
 def digest(path: Path, weights: Path) -> str:
@@ -107,6 +105,6 @@ def _manifest_of(folder: Path, *parts: str) -> Manifest | None:
                 return manifest.load(place)
             except InvalidInput as error:
                 raise IntegrityError(
-                    "a manifest that this kasa cannot read", str(place / MANIFEST)
+                    "this version of kasa cannot read the manifest", str(place / MANIFEST)
                 ) from error
     return None

@@ -46,10 +46,10 @@ def recorded(case: Case, running: Running) -> ConvertManifest:
 
 
 def entries_of(case: Case) -> list[list[Entry]]:
-    """By place what stands in the file, under the names asked for.
+    """The entries of the file for each place, under the names that `--names` selects.
 
     Raises:
-        InvalidInput, UsageError: those names cannot say it; naming the module.
+        InvalidInput, UsageError: these names cannot express a place; its module is named.
     """
     flavour: Flavour = writing.in_lite if case.options.is_lite else FLAVOURS[case.options.names]
     base = BaseIndex(case.names, case.checkpoint.tensors)
@@ -57,7 +57,7 @@ def entries_of(case: Case) -> list[list[Entry]]:
 
 
 def config_facts(case: Case, done: Sequence[Converted]) -> ConfigFacts:
-    """One rank for all, and what else stands in the config."""
+    """The rank of all factors, and the other facts of the config."""
     rank = max(one.rank for one in done)
     rank = writing.padded_rank(rank) if case.options.pad_rank else rank
     is_on_disk = case.options.names == "disk"
@@ -67,7 +67,7 @@ def config_facts(case: Case, done: Sequence[Converted]) -> ConfigFacts:
 def write_config(
     case: Case, folder: Path, entries: Sequence[list[Entry]], facts: ConfigFacts
 ) -> tuple[str, tuple[str, str]]:
-    """PEFT's config; lora-lite has it in the header. The name of the file of tensors, and its metadata."""
+    """Write PEFT's config; lora-lite keeps it in the header. Returns name and metadata of the file of tensors."""
     all_entries = [entry for own in entries for entry in own]
     if case.options.is_lite:
         return writing.LITE_WEIGHTS, ("cfg", writing.lite_config(all_entries, facts.rank))
@@ -119,7 +119,7 @@ def _tensor_records(case: Case, done: Sequence[Converted]) -> dict[str, TensorRe
 def _card_body(case: Case, file: str, done: Sequence[Converted], facts: ConfigFacts) -> str:
     loss, kind = loss_of_all(done), case.adapter.kind
     base = f" It is for the {case.on} base." if case.on else ""
-    lost = f" Of the norm of its updates {loss:.2%} is missing." if case.options.limit.is_set else ""
+    lost = f" {loss:.2%} of the norm of its updates is missing." if case.options.limit.is_set else ""
     where = "on disk" if facts.is_on_disk else "in memory"
     lines = [
         f"Made by kasa from an adapter of kind {kind}: a plain LoRA of rank {facts.rank} and scaling 1.{base}{lost}",

@@ -26,7 +26,7 @@ from kasa_cli.report.totals import Compared
 from kasa_cli.targets.selection import Target
 
 SLACK = 1e-9
-"""Of the largest entry: two machines agree on the exact target to far better than this."""
+"""Tolerance, relative to the largest entry: two machines agree on the exact value far better than this."""
 TAIL_TOLERANCE = 1e-6
 REMEDY = "is this the base it was made from?"
 
@@ -37,19 +37,19 @@ def compare(
     """Recompute everything from the base; the largest target first.
 
     Raises:
-        IntegrityError: naming the first tensor that differs from what the base gives.
+        IntegrityError: a tensor differs from the value recomputed from the base; it is named.
     """
     tensors = manifest.tensors
-    opened = _Output(output, manifest)
-    _check_names(opened, tensors, base)
-    _check_companions(opened, base)
+    written = _Output(output, manifest)
+    _check_names(written, tensors, base)
+    _check_companions(written, base)
     targets = [_target(name, tensors[name], *target) for name, target in manifest.truncations.items()]
-    targets += [_expert(name, one) for name, one in opened.experts.items()]
+    targets += [_expert(name, record) for name, record in written.experts.items()]
     targets.sort(key=lambda target: -target.matrix.work)
-    copied = [name for name, one in tensors.items() if one.role == "copied"]
-    run_stage("copies", Task(partial(_check_copied, opened, base), name=str), copied, num_workers, watcher)
+    copied = [name for name, record in tensors.items() if record.role == "copied"]
+    run_stage("copies", Task(partial(_check_copied, written, base), name=str), copied, num_workers, watcher)
     task = Task(
-        partial(_compare_one, opened, base),
+        partial(_compare_target, written, base),
         name=lambda target: target.name,
         work=lambda target: target.matrix.work,
     )
@@ -96,21 +96,21 @@ class _Output:
 
 
 def _check_names(output: _Output, tensors: Mapping[str, TensorRecord], base: Checkpoint) -> None:
-    """The base has the tensors of the output, in their shapes, and a whole output has all of the base's."""
-    for name, one in tensors.items():
+    """The base has the tensors of the output at their shapes, and an output with a base has all of them."""
+    for name, record in tensors.items():
         if name not in base.tensors:
             raise IntegrityError("not a tensor of the base", name, REMEDY)
-        if base.tensors[name].shape != one.shape:
+        if base.tensors[name].shape != record.shape:
             raise IntegrityError(
-                f"of shape {list(one.shape)}, in the base {base.tensors[name].shape}", name, REMEDY
+                f"of shape {list(record.shape)}, in the base {base.tensors[name].shape}", name, REMEDY
             )
     absent = [name for name in base.tensors if name not in tensors]
     if output.base and absent:
-        raise IntegrityError("a tensor of the base that the output lacks", absent[0], REMEDY)
+        raise IntegrityError("the output lacks this tensor of the base", absent[0], REMEDY)
 
 
 def _check_companions(output: _Output, base: Checkpoint) -> None:
-    """The files beside the weights are those of the base, but for the card and a dtype that config.json names."""
+    """The files beside the weights equal those of the base, except the card and a changed dtype in config.json."""
     if output.base is None:
         return
     for name in base.companions:
@@ -118,28 +118,28 @@ def _check_companions(output: _Output, base: Checkpoint) -> None:
         if name == CARD or (name == "config.json" and output.options.dtype != "auto"):
             continue
         if not ours.is_file() or sha256_file(ours) != sha256_file(theirs):
-            raise IntegrityError("not the bytes of the base", f"{ours}", REMEDY)
+            raise IntegrityError("differs from the base", f"{ours}", REMEDY)
 
 
-def _compare_one(output: _Output, base: Checkpoint, target: Target) -> Compared:
+def _compare_target(output: _Output, base: Checkpoint, target: Target) -> Compared:
     if target.matrix.digest(base) != output.input_blake3(target.name):
-        raise IntegrityError("not made from this tensor of the base", target.name, REMEDY)
+        raise IntegrityError("made from another tensor than that of the base", target.name, REMEDY)
     W = target.matrix.read(base)
-    found = ends(W, target.dropped)
+    factors = ends(W, target.dropped)
     if target.expert is None:
-        _check_start(output, found, target)
+        _check_initialisation(output, factors, target)
     return {
         "name": target.name,
-        "ulps": _ulps(output, found, W, target),
-        "tail_error": _tail_error(output, found, target),
+        "ulps": _ulps(output, factors, W, target),
+        "tail_error": _tail_error(output, factors, target),
     }
 
 
-def _ulps(output: _Output, found: Ends, W: Tensor, target: Target) -> float | None:
+def _ulps(output: _Output, bottom: Ends, W: Tensor, target: Target) -> float | None:
     """How far the stored base is from the exact result, in units in the last place."""
     if output.base is None:
         return None
-    L, R = kasa.truncation(found)
+    L, R = kasa.truncation(bottom)
     exact = ExactSum(W, L, R)
     Q = target.matrix.read(output.base)
     allowed = 0.5 if output.options.rounding == "nearest" else 1.0
@@ -150,47 +150,48 @@ def _ulps(output: _Output, found: Ends, W: Tensor, target: Target) -> float | No
         distance = (rows.to(torch.float64) - T).abs()
         step = (other_neighbour(rows, T).to(torch.float64) - rows.to(torch.float64)).abs()
         if bool((distance > allowed * step + slack).any()):
-            raise IntegrityError("not what its base gives", target.name, "make the output again")
+            what = "differs from the value recomputed from its base"
+            raise IntegrityError(what, target.name, "make the output again")
         worst = max(worst, float((distance / step.clamp_min(slack or 1.0)).max()))
     return worst
 
 
-def _tail_error(output: _Output, found: Ends, target: Target) -> float | None:
+def _tail_error(output: _Output, bottom: Ends, target: Target) -> float | None:
     """Distance of the tail's product from the exact one, in the dropped directions, over σ_max."""
     factors = output.tail_factors(target)
     if factors is None:
         return None
-    L, R = kasa.truncation(found)
+    L, R = kasa.truncation(bottom)
     left, right = (factor.to(torch.float64) for factor in factors)
-    error = float(torch.linalg.matrix_norm(left @ (right @ R.T) - L)) / (found.sigma_max or 1.0)
+    error = float(torch.linalg.matrix_norm(left @ (right @ R.T) - L)) / (bottom.sigma_max or 1.0)
     if error > TAIL_TOLERANCE:
-        raise IntegrityError("the tail is not what its base gives", target.name)
+        raise IntegrityError("the tail differs from the value recomputed from its base", target.name)
     return error
 
 
-def _check_start(output: _Output, found: Ends, target: Target) -> None:
-    """The adapter is the one that seed and options give."""
+def _check_initialisation(output: _Output, bottom: Ends, target: Target) -> None:
+    """The adapter is the fresh one of these options and this seed."""
     tensors = output.small_tensors("adapter", target.module)
     if not tensors:
         return
     options = output.options
     scaling = kasa.scaling(float(options.alpha), options.rank, options.use_rslora)
     recipe = kasa.Recipe(options.rank, scaling, options.seed)
-    start = kasa.initialise(found, recipe, options.diag_init, target.module)
+    start = kasa.initialise(bottom, recipe, options.diag_init, target.module)
     given = (tensors["B"] * tensors["diag"]) @ tensors["A"]
     wanted = (start.B * start.diag) @ start.A
     is_random = options.diag_init != "residual"
     is_same = torch.equal(tensors["A"], start.A) and torch.equal(tensors["diag"], start.diag)
-    is_close = bool(((given - wanted).abs() <= TAIL_TOLERANCE * (found.sigma_max or 1.0)).all())
+    is_close = bool(((given - wanted).abs() <= TAIL_TOLERANCE * (bottom.sigma_max or 1.0)).all())
     if not is_close or (is_random and not is_same):
-        raise IntegrityError("the adapter is not what seed and options give", target.module)
+        raise IntegrityError("the adapter differs from the fresh one of its options and seed", target.module)
 
 
 def _check_copied(output: _Output, base: Checkpoint, name: str) -> None:
     copies = [checkpoint for checkpoint in (base, output.base) if checkpoint]
     hashes = {hash_tensor(one, name) for one in copies}
     if hashes != {output.tensors[name].blake3}:
-        raise IntegrityError("not the bytes of the base", name, REMEDY)
+        raise IntegrityError("differs from the base", name, REMEDY)
 
 
 def _target(name: str, record: TensorRecord, module: str, truncation: TruncationRecord) -> Target:
