@@ -54,7 +54,7 @@ def select_targets(
         EmitName | None,
         typer.Option(
             metavar="KIND",
-            help="Export the selection, tested on the model: names, peft, axolotl, llamafactory or regex.",
+            help=f"Export the selection, tested on the model: {', '.join(EmitName)}.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -74,7 +74,7 @@ def select_targets(
         CriterionName,
         typer.Option(
             metavar="CRITERION",
-            help="Rank by this figure: kappa, snr, snr-mp, stable-rank, effective-rank or alpha.",
+            help=f"Rank by this figure: {', '.join(CriterionName)}.",
             rich_help_panel=CHOICE,
         ),
     ] = CriterionName.KAPPA,
