@@ -91,12 +91,12 @@ def pieces_of(base: BaseIndex, weight: Weight) -> StoredPieces:
     """The pieces of a weight, and which rows of it each holds."""
     try:
         require_known_rows(weight)
-        found = matrices(weight.shape, weight.made_of, base.shapes)
+        by_matrix = matrices(weight.shape, weight.made_of, base.shapes)
     except NotAssembled as reason:
         raise InvalidInput(str(reason), weight.label) from reason
     check_dtypes(base, weight)
-    turned = is_turned(found[0], weight.shape[-2:], base.shapes)
-    return StoredPieces(tuple(parts_of(pieces, base, turned) for pieces in found), turned)
+    turned = is_turned(by_matrix[0], weight.shape[-2:], base.shapes)
+    return StoredPieces(tuple(parts_of(pieces, base, turned) for pieces in by_matrix), turned)
 
 
 def require_known_rows(weight: Weight) -> None:

@@ -73,10 +73,10 @@ def parameter_of(base: BaseIndex, value: Replacement | TokenRows) -> Weight:
     if weight is None and name is not None:
         weight = base.single_tensor(value.parameter, name, base.names.slots[name].kind)
     if weight is None and (other := base.tied(module, parameter)):
-        found = base.single_tensor(
+        tied_weight = base.single_tensor(
             value.parameter, other, base.weights[module].kind if module in base.weights else Kind.OTHER
         )
-        weight = replace(found, tied_with=base.names.slots[other].module)
+        weight = replace(tied_weight, tied_with=base.names.slots[other].module)
     if weight is None:
         what = f"no such parameter in the base: {quote(value.parameter)}"
         raise InvalidInput(what, value.tensor, "name the base that it was trained on")

@@ -134,17 +134,17 @@ def by_parameter(lora: Mapping[str, Any], modules: Sequence[str]) -> dict[str, A
 
 def difficulties(modules: Sequence[str], config: Mapping[str, Any], *, has_conv1d: bool = False) -> list[str]:
     """Where PEFT 0.21 refuses or misreads a KaSA adapter on these targets."""
-    found = []
+    notes = []
     if has_conv1d:
-        found.append(
+        notes.append(
             "PEFT refuses KaSA on Conv1D layers: load tail/ on the original base, or train a plain LoRA on base/"
         )
     if experts := taken_for_experts(modules, config):
-        found.append(
+        notes.append(
             f"PEFT 0.21 takes {experts[0]} for routed experts (peft#3711) and refuses the adapter: "
             f"{_excludes(experts)}, or train on base/ with other targets"
         )
-    return found
+    return notes
 
 
 def refused_names(config: Mapping[str, Any]) -> tuple[str, ...]:

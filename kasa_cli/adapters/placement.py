@@ -97,7 +97,7 @@ def place(
         shape = (resized[0], resized[1])
         stored = StoredPieces(((Part(stored.matrices[0][0].piece, 0, shape[0]),),), stored.is_turned)
     is_transposed = is_in_out(adapter, base, patch, weight, shape)
-    found = Placed(
+    placement = Placed(
         patch,
         shape,
         stored.matrices,
@@ -108,8 +108,8 @@ def place(
         weight.tied_with is not None and weight.tied_with not in touched,
         one_matrix(base, stored, is_transposed),
     )
-    check_shapes(adapter, found)
-    return found
+    check_shapes(adapter, placement)
+    return placement
 
 
 def one_matrix(base: BaseIndex, stored: StoredPieces, is_transposed: bool) -> Matrix | None:
@@ -166,13 +166,13 @@ def holds_experts_in_out(model_class: str) -> bool:
     return model_class.startswith(TURNED_CLASSES)
 
 
-def check_shapes(adapter: Adapter, found: Placed) -> None:
+def check_shapes(adapter: Adapter, placement: Placed) -> None:
     """Check that every tensor of a patch fits the sides of the weight."""
-    patch, entries = found.patch, adapter.container.tensors
-    out_features, in_features = found.sides
+    patch, entries = placement.patch, adapter.container.tensors
+    out_features, in_features = placement.sides
     known = {"o": out_features, "i": in_features}
     if "r" in patch.settings:
-        known["r"] = patch.settings["r"] * len(found.matrices)
+        known["r"] = patch.settings["r"] * len(placement.matrices)
     shapes = {short: entries[name].shape for short, name in patch.tensors.items()}
     sizes_of(patch.row, patch.settings, shapes, known, patch.tensors)
 

@@ -239,8 +239,8 @@ def is_in_layers(config: Mapping[str, Any], module: str, listed: Iterable[str]) 
     layers = config.get("layers_to_transform")
     if layers in (None, []) or module in listed or not is_absent(config.get("layers_pattern")):
         return True
-    found = FIRST_NUMBER.match(module)
-    return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
+    number = FIRST_NUMBER.match(module)
+    return number is not None and int(number[1]) in (layers if isinstance(layers, list) else [layers])
 
 
 def endings(path: str) -> Iterator[str]:

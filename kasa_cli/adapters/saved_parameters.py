@@ -77,13 +77,13 @@ def repeats(rest: Mapping[str, Place]) -> dict[str, tuple[str, str]]:
 
     By name in the file: the parameter, and the one of `PARTS` that the copy is.
     """
-    found, held = {}, {place.module for place in rest.values() if not place.short}
+    copies, held = {}, {place.module for place in rest.values() if not place.short}
     for name, place in rest.items():
         path, _, leaf = place.module.rpartition(".")
         module, _, part = path.rpartition(".")
         if not place.short and part in PARTS and f"{module}.{leaf}" in held:
-            found[name] = (f"{module}.{leaf}", part)
-    return found
+            copies[name] = (f"{module}.{leaf}", part)
+    return copies
 
 
 def parameter_of(place: Place) -> tuple[str, str]:

@@ -40,11 +40,11 @@ class TiedItems:
 
     def placed_at(self, names: Mapping[str, str]) -> tuple[tuple[Placed, ...], tuple[PlacedValue, ...]]:
         """All parts on these tensors, by tied parameter. A parameter without a tensor shares that of another."""
-        found = [
+        items = [
             one for item, ends in self.items for one in (_placed_at(item, ends, names) if ends else [item])
         ]
-        places = tuple(item for item in found if isinstance(item, Placed))
-        return places, tuple(item for item in found if isinstance(item, PlacedValue))
+        places = tuple(item for item in items if isinstance(item, Placed))
+        return places, tuple(item for item in items if isinstance(item, PlacedValue))
 
 
 def tied_items(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group]) -> TiedItems:
@@ -58,15 +58,15 @@ def tied_items(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group])
     for group in groups:
         own = {end: [item for item in items if end in touched(item)] for end in group.ends}
         shared, repeated = _shared(adapter, own)
-        rest = {end: [one for one in said if one not in shared + repeated] for end, said in own.items()}
+        rest = {end: [one for one in parts if one not in shared + repeated] for end, parts in own.items()}
         _require_known(adapter, group, shared, rest)
         if not _all_same(adapter, [*rest.values()]):
             apart.append(group)
         dropped |= {id(one) for one in repeated}
         for one in shared:
             ends[id(one)] = tuple(end for end in group.ends if not (_is_base(one) and _replaces(rest[end])))
-        for end, said in rest.items():
-            for one in said:
+        for end, parts in rest.items():
+            for one in parts:
                 ends[id(one)] += (end,)
     return TiedItems(tuple((one, ends[id(one)]) for one in items if id(one) not in dropped), tuple(apart))
 
@@ -82,7 +82,7 @@ def touched(item: Item) -> tuple[str, ...]:
 def _shared(adapter: Adapter, own: Own) -> tuple[list[Item], list[Item]]:
     """The parts that hold for all tied parameters: a base in the file, and rows, which PEFT ties by itself if they
     are of the embedding. Beside them, the parts that only repeat them."""
-    values = [item for said in own.values() for item in said if isinstance(item, PlacedValue)]
+    values = [item for parts in own.values() for item in parts if isinstance(item, PlacedValue)]
     bases: list[Item] = [one for one in values if _is_base(one)]
     rows: list[Item] = [one for one in values if isinstance(one.value, TokenRows)]
     is_tied = len(rows) == 1 and isinstance(rows[0], PlacedValue) and rows[0].kind is Kind.EMBEDDING
@@ -143,8 +143,8 @@ def _indices(item: PlacedValue) -> tuple[int, ...] | None:
 
 def _factors(adapter: Adapter, item: Placed) -> dict[str, Tensor]:
     with Reader(adapter.container) as reader:
-        found = {short: reader.tensor(name) for short, name in item.patch.tensors.items()}
-    return {TURNED.get(short, short): one.T if short in TURNED else one for short, one in found.items()}
+        tensors = {short: reader.tensor(name) for short, name in item.patch.tensors.items()}
+    return {TURNED.get(short, short): one.T if short in TURNED else one for short, one in tensors.items()}
 
 
 def _value(adapter: Adapter, item: PlacedValue) -> dict[str, Tensor]:

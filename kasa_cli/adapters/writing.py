@@ -160,11 +160,11 @@ def padded_rank(rank: int) -> int:
     >>> [padded_rank(rank) for rank in (1, 2, 16, 300)]
     [1, 8, 16, 320]
     """
-    found = next((served for served in SERVED_RANKS if served >= rank), None)
-    if found is None:
+    padded = next((served for served in SERVED_RANKS if served >= rank), None)
+    if padded is None:
         what = f"rank {rank} is above {SERVED_RANKS[-1]}, the largest that servers accept"
         raise UsageError(what, "--pad-rank", f"recompress it with --rank {SERVED_RANKS[-1]} and --restart")
-    return found
+    return padded
 
 
 @dataclass(frozen=True)

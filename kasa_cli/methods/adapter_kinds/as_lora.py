@@ -88,8 +88,8 @@ def of_weight(W: Float[Tensor, "o i"], change: Change, limit: Limit) -> Compact:
             W.new_zeros(m, W.shape[1], dtype=torch.float32),
         )
     else:
-        found = tops_of(gram, m)
-        B, A = _stored(found.U * found.S), _stored(found.V.T)
+        largest = tops_of(gram, m)
+        B, A = _stored(largest.U * largest.S), _stored(largest.V.T)
     norm = error = 0.0
     for start, stop in row_blocks(W.shape, (change,)):
         D = _rows(W, change, start, stop)

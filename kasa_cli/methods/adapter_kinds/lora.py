@@ -58,9 +58,9 @@ def with_diagonal(x: Given) -> Change:
     return Change(terms=(Term(x.scaling * B, x["A"]),))
 
 
-def truncation(found: Ends) -> Change:
+def truncation(bottom: Ends) -> Change:
     """KaSA's truncation, W - U_d S_d V_d^T: of the base, so once for all its adapters, and never weighted."""
-    return Change(terms=(Term(*kasa.truncation(found)),))
+    return Change(terms=(Term(*kasa.truncation(bottom)),))
 
 
 # --- initialisations ---
@@ -71,12 +71,12 @@ def _largest(x: Given) -> tuple[Term, ...]:
     r = x.settings["r"]
     if r > min(x.W.shape):
         raise InvalidInput(f"PiSSA of rank {r} on a weight of rank {min(x.W.shape)}")
-    found = tops_of(Gram(frame(x.W)), min(r + 1, *x.W.shape))
-    if len(found.S) > r and found.S[r - 1] - found.S[r] <= TIE * found.S[r - 1]:
+    top = tops_of(Gram(frame(x.W)), min(r + 1, *x.W.shape))
+    if len(top.S) > r and top.S[r - 1] - top.S[r] <= TIE * top.S[r - 1]:
         raise NumericalError(
             f"PiSSA of rank {r} splits equal singular values: its initialisation is not known"
         )
-    return (Term(found.U[:, :r] * -found.S[:r], found.V[:, :r].T),)
+    return (Term(top.U[:, :r] * -top.S[:r], top.V[:, :r].T),)
 
 
 def _first_columns(x: Given) -> tuple[Term, ...]:

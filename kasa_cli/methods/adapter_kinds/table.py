@@ -61,11 +61,11 @@ KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (*PEFT_KINDS, *LITE_KIN
 
 def _by_type(kinds: Iterable[Kind]) -> dict[str, tuple[Kind, ...]]:
     """The kinds of each type of config, the plain one first."""
-    found: dict[str, tuple[Kind, ...]] = {}
+    by_type: dict[str, tuple[Kind, ...]] = {}
     for kind in kinds:
         for name in kind.config.names:
-            found[name] = (*found.get(name, ()), kind)
-    return found
+            by_type[name] = (*by_type.get(name, ()), kind)
+    return by_type
 
 
 PEFT_TYPES = _by_type(PEFT_KINDS)

@@ -63,9 +63,9 @@ class Truncations:
         if not rank:
             return None
         piece = matrix.pieces[0]
-        found = self.from_tail(piece.name, module, rank) if piece.index is None else None
-        if found and self.originals.get(piece.name) == hash_tensor(checkpoint, piece.name):
-            return found
+        term = self.from_tail(piece.name, module, rank) if piece.index is None else None
+        if term and self.originals.get(piece.name) == hash_tensor(checkpoint, piece.name):
+            return term
         weight = weigh(checkpoint, matrix.within(checkpoint.tensors), torch.device("cpu"))
         (term,) = truncation(facts.bench(weight).bottom(rank)).terms
         return term

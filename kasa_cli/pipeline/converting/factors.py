@@ -142,26 +142,26 @@ def _made(converter: Converter, place: Placed) -> bytes:
     try:
         tensors = converter.files.tensors(converter.adapter.container, place.patch.tensors)
         changes = changes_of(tensors, place, weight)
-        found = [_compact(converter, place, change, weight) for change in changes]
+        compacts = [_compact(converter, place, change, weight) for change in changes]
     except (InvalidInput, NumericalError) as error:
         module = place.patch.module
         where = error.where if module in error.where else f"{module}: {error.where}".removesuffix(": ")
         raise type(error)(error.what, where, error.remedy) from error
-    return _packed(found, place.is_transposed)
+    return _packed(compacts, place.is_transposed)
 
 
-def _packed(found: Sequence[Compact], is_transposed: bool) -> bytes:
+def _packed(compacts: Sequence[Compact], is_transposed: bool) -> bytes:
     """The factors in the orientation of the weight in memory: left (e x rows x n), right (e x n x columns)."""
-    rank = max(one.B.shape[1] for one in found)
-    pairs = [(one.A.T, one.B.T) if is_transposed else (one.B, one.A) for one in found]
+    rank = max(one.B.shape[1] for one in compacts)
+    pairs = [(one.A.T, one.B.T) if is_transposed else (one.B, one.A) for one in compacts]
     left = torch.stack([torch.nn.functional.pad(one, (0, rank - one.shape[1])) for one, _ in pairs])
     right = torch.stack([torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for _, one in pairs])
-    exact = [one.exact_rank for one in found if one.exact_rank is not None]
+    exact = [one.exact_rank for one in compacts if one.exact_rank is not None]
     fields = {
         "rank": rank,
         "exact_rank": max(exact) if exact else None,
-        "norm": math.hypot(*(one.norm for one in found)),
-        "error": math.hypot(*(one.error for one in found)),
+        "norm": math.hypot(*(one.norm for one in compacts)),
+        "error": math.hypot(*(one.error for one in compacts)),
     }
     return save({"left": left, "right": right}, {"kasa": json.dumps(fields, sort_keys=True)})
 

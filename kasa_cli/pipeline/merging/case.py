@@ -108,9 +108,9 @@ def opened_case(
         mergings.append(merging)
         rows.append(_row(path, one.adapter, weight, digest))
         base_is = own or base_is
-    made, mergings = settle_layout(base, names, mergings, options.untie)
-    notes = (*([names.note] if names.note else []), *made.notes, *_initialisation_notes(mergings))
-    return Case(options, source, base, names, tuple(rows), base_is, made, edits_by_tensor(mergings), notes)
+    layout, mergings = settle_layout(base, names, mergings, options.untie)
+    notes = (*([names.note] if names.note else []), *layout.notes, *_initialisation_notes(mergings))
+    return Case(options, source, base, names, tuple(rows), base_is, layout, edits_by_tensor(mergings), notes)
 
 
 def _merging(one: AdapterOnBase, base: Origin, weight: float, options: Options) -> tuple[Merging, str | None]:

@@ -61,10 +61,10 @@ class TensorEdits:
 
     def by_matrix(self) -> dict[int | None, list[Edit]]:
         """The edits of each matrix of a stack, by its number; a tensor that is one matrix has them under None."""
-        found: defaultdict[int | None, list[Edit]] = defaultdict(list)
+        by_index: defaultdict[int | None, list[Edit]] = defaultdict(list)
         for edit in self.edits:
-            found[edit.index].append(edit)
-        return dict(found)
+            by_index[edit.index].append(edit)
+        return dict(by_index)
 
     @property
     def needs_weight(self) -> bool:

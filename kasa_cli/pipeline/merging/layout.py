@@ -44,8 +44,8 @@ def settle_layout(
         InvalidInput: an adapter unties weights, which is not allowed or not possible; a part of the model keeps the
             old size of the vocabulary.
     """
-    made, mergings = _untied(base, names, mergings, may_untie)
-    return _resized(base.checkpoint, names, made, mergings), mergings
+    layout, mergings = _untied(base, names, mergings, may_untie)
+    return _resized(base.checkpoint, names, layout, mergings), mergings
 
 
 # --- tied weights ---
@@ -57,30 +57,30 @@ def _untied(
     groups = _tied_groups(base, names, mergings)
     if not groups:
         return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), list(mergings)
-    said = [tied_items(one.adapter, (*one.placed, *one.values), groups) for one in mergings]
-    apart = {id(group): group for one in said for group in one.apart}
+    tied = [tied_items(one.adapter, (*one.placed, *one.values), groups) for one in mergings]
+    apart = {id(group): group for one in tied for group in one.apart}
     if not apart:
-        return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), _placed_at(mergings, said, groups)
+        return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), _placed_at(mergings, tied, groups)
     if not may_untie:
-        raise _still_tied(mergings, said)
+        raise _still_tied(mergings, tied)
     from kasa_cli.model_names import tied_weights
 
     taken = tied_weights.taken_apart(base.checkpoint.config, _shapes(base.checkpoint), apart.values())
     freed = enumerated([end for group in apart.values() for end in group.ends])
     note = f"untied, a tensor each: {freed}; {model_config.TIED} is false in config.json"
-    return MergedLayout(taken.config, {}, taken.sources, (note,)), _placed_at(mergings, said, taken.groups)
+    return MergedLayout(taken.config, {}, taken.sources, (note,)), _placed_at(mergings, tied, taken.groups)
 
 
 def _placed_at(
-    mergings: Sequence[Merging], said: Sequence[TiedItems], groups: Iterable[Group]
+    mergings: Sequence[Merging], tied: Sequence[TiedItems], groups: Iterable[Group]
 ) -> list[Merging]:
     names = {end: name for group in groups for end, name in group.held.items()}
-    led = [one.placed_at(names) for one in said]
-    return [replace(one, placed=p, values=v) for one, (p, v) in zip(mergings, led, strict=True)]
+    placed = [one.placed_at(names) for one in tied]
+    return [replace(one, placed=p, values=v) for one, (p, v) in zip(mergings, placed, strict=True)]
 
 
-def _still_tied(mergings: Sequence[Merging], said: Sequence[TiedItems]) -> InvalidInput:
-    merging, group = next((m, one.apart[0]) for m, one in zip(mergings, said, strict=True) if one.apart)
+def _still_tied(mergings: Sequence[Merging], tied: Sequence[TiedItems]) -> InvalidInput:
+    merging, group = next((m, one.apart[0]) for m, one in zip(mergings, tied, strict=True) if one.apart)
     what = f"the adapter makes tied weights differ ({enumerated([*group.ends])})"
     return InvalidInput(what, str(merging.adapter.path), "give --untie to write a tensor for each of them")
 
@@ -96,27 +96,27 @@ def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> l
         return []
     from kasa_cli.model_names import tied_weights
 
-    found = []
+    tied_groups = []
     for group in tied_weights.groups_of(base.checkpoint.config, _shapes(base.checkpoint)):
         held = group.held.values()
         is_one = len(held) == 1 or len({base.digest(name) for name in held}) == 1
         if is_one:
-            found.append(group)
+            tied_groups.append(group)
         elif len(held) < len(group.ends) and not on_disk.isdisjoint(held):
             what = f"some of these tied weights differ on disk: {enumerated([*group.ends])}"
             raise InvalidInput(what, str(base.checkpoint.root), "load it with transformers and save it again")
-    return found
+    return tied_groups
 
 
 # --- another vocabulary ---
 
 
 def _resized(
-    checkpoint: Checkpoint, names: NameMap, made: MergedLayout, mergings: Sequence[Merging]
+    checkpoint: Checkpoint, names: NameMap, layout: MergedLayout, mergings: Sequence[Merging]
 ) -> MergedLayout:
     resizing = [merging for merging in mergings if any(value.vocabulary for value in merging.values)]
     if not resizing:
-        return made
+        return layout
     path = str(resizing[-1].adapter.path)
     values = [value for merging in resizing for value in merging.values if value.vocabulary]
     sizes = {value.vocabulary for value in values if value.vocabulary}
@@ -124,15 +124,15 @@ def _resized(
         what = f"vocabularies of {enumerated([str(new) for _, new in sorted(sizes)])} rows"
         raise InvalidInput(what, path, "merge adapters of one vocabulary")
     [(old, new)] = sizes
-    config = model_config.resized(made.config or checkpoint.config, old, new)
+    config = model_config.resized(layout.config or checkpoint.config, old, new)
     shapes = {value.matrices[0][0].piece.name: (new, *value.shape[1:]) for value in values}
-    copied = {name: checkpoint.tensors[source].shape for name, source in made.sources.items()}
+    copied = {name: checkpoint.tensors[source].shape for name, source in layout.sources.items()}
     behind = _left_behind(config, {**_shapes(checkpoint), **copied, **shapes}, names, old)
     if behind:
         what = f"a vocabulary of {new} rows, but {enumerated(behind, 3)} has {old} and is not in the adapter"
         raise InvalidInput(what, path, "save the embedding and the head with the adapter")
     note = f"the vocabulary has {new} rows, {old} before; the tokenizer is that of the base"
-    return replace(made, config=config, shapes=shapes, notes=(*made.notes, note))
+    return replace(layout, config=config, shapes=shapes, notes=(*layout.notes, note))
 
 
 def _left_behind(config: Mapping[str, Any], shapes: Shapes, names: NameMap, old: int) -> list[str]:

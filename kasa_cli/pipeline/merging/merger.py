@@ -126,10 +126,10 @@ class Merger:
             key = id(edit.place)
             if key not in self._stacks:
                 place = edit.place
-                made = expert_changes(self._tensors(edit), module_of(place), len(place.matrices))
+                changes = expert_changes(self._tensors(edit), module_of(place), len(place.matrices))
                 while len(self._stacks) >= KEPT:
                     self._stacks.pop(next(iter(self._stacks)))
-                self._stacks[key] = made
+                self._stacks[key] = changes
             return self._stacks[key]
 
     def _tensors(self, edit: Edit) -> dict[str, Tensor]:
@@ -140,8 +140,8 @@ class Merger:
             return before
         adapter, value = edits.replacement
         require_fit(adapter, value, before.shape, name)
-        found = self.files.tensor(adapter.container, value.value.tensor)
-        return (found.T if value.is_turned else found).contiguous()
+        stored = self.files.tensor(adapter.container, value.value.tensor)
+        return (stored.T if value.is_turned else stored).contiguous()
 
     def _with_rows(self, X: Tensor, edits: TensorEdits) -> Tensor:
         for one in self._trained(edits):
@@ -179,15 +179,15 @@ def require_fit(adapter: Adapter, value: PlacedValue, before: Sequence[int], nam
     Raises:
         InvalidInput: naming the tensor of the base, or the copy.
     """
-    found = adapter.container.tensors[value.value.tensor]
-    shape = found.shape[::-1] if value.is_turned else found.shape
+    entry = adapter.container.tensors[value.value.tensor]
+    shape = entry.shape[::-1] if value.is_turned else entry.shape
     if shape[1:] != tuple(before[1:]) or (shape != tuple(before) and not value.vocabulary):
         what = f"shape {shape}, in the base {tuple(before)}"
         raise InvalidInput(what, name, "take the base that it was trained on")
     for copy in value.value.copies if isinstance(value.value, Replacement) else ():
         other = adapter.container.tensors[copy]
-        if (other.dtype, other.shape) != (found.dtype, found.shape) or not _are_equal(adapter, found, other):
-            raise InvalidInput(f"differs from {found.name}, which it should repeat", copy)
+        if (other.dtype, other.shape) != (entry.dtype, entry.shape) or not _are_equal(adapter, entry, other):
+            raise InvalidInput(f"differs from {entry.name}, which it should repeat", copy)
 
 
 def _are_equal(adapter: Adapter, one: TensorEntry, other: TensorEntry) -> bool:

@@ -84,7 +84,7 @@ def merge(
     check_running(running)
     facts = open_facts(running)
     case = opened_case(adapters, where, output, options, facts)
-    checkpoint, orders, made = case.checkpoint, case.edits, case.layout
+    checkpoint, edits, layout = case.checkpoint, case.edits, case.layout
     sheets = _sheets(case)
     require_space(output.parent, sum(sheet.layout.size for sheet in sheets))
     record = recorded(case, running)
@@ -94,9 +94,9 @@ def merge(
     }
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(running.threads_per_worker), OpenFiles() as files:
-        merger = Merger(checkpoint, orders, facts, files, options.rounding, made.sources)
+        merger = Merger(checkpoint, edits, facts, files, options.rounding, layout.sources)
         written = write_base(checkpoint, merger, sheets, staging.out, running.num_workers, watcher)
-        copy_companions(checkpoint, staging.out, options.dtype, made.config)
+        copy_companions(checkpoint, staging.out, options.dtype, layout.config)
         write_index(checkpoint, sheets, staging.out)
         sealed = write_records(case, staging.out, record, sheets, written, running.num_workers)
         staging.publish()
@@ -107,7 +107,7 @@ def merge(
         base_is=case.base_is,
         dtype=options.dtype,
         rounding=options.rounding,
-        tensors=_rows(orders, written.tensors),
+        tensors=_rows(edits, written.tensors),
         adapters=case.adapters,
         totals=_totals(written.tensors, sheets),
         output={"directory": str(output), "manifest_sha256": hashlib.sha256(sealed).hexdigest()},
@@ -117,14 +117,14 @@ def merge(
 
 def _sheets(case: Case) -> list[Sheet]:
     """The files of the merged model."""
-    checkpoint, made, dtype = case.checkpoint, case.layout, DTYPES[case.options.dtype]
-    before = {name: checkpoint.tensors[made.sources.get(name, name)].dtype for name in case.edits}
+    checkpoint, layout, dtype = case.checkpoint, case.layout, DTYPES[case.options.dtype]
+    before = {name: checkpoint.tensors[layout.sources.get(name, name)].dtype for name in case.edits}
     dtypes = {name: dtype for name in case.edits if dtype is not None and dtype != before[name]}
-    return base_sheets(checkpoint, dtypes, case.options.max_shard_size, made.shapes, made.sources)
+    return base_sheets(checkpoint, dtypes, case.options.max_shard_size, layout.shapes, layout.sources)
 
 
 def _rows(
-    orders: Mapping[str, TensorEdits], written: Sequence[WrittenTensor[Merged]]
+    edits: Mapping[str, TensorEdits], written: Sequence[WrittenTensor[Merged]]
 ) -> tuple[MergedRow, ...]:
     """Changed tensors, in the order of the base's headers."""
     outcomes = {one.name: one for one in written if one.checks}
@@ -134,11 +134,11 @@ def _rows(
             ", ".join(order.modules),
             outcomes[name].dtype,
             order.num_terms,
-            found.max_abs_change,
-            found.rounding_error,
+            checks.max_abs_change,
+            checks.rounding_error,
         )
-        for name, order in orders.items()
-        if (found := outcomes[name].checks)
+        for name, order in edits.items()
+        if (checks := outcomes[name].checks)
     )
 
 

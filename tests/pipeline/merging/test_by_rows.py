@@ -50,7 +50,7 @@ def test_small_blocks_and_whole_tensors_make_the_same_bytes_and_figures(name, dt
     monkeypatch.setattr(by_rows, "BLOCK_ENTRIES", 64)
     monkeypatch.setattr(by_rows, "LEAST_ROWS", 3)
     assert merged(name, tmp_path, tmp_path / "b", dtype=dtype)[1] == at_once
-    monkeypatch.setattr("kasa_cli.pipeline.merging.merger.Orders.is_whole", True)
+    monkeypatch.setattr("kasa_cli.pipeline.merging.merger.TensorEdits.is_whole", True)
     whole, stored = merged(name, tmp_path, tmp_path / "c", dtype=dtype)
     assert stored == at_once
     for one, other in zip(streamed.tensors, whole.tensors, strict=True):
