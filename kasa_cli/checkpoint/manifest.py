@@ -347,7 +347,7 @@ def seal(content: Mapping[str, Any]) -> bytes:
 
 
 def load(output: Path) -> Manifest:
-    """The manifest of an output, unaltered.
+    """The manifest of an output, unaltered; of a command that this kasa does not know, only files and tensors.
 
     Raises:
         InvalidInput: it was written by a later kasa, or by one before the first release.
@@ -371,18 +371,9 @@ def load(output: Path) -> Manifest:
     if not all(isinstance(content.get(section), dict) for section in SECTIONS):
         raise IntegrityError("altered: a section is missing", str(path))
     try:
-        return parse(content)
+        return from_json(KINDS.get(str(content.get("command")), Manifest), content)
     except Malformed as error:
         raise IntegrityError(f"altered: {error}", str(path)) from error
-
-
-def parse(content: Mapping[str, Any]) -> Manifest:
-    """A manifest from JSON data; of a command that this kasa does not know, only files and tensors.
-
-    Raises:
-        Malformed: a field is missing, or of another type.
-    """
-    return from_json(KINDS.get(str(content.get("command")), Manifest), content)
 
 
 def _is_sealed(content: Mapping[str, Any], raw: bytes) -> bool:
