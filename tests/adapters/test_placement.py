@@ -24,10 +24,9 @@ from kasa_cli.errors import ExitCode, InvalidInput
 from kasa_cli.model_names.name_map import map_names
 from kasa_cli.model_names.names import NameMap
 from tests.builders import tiny_models
-from tests.builders.adapters import CASES, EXPERTS, LORA, WEIGHTS, Case, saved, tampered
+from tests.builders.adapters import CASES, EXPERTS, LORA, PREFIX, WEIGHTS, Case, put, saved, tampered
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own
-PREFIX = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
 Tensors = dict[str, torch.Tensor]
 
@@ -303,7 +302,7 @@ def test_both_ends_of_tied_weights_are_not_tied(tmp_path):
         {**LORA, "target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
         "lora",
     )
-    model = peft.get_peft_model(copy.deepcopy(tiny_models.build("llama-tied")), case.make(**case.options))
+    model = peft.get_peft_model(tiny_models.fresh("llama-tied"), case.make(**case.options))
     model.save_pretrained(tmp_path)
     found = base_of("llama-tied").placed(open_adapter(tmp_path))
     assert [(one.tied, one.matrices[0][0].piece.name) for one in found] == [
@@ -314,7 +313,7 @@ def test_both_ends_of_tied_weights_are_not_tied(tmp_path):
 @pytest.mark.parametrize("is_targeted", [True, False])
 def test_a_resized_vocabulary_is_said(is_targeted, tmp_path):
     base = base_of("llama")
-    model = copy.deepcopy(tiny_models.build("llama"))
+    model = tiny_models.fresh("llama")
     model.resize_token_embeddings(100)
     model.name_or_path = str(base.checkpoint.root)
     targets = ["embed_tokens"] if is_targeted else ["q_proj"]
@@ -332,10 +331,6 @@ def test_a_resized_vocabulary_is_said(is_targeted, tmp_path):
 
 
 # --- what does not fit ---
-
-
-def put(name: str, shape: tuple[int, ...]) -> Callable[[Tensors], Any]:
-    return lambda tensors: tensors.update({f"{PREFIX}{name}": torch.zeros(shape)})
 
 
 def both(name: str, other: str) -> Callable[[Tensors], Any]:

@@ -21,9 +21,20 @@ from kasa_cli.errors import ExitCode, KasaError
 from kasa_cli.methods.adapter_kinds.config_fields import version_of
 from kasa_cli.methods.adapter_kinds.kind import BaseChange
 from kasa_cli.methods.adapter_kinds.table import PEFT_TYPES
-from tests.builders.adapters import CASES, CONFIG, LORA, QV, WEIGHTS, live, saved, tampered
+from tests.builders.adapters import (
+    CASES,
+    CONFIG,
+    LORA,
+    PREFIX,
+    QV,
+    WEIGHTS,
+    live,
+    put,
+    save_lite,
+    saved,
+    tampered,
+)
 
-PREFIX = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], Any]
@@ -209,10 +220,6 @@ def test_old_files_say_less(tmp_path):
 
 
 # --- tampered files ---
-
-
-def put(name: str, shape: tuple[int, ...]) -> Change:
-    return lambda tensors: tensors.update({f"{PREFIX}{name}": torch.zeros(shape)})
 
 
 def drop(name: str) -> Change:
@@ -506,10 +513,7 @@ def lite(path: Path, variant: str, change: Change | None = None, **config: Any) 
         change(tensors)
     common = {"r": 4, "alpha": 8, "dtype": "bfloat16", "target_roles": ["reader"], "target_names": [r"\.fc$"]}
     cfg = {"variant": variant, **common, "exclude_names": ["lm_head"], "layers": None, **fields, **config}
-    save_file(
-        tensors, path, {"cfg": json.dumps({key: value for key, value in cfg.items() if value is not ...})}
-    )
-    return path
+    return save_lite(path, tensors, **cfg)
 
 
 @pytest.mark.parametrize("variant", LITE)

@@ -1,6 +1,5 @@
 """Adapters saved by PEFT on tiny models: one table of kinds for all tests that read them."""
 
-import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from torch import nn
 from tests.builders import shared, tiny_models
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
 QV = ["q_proj", "v_proj"]
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": QV}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -154,7 +154,7 @@ def live(name: str) -> PeftModel:
     case = CASES[name]
     torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"):
-        return peft.get_peft_model(copy.deepcopy(tiny_models.build(case.family)), case.make(**case.options))
+        return peft.get_peft_model(tiny_models.fresh(case.family), case.make(**case.options))
 
 
 @torch.no_grad()
@@ -227,3 +227,15 @@ def fill_b(model: nn.Module) -> None:
     for name, parameter in sorted(model.named_parameters()):
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def put(name: str, shape: tuple[int, ...]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """A change for `tampered`: one more tensor, of zeros."""
+    return lambda tensors: tensors.update({f"{PREFIX}{name}": torch.zeros(shape)})
+
+
+def save_lite(path: Path, tensors: Mapping[str, torch.Tensor], **cfg: Any) -> Path:
+    """A file as lora-lite saves it: the config as JSON in the header; ... takes a field away."""
+    fields = {key: value for key, value in cfg.items() if value is not ...}
+    save_file(dict(tensors), path, {"cfg": json.dumps(fields)})
+    return path

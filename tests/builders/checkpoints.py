@@ -1,7 +1,7 @@
 """Checkpoints in folders: plain ones that only kasa reads, changed copies, and models that transformers loads."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def changed(model: Path, folder: Path, **tensors: Any) -> Path:
     for name, function in tensors.items():
         key = f"{name.replace('__', '.')}.weight"
         weights[key] = function(weights[key])
-    return save_plain(weights, folder, json.loads((model / "config.json").read_text()))
+    return save_plain(weights, folder, config_of(model))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -65,17 +65,26 @@ def tensors_of(folder: Path) -> Tensors:
 
 
 def rewritten(model: Path, folder: Path, change: Callable[[Tensors], Tensors], **config: Any) -> Path:
-    """A copy of a model with other tensors and other words in its config."""
-    folder.mkdir()
+    """A copy of a model with other tensors, and other fields in its config."""
+    folder.mkdir(exist_ok=True)
     save_file(change(tensors_of(model)), folder / WEIGHTS, {"format": "pt"})
-    old = json.loads((model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**old, **config}))
+    (folder / "config.json").write_text(json.dumps({**config_of(model), **config}))
     return folder
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    return getattr(transformers, architecture).from_pretrained(folder, **kwargs).eval()
+    return (
+        getattr(transformers, config_of(folder)["architectures"][0]).from_pretrained(folder, **kwargs).eval()
+    )
 
 
 def logits(model: nn.Module) -> torch.Tensor:

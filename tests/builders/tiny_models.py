@@ -1,5 +1,6 @@
 """Tiny random models of every family whose names on disk are worth a test: seeded, fp32, two layers."""
 
+import copy
 import os
 from collections.abc import Callable
 from functools import cache
@@ -219,9 +220,15 @@ def fill(model: PreTrainedModel) -> None:
         parameter.normal_(std=0.1)
 
 
-def save(family: str, directory: Path, **kwargs: Any) -> Path:
+def fresh(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A copy of the model of a family, to change at will."""
+    return copy.deepcopy(build(family)).to(dtype)
+
+
+def save(family: str, directory: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Path:
     """Write a family's checkpoint as transformers does, and return its directory."""
-    build(family).save_pretrained(directory, **kwargs)
+    model = build(family) if dtype == torch.float32 else fresh(family, dtype)
+    model.save_pretrained(directory, **kwargs)
     return directory
 
 

@@ -20,11 +20,15 @@ REWRITTEN = {"deepseek-v2", "deepseek-v3"}
 
 
 @dataclass(frozen=True)
-class Case:
+class Truncated:
     family: str
     model: Path
     out: Path
     report: TruncateReport
+
+    @property
+    def base(self) -> Path:
+        return self.out / "base"
 
     @property
     def modules(self) -> list[str]:
@@ -34,20 +38,20 @@ class Case:
         return load(self.model)
 
     def truncated(self) -> PreTrainedModel:
-        return load(self.out / "base")
+        return load(self.base)
 
 
-def made(family: str, folder: Path, **options: Any) -> Case:
+def made(family: str, folder: Path, **options: Any) -> Truncated:
     model = tiny_models.save(family, folder / "model")
     report = truncate(Where(str(model)), folder / "out", Options(rank=RANK, workers=1, **options))
-    return Case(family, model, folder / "out", report)
+    return Truncated(family, model, folder / "out", report)
 
 
-def cut(model: Path, out: Path, *targets: str, excludes: tuple[str, ...] = (), **options: Any) -> Case:
+def cut(model: Path, out: Path, *targets: str, excludes: tuple[str, ...] = (), **options: Any) -> Truncated:
     """A model truncated, by the patterns given."""
     patterns = Patterns(targets, excludes)
     report = truncate(Where(str(model)), out, Options(**{"rank": RANK, "patterns": patterns, **options}))
-    return Case("", model, out, report)
+    return Truncated("", model, out, report)
 
 
 def chosen(model: Path, *targets: str, excludes: tuple[str, ...] = (), **options: Any) -> list[str]:

@@ -49,11 +49,6 @@ MORE_OPTIONS = {
 }
 
 
-@pytest.fixture
-def copy(model, tmp_path):
-    return shutil.copytree(model, tmp_path / "model")
-
-
 def poison(model):
     """A NaN at the end of the weight that is the last of its file."""
     with (model / "model.safetensors").open("r+b") as file:

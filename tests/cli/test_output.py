@@ -4,7 +4,6 @@ import io
 import os
 import pty
 import re
-import shutil
 import subprocess
 import threading
 
@@ -32,11 +31,6 @@ TENSOR = (
     "realised changed_fraction solver residual"
 )
 TENSOR_ADDS = " stored_dtype truncation_rank rounding_error is_tied"
-
-
-@pytest.fixture
-def copy(model, tmp_path):
-    return shutil.copytree(model, tmp_path / "model")
 
 
 def shown(done):

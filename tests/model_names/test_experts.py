@@ -25,10 +25,8 @@ from kasa_cli.checkpoint.matrix import Piece
 from kasa_cli.model_names.conversion import LoadedTensor, compositions, described
 from kasa_cli.model_names.experts import FOLLOWED, Composition, NotAssembled, matrices
 from tests.builders import tiny_models
-from tests.targets.test_candidates import (
-    WEIGHTS,
+from tests.builders.candidates import (
     Saved,
-    Tensors,
     assert_accounted,
     assert_same_spectra,
     by_kind,
@@ -40,6 +38,7 @@ from tests.targets.test_candidates import (
     singular_values,
     surveyed,
 )
+from tests.builders.checkpoints import WEIGHTS, Tensors
 
 MOE = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 GATE_UP, DOWN = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"

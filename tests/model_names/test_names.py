@@ -4,14 +4,14 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +21,7 @@ from kasa_cli.errors import InvalidInput
 from kasa_cli.model_names.name_map import map_names
 from kasa_cli.model_names.names import Kind, NameMap, Slot
 from tests.builders import tiny_models
+from tests.builders.checkpoints import config_of, load, rewritten, shapes_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -65,40 +66,15 @@ TIED = {
 }
 
 
-def config_of(directory: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    return config
-
-
-def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
 def mapped(directory: Path) -> tuple[Tensors, NameMap]:
     tensors = load_file(directory / "model.safetensors")
     return tensors, map_names(config_of(directory), shapes_of(tensors))
-
-
-def loaded(directory: Path) -> PreTrainedModel:
-    """The oracle."""
-    model: PreTrainedModel = getattr(transformers, config_of(directory)["architectures"][0]).from_pretrained(
-        directory
-    )
-    return model
 
 
 def held(model: PreTrainedModel, slot: Slot) -> torch.Tensor:
     tensor = getattr(model.get_submodule(slot.module), slot.parameter)
     assert isinstance(tensor, torch.Tensor)
     return tensor
-
-
-def rewritten(family: str, directory: Path, change: Callable[[Tensors], Tensors]) -> Path:
-    """A family's checkpoint under the names of some other writer."""
-    tiny_models.save(family, directory)
-    path = directory / "model.safetensors"
-    save_file(change(load_file(path)), path, metadata={"format": "pt"})
-    return directory
 
 
 @pytest.fixture(params=EXPECTED)
@@ -120,7 +96,7 @@ def test_every_family_is_specified() -> None:
 
 def test_a_slot_holds_what_the_loader_puts_there(directory: Path) -> None:
     tensors, names = mapped(directory)
-    model = loaded(directory)
+    model = load(directory)
     assert names.slots.keys() == tensors.keys()
     assert (names.model_class, names.note) == (type(model).__name__, None)
     for name, slot in names.slots.items():
@@ -130,7 +106,7 @@ def test_a_slot_holds_what_the_loader_puts_there(directory: Path) -> None:
 
 def test_fused_experts_hold_every_entry_of_their_tensors(directory: Path) -> None:
     tensors, names = mapped(directory)
-    model = loaded(directory)
+    model = load(directory)
     parts: dict[tuple[str, str], list[torch.Tensor]] = {}
     for name, slot in names.slots.items():
         if slot.kind == Kind.EXPERTS:
@@ -143,7 +119,7 @@ def test_fused_experts_hold_every_entry_of_their_tensors(directory: Path) -> Non
 def test_every_linear_map_of_a_block_is_covered(directory: Path) -> None:
     names = mapped(directory)[1]
     linear = [
-        path for path, module in loaded(directory).named_modules() if isinstance(module, nn.Linear | Conv1D)
+        path for path, module in load(directory).named_modules() if isinstance(module, nn.Linear | Conv1D)
     ]
     assert names.linear_modules == tuple(linear)
     matrices = {Kind.LINEAR, Kind.CONV1D, Kind.ROUTER}
@@ -163,7 +139,7 @@ def test_kinds_are_counted(family: str, directory: Path) -> None:
 
 def test_what_the_loader_ties_is_flagged(family: str, directory: Path) -> None:
     names = mapped(directory)[1]
-    model = loaded(directory)
+    model = load(directory)
     tied = {name: slot.tied_with for name, slot in names.slots.items() if slot.tied_with is not None}
     assert tied == TIED.get(family, {})
     for name, other in tied.items():
@@ -229,8 +205,8 @@ WRITERS: dict[str, tuple[str, Callable[[Tensors], Tensors], set[str]]] = {
 @pytest.mark.parametrize("writer", WRITERS)
 def test_other_writers_names_are_found(writer: str, tmp_path: Path) -> None:
     family, change, left_out = WRITERS[writer]
-    tensors, names = mapped(rewritten(family, tmp_path, change))
-    model = loaded(tmp_path)
+    tensors, names = mapped(rewritten(tiny_models.saved(family), tmp_path, change))
+    model = load(tmp_path)
     for name, slot in names.slots.items():
         if name in left_out:
             assert (f"{slot.module}.{slot.parameter}", slot.kind) == (name, Kind.OTHER)

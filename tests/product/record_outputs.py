@@ -4,7 +4,6 @@ The hashes go into recorded.json, under the kind of machine that made them; `tes
 `--print` they go to stdout instead. Each command runs in a fork of this process, through `kasa_cli.cli.main` alone.
 """
 
-import copy
 import gc
 import hashlib
 import importlib
@@ -203,7 +202,7 @@ def prepare() -> None:
     for family in {case.family for case in adapters.CASES.values()} | {*ZOO, *HALF}:
         tiny_models.save(family, Path(family))
     for family in HALF:
-        copy.deepcopy(tiny_models.build(family)).to(torch.bfloat16).save_pretrained(f"{family}-bf16")
+        tiny_models.save(family, f"{family}-bf16", dtype=torch.bfloat16)
     tiny_models.save("llama", Path("llama-shards"), max_shard_size="20KB")
     for name in adapters.CASES:
         adapters.save(name, Path("adapters") / name)
@@ -229,7 +228,7 @@ def lite(variant: str, **shapes: tuple[int, ...]) -> None:
     }
     roles = {"target_roles": ["reader", "writer"], "target_names": [], "exclude_names": [], "layers": None}
     cfg = {"variant": variant, "r": 4, "alpha": 6.0, "dtype": "float32", **roles}
-    save_file(tensors, f"lite/{variant}.safetensors", {"cfg": json.dumps(cfg)})
+    adapters.save_lite(Path(f"lite/{variant}.safetensors"), tensors, **cfg)
 
 
 def tune() -> None:

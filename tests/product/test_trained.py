@@ -21,13 +21,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from tests.builders import real_models
 from tests.builders.runs import inside
+from tests.builders.truncated import cut
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 RANK, STEPS, NUM_TEXTS, LENGTH = 8, 4, 8, 40
+PLAIN = {"rank": RANK, "workers": 1, "use_store": False}
 EXACT = 1e-5
 """Of the largest entry: float32, through all layers."""
 WEIGHTS = "adapter_model.safetensors"
@@ -59,11 +60,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield made
     torch.set_num_threads(threads)
     shutil.rmtree(made)
-
-
-def cut(model: Path, out: Path, **options: Any) -> Path:
-    truncate(Where(str(model)), out, Options(rank=RANK, workers=1, use_store=False, **options))
-    return out
 
 
 def trained(live: PeftModel, loss: Output, output: Output, out: Path, adapter: Path) -> Trained:
@@ -137,7 +133,7 @@ def output(minilm: Path) -> Output:
 @pytest.fixture(scope="module", params=sorted(CASES))
 def kasa(request: pytest.FixtureRequest, minilm: Path, folder: Path, output: Output) -> Trained:
     """KaSA trained on a truncated MiniLM: where as many components are cut as the rank, as PEFT loads it."""
-    out = cut(minilm, folder / request.param, **CASES[request.param])
+    out = cut(minilm, folder / request.param, **PLAIN, **CASES[request.param]).out
     base = AutoModel.from_pretrained(out / "base")
     load = without_another_cut if "truncation_rank" in CASES[request.param] else PeftModel.from_pretrained
     texts = real_models.paragraphs()[:NUM_TEXTS]
@@ -263,7 +259,7 @@ def words(gpt2: Path) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def lora(gpt2: Path, words: torch.Tensor, folder: Path) -> Trained:
     """A plain LoRA trained on a truncated GPT-2: on base/, as the note of `kasa truncate` advises."""
-    out = cut(gpt2, folder / "gpt2-out")
+    out = cut(gpt2, folder / "gpt2-out", **PLAIN).out
     base = AutoModelForCausalLM.from_pretrained(out / "base")
     targets = ["c_attn", "c_fc", "c_proj"]
     config = LoraConfig(r=RANK, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")

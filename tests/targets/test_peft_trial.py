@@ -1,6 +1,5 @@
 """What PEFT really wraps, for each family and each way to hand a selection off."""
 
-import copy
 import json
 import random
 import sys
@@ -23,7 +22,7 @@ from kasa_cli.model_names import meta_model
 from kasa_cli.targets import peft_trial, trainer_configs
 from kasa_cli.targets.trainer_configs import EMISSIONS, FORMATS, Chosen
 from tests.builders import tiny_models
-from tests.builders.checkpoints import logits
+from tests.builders.checkpoints import logits, shapes_of
 
 PEFT = f"peft {__version__}"
 
@@ -39,10 +38,6 @@ pytestmark = [
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     return {**config, "architectures": [type(model).__name__]}
-
-
-def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 @cache
@@ -88,7 +83,7 @@ def selections(family: str) -> Iterator[Chosen]:
 
 
 def tried(family: str, chosen: Chosen, lora: dict[str, Any]) -> str | None:
-    return peft_trial.check(chosen, lora, chosen.config, shapes_of(tiny_models.build(family)))
+    return peft_trial.check(chosen, lora, chosen.config, shapes_of(tiny_models.build(family).state_dict()))
 
 
 @pytest.mark.parametrize("kind", EMISSIONS)
@@ -131,14 +126,14 @@ def test_the_json_is_a_lora_config_that_trains_exactly_the_selection(family: str
     (tmp_path / "adapter_config.json").write_text(text)
     plain, saved = LoraConfig(**json.loads(text)), LoraConfig.from_pretrained(tmp_path)
     assert plain == saved
-    model = get_peft_model(copy.deepcopy(tiny_models.build(family)), saved)
+    model = get_peft_model(tiny_models.fresh(family), saved)
     assert independent(model) == (set(chosen.modules), set(chosen.parameters))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * len(chosen.modules + chosen.parameters)
     assert {module.r["default"] for module in model.modules() if isinstance(module, LoraLayer)} == {2}
     assert logits(model).isfinite().all()
     model.save_pretrained(tmp_path / "trained")
-    again = PeftModel.from_pretrained(copy.deepcopy(tiny_models.build(family)), tmp_path / "trained")
+    again = PeftModel.from_pretrained(tiny_models.fresh(family), tmp_path / "trained")
     assert independent(again) == independent(model)
 
 
@@ -215,7 +210,7 @@ def test_a_parameter_too_few_or_too_many_is_an_error(parameter: str) -> None:
 def test_a_matrix_wrapped_as_a_parameter_counts_as_its_module() -> None:
     lora = {"target_modules": [], "target_parameters": ["model.layers.0.self_attn.q_proj.weight"]}
     model = tiny_models.build("llama")
-    assert peft_trial.wrapped(config_of(model), shapes_of(model), lora) == (
+    assert peft_trial.wrapped(config_of(model), shapes_of(model.state_dict()), lora) == (
         frozenset({"model.layers.0.self_attn.q_proj"}),
         frozenset(),
     )
@@ -228,7 +223,7 @@ def test_a_router_that_gives_back_more_than_a_product_is_refused() -> None:
     chosen = replaced(whole, modules=(router,), parameters=())
     with pytest.raises(IntegrityError, match=f"cannot train a Llama4Router: {router}: --exclude router"):
         tried("llama4-text", chosen, {"target_modules": [router]})
-    model = copy.deepcopy(tiny_models.build("llama4-text"))
+    model = tiny_models.fresh("llama4-text")
     with pytest.raises(AttributeError):  # what it spares the user
         logits(get_peft_model(model, LoraConfig(target_modules=[router])))
 
@@ -270,4 +265,4 @@ def test_what_no_lora_can_be_put_on_is_named() -> None:
     with pytest.raises(UsageError, match=f"refuses any LoRA on: {modules[0]}: --exclude out_proj"):
         EMISSIONS["names"](chosen)
     with pytest.raises(IntegrityError, match="incompatible with Mamba"):
-        peft_trial.check(chosen, {"target_modules": list(modules)}, config, shapes_of(model))
+        peft_trial.check(chosen, {"target_modules": list(modules)}, config, shapes_of(model.state_dict()))

@@ -24,7 +24,7 @@ from kasa_cli.render.adapters import adapter_tables
 from kasa_cli.render.tables import _table, as_text
 from kasa_cli.report import AdapterReport, ModuleRow
 from tests.builders import tiny_models, truncated
-from tests.builders.adapters import CASES, CONFIG, WEIGHTS, base_of, disturb_saved, saved, tampered
+from tests.builders.adapters import CASES, CONFIG, WEIGHTS, base_of, disturb_saved, save_lite, saved, tampered
 from tests.builders.checkpoints import load
 from tests.builders.runs import ROOT, inside
 
@@ -501,16 +501,15 @@ def test_a_rank_above_the_sides_has_as_many_values_as_the_smaller_side(tmp_path)
     assert (row.shape, row.rank) == ((5, 16), 9)
 
 
-def lite(path, config, **tensors):
+def lite_of_two_layers(path, config, **tensors):
     named = {f"layers.{n}.proj.{short}": one.clone() for n in range(2) for short, one in tensors.items()}
-    save_file(named, path, {"cfg": json.dumps(config)})
-    return path
+    return save_lite(path, named, **config)
 
 
 def test_files_of_lora_lite_are_read_too(tmp_path):
     torch.manual_seed(3)
     A, B = torch.randn(4, 12), torch.randn(9, 4)
-    plain = lite(
+    plain = lite_of_two_layers(
         tmp_path / "l.safetensors", {"variant": "lora", "r": 4, "alpha": 8, "dtype": "x"}, lora_A=A, lora_B=B
     )
     for row in looked(plain).modules:
@@ -518,7 +517,7 @@ def test_files_of_lora_lite_are_read_too(tmp_path):
         np.testing.assert_allclose(row.singular_values, S, rtol=1e-10)
         assert (row.scaling, row.alpha, row.rank) == (2, 8, 4)
     length, w = torch.tensor(3.0), torch.rand(12)
-    delora = lite(
+    delora = lite_of_two_layers(
         tmp_path / "d.safetensors",
         {"variant": "delora", "r": 4, "alpha": 8, "lambda0": 1.0},
         lora_A=A,

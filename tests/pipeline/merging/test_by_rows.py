@@ -1,6 +1,5 @@
 """Terms added while a tensor streams by: the same bytes whatever the blocks, read back at once, in little memory."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -36,8 +35,7 @@ def merged(name, tmp_path, out, **options):
     """The report of a merge into a base in bfloat16, and the bytes of its file."""
     base = tmp_path / "half"
     if not base.exists():
-        model = copy.deepcopy(tiny_models.build(CASES[name].family)).to(torch.bfloat16)
-        model.save_pretrained(base)
+        tiny_models.save(CASES[name].family, base, dtype=torch.bfloat16)
     options = Options(base_is="original", force_base=True, untie=name in UNTIED, **options)
     report = merge([saved(name)], Where(str(base)), out, options, Running(1, use_store=False))
     return report, (out / MODEL).read_bytes()

@@ -4,7 +4,6 @@ The oracle is the layer as lora-lite runs it: an output made from an input by th
 the frozen weight. A merged layer must give that output to every input, so it is asked about the unit vectors and 0.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kasa_cli.checkpoint import manifest
 from kasa_cli.errors import ExitCode
 from tests.builders import tiny_models
+from tests.builders.adapters import save_lite
 from tests.builders.checkpoints import tensors_of
 from tests.builders.matrices import assert_close
 from tests.builders.runs import inside
@@ -223,9 +223,7 @@ def written(name: str, path: Path, base: Path, dtype: str = "float32", **config:
         for module, sides in MODULES.items()
         for short, tensor in make(*sides, weights[f"{module}.weight"]).items()
     }
-    cfg = {"variant": variant, **COMMON, "dtype": dtype, **more, **config}
-    save_file(tensors, path, metadata={"cfg": json.dumps({k: v for k, v in cfg.items() if v is not ...})})
-    return path
+    return save_lite(path, tensors, **{"variant": variant, **COMMON, "dtype": dtype, **more, **config})
 
 
 def run_layers(name: str, file: Path, base: Path) -> dict[str, tuple[Tensor, Tensor]]:

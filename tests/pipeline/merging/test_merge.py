@@ -1,6 +1,5 @@
 """`kasa merge` against PEFT's `merge_and_unload` on the same files, for every kind and layer; and what is refused."""
 
-import copy
 import json
 import shutil
 import warnings
@@ -95,8 +94,7 @@ def test_an_initialisation_that_cannot_be_undone_is_refused_with_its_own_remedy(
 )
 def test_in_half_precision_the_result_is_no_further_from_the_exact_one_than_that_of_peft(name, tmp_path):
     adapter = saved(name)
-    model = copy.deepcopy(tiny_models.build(CASES[name].family)).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "half")
+    tiny_models.save(CASES[name].family, tmp_path / "half", dtype=torch.bfloat16)
     load(tmp_path / "half", dtype=torch.float64).save_pretrained(tmp_path / "exact")
     onto_original(adapter, tmp_path / "half", tmp_path / "OUT")
     onto_original(adapter, tmp_path / "exact", tmp_path / "double")
@@ -110,8 +108,7 @@ def test_in_half_precision_the_result_is_no_further_from_the_exact_one_than_that
 
 def test_every_entry_is_rounded_once(tmp_path):
     """To the nearest of the exact sum: no entry is further than half a unit in the last place."""
-    model = copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "half")
+    tiny_models.save("llama", tmp_path / "half", dtype=torch.bfloat16)
     adapter = saved("lora")
     onto_original(adapter, tmp_path / "half", tmp_path / "OUT")
     before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("half", "OUT"))
@@ -250,8 +247,7 @@ def test_a_cut_that_rounding_brought_back_in_one_weight_leaves_the_base_known(pr
 
 
 def test_trained_rows_are_rounded_once_when_the_dtype_is_wider(tmp_path):
-    model = copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "half")
+    tiny_models.save("llama", tmp_path / "half", dtype=torch.bfloat16)
     adapter = saved("tokens")
     onto_original(adapter, tmp_path / "half", tmp_path / "OUT", dtype="float32")
     stored = load_file(tmp_path / "OUT" / "model.safetensors")["model.embed_tokens.weight"]
@@ -359,8 +355,7 @@ def test_workers_and_a_store_change_no_byte_and_shards_stay(tmp_path):
 
 
 def test_a_wider_dtype_and_preserve_are_rounded_as_told(tmp_path):
-    model = copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "half")
+    tiny_models.save("llama", tmp_path / "half", dtype=torch.bfloat16)
     adapter = saved("lora")
     reports = {
         name: onto_original(adapter, tmp_path / "half", tmp_path / name, **options)

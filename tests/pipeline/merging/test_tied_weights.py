@@ -4,7 +4,6 @@ The oracle is the model that was trained: PEFT's own forward pass before any mer
 ends; and PEFT's merge on a base that was untied first.
 """
 
-import copy
 import json
 import shutil
 import warnings
@@ -267,7 +266,7 @@ def test_factors_that_were_tied_and_differ_now_are_two(tmp_path):
 
 
 def test_the_half_precision_base_under_an_untied_head_is_copied(tmp_path, caplog):
-    copy.deepcopy(tiny_models.build("llama-tied")).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    tiny_models.save("llama-tied", tmp_path / "half", dtype=torch.bfloat16)
     trained(tmp_path / "half", tmp_path / "adapter", target_modules=["lm_head"])
     report = merged(tmp_path / "adapter", tmp_path / "half", tmp_path / "OUT", untie=True, dtype="float32")
     assert_accounted(report, tmp_path / "half", tmp_path / "OUT")

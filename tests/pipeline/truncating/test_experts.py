@@ -20,7 +20,7 @@ from tests.builders import tiny_models
 from tests.builders.checkpoints import load, logits
 from tests.builders.matrices import close
 from tests.builders.runs import inside
-from tests.builders.truncated import Case, cut
+from tests.builders.truncated import Truncated, cut
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -43,7 +43,9 @@ LAYOUTS = {"separate": True, "fused": False}
 T = 3
 
 
-def truncated(family: str, folder: Path, layout: str = "separate", *targets: str, **options: Any) -> Case:
+def truncated(
+    family: str, folder: Path, layout: str = "separate", *targets: str, **options: Any
+) -> Truncated:
     model = tiny_models.save(family, folder / "model", save_original_format=LAYOUTS[layout])
     return cut(model, folder / "out", *(targets or ("*.experts.*",)), truncation_rank=T, workers=2, **options)
 
@@ -53,7 +55,7 @@ def experts_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name}
 
 
-def by_module(case: Case) -> dict[str, list[TensorRow]]:
+def by_module(case: Truncated) -> dict[str, list[TensorRow]]:
     """The rows of the experts of each parameter."""
     rows: defaultdict[str, list[TensorRow]] = defaultdict(list)
     for row in case.report.tensors:

@@ -1,6 +1,5 @@
 """`truncate` on every family: what it cuts against numpy's SVD, all else to the byte, and transformers loads it."""
 
-import copy
 import hashlib
 import json
 import shutil
@@ -18,11 +17,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kasa_cli.pipeline.truncating.run import Options, Where, truncate
-from kasa_cli.report import TruncateReport
 from tests.builders import tiny_models
 from tests.builders.checkpoints import INDEX, tensors_of, weight_files
 from tests.builders.matrices import kept
-from tests.builders.truncated import RANK
+from tests.builders.truncated import RANK, Truncated
 
 SHARDED = {"llama": "20KB", "gemma3-vlm": "30KB", "mixtral": "40KB", "t5": "20KB", "gpt2": "30KB"}
 HALVES = {"llama-bfloat16": torch.bfloat16, "llama-float16": torch.float16}
@@ -53,21 +51,13 @@ STALE_DIRECTORIES = {"original/consolidated.00.pth": "stale", "checkpoint-5/mode
 
 
 @dataclass(frozen=True)
-class Case:
-    """A family's checkpoint, what `truncate` made of it, and the checkpoint's hashes from before."""
+class Case(Truncated):
+    """A truncated family, and the hashes of its checkpoint from before."""
 
-    family: str
-    model: Path
-    out: Path
-    report: TruncateReport
     before: dict[str, str]
 
-    @property
-    def base(self) -> Path:
-        return self.out / "base"
 
-
-def fill(model: Path) -> None:
+def fill_folder(model: Path) -> None:
     """Everything that may lie beside the weights on the Hub."""
     for name, text in {**COMPANIONS, **STALE, **STALE_DIRECTORIES, "README.md": README}.items():
         (model / name).parent.mkdir(exist_ok=True)
@@ -86,10 +76,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     name = request.param
     model = tmp_path_factory.mktemp("secret-home") / "model"
     if name in HALVES:
-        copy.deepcopy(tiny_models.build("llama")).to(HALVES[name]).save_pretrained(model)
+        tiny_models.save("llama", model, dtype=HALVES[name])
     else:
         tiny_models.save(name, model, max_shard_size=SHARDED.get(name, "1GB"))
-    fill(model)
+    fill_folder(model)
     before = hashes(model)
     out = model.parent / "out"
     report = truncate(Where(str(model)), out, Options(rank=RANK, workers=1))

@@ -15,7 +15,7 @@ from tests.builders import tiny_models
 from tests.builders.adapters import fill_b, wrapped
 from tests.builders.checkpoints import logits
 from tests.builders.matrices import close
-from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Case, made
+from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Truncated, made
 
 # every warning is an error: of missing keys, unknown keyword arguments, patterns without a match
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -24,7 +24,7 @@ NO_KASA = {"gpt2"}
 
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Truncated]:
     """A family's output, its targets all such that PEFT takes a KaSA adapter on them (but for GPT-2)."""
     folder = tmp_path_factory.mktemp(request.param)
     excludes = EXPERTS if request.param in REWRITTEN else ()
@@ -33,13 +33,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def kasa_case(case: Case) -> Case:
+def kasa_case(case: Truncated) -> Truncated:
     if case.family in NO_KASA:
         pytest.skip("PEFT has no KaSA for Conv1D")
     return case
 
 
-def test_peft_makes_the_same_base(kasa_case: Case) -> None:
+def test_peft_makes_the_same_base(kasa_case: Truncated) -> None:
     config = LoraConfig(kasa_config=KasaConfig(), r=RANK, target_modules=kasa_case.modules)
     theirs = get_peft_model(kasa_case.original(), config).base_model.model
     ours = kasa_case.truncated()
@@ -51,7 +51,7 @@ def test_peft_makes_the_same_base(kasa_case: Case) -> None:
         assert difference.abs().max() <= 1e-5 * row.sigma_max, row.module
 
 
-def test_the_adapter_is_the_same_on_the_original_and_on_the_base(kasa_case: Case) -> None:
+def test_the_adapter_is_the_same_on_the_original_and_on_the_base(kasa_case: Truncated) -> None:
     folder = kasa_case.out / "adapter"
     models = [
         PeftModel.from_pretrained(base, folder) for base in (kasa_case.original(), kasa_case.truncated())
@@ -65,12 +65,12 @@ def test_the_adapter_is_the_same_on_the_original_and_on_the_base(kasa_case: Case
     assert not close(logits(models[0]), plain, 1e-2)
 
 
-def test_the_adapter_starts_at_the_truncated_base(kasa_case: Case) -> None:
+def test_the_adapter_starts_at_the_truncated_base(kasa_case: Truncated) -> None:
     model = PeftModel.from_pretrained(kasa_case.truncated(), kasa_case.out / "adapter")
     assert close(logits(model), logits(kasa_case.truncated()), 1e-5)
 
 
-def test_the_tail_turns_the_original_into_the_base(case: Case) -> None:
+def test_the_tail_turns_the_original_into_the_base(case: Truncated) -> None:
     before, after = logits(case.original()), logits(case.truncated())
     model = PeftModel.from_pretrained(case.original(), case.out / "tail")
     assert wrapped(model) == case.modules
@@ -80,7 +80,7 @@ def test_the_tail_turns_the_original_into_the_base(case: Case) -> None:
 
 
 @pytest.mark.parametrize("part", ["adapter", "tail"])
-def test_what_is_loaded_is_what_was_written(case: Case, part: str) -> None:
+def test_what_is_loaded_is_what_was_written(case: Truncated, part: str) -> None:
     if part == "adapter" and case.family in NO_KASA:
         pytest.skip("PEFT has no KaSA for Conv1D")
     model = PeftModel.from_pretrained(case.original(), case.out / part)
@@ -94,7 +94,7 @@ def test_what_is_loaded_is_what_was_written(case: Case, part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["adapter", "tail"])
-def test_peft_knows_every_key_of_the_config(case: Case, part: str) -> None:
+def test_peft_knows_every_key_of_the_config(case: Truncated, part: str) -> None:
     config = json.loads((case.out / part / "adapter_config.json").read_text())
     assert config.keys() <= {field.name for field in dataclasses.fields(LoraConfig)}
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (RANK, {}, {})

@@ -20,7 +20,7 @@ from tests.builders import tiny_models
 from tests.builders.adapters import wrapped
 from tests.builders.checkpoints import load, logits
 from tests.builders.matrices import close
-from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Case, made
+from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Truncated, made
 
 # every warning is an error: of missing keys, unknown keyword arguments, patterns without a match
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -49,7 +49,7 @@ def test_the_note_on_experts_is_there_exactly_when_peft_takes_targets_for_them(
     assert any("peft#3711" in note for note in case.report.notes) == is_rewritten == (family in REWRITTEN)
 
 
-def check_tail(case: Case) -> None:
+def check_tail(case: Truncated) -> None:
     tail = PeftModel.from_pretrained(case.original(), case.out / "tail")
     assert wrapped(tail) == case.modules
     assert close(logits(tail), logits(case.truncated()), 1e-5)
@@ -57,7 +57,7 @@ def check_tail(case: Case) -> None:
         assert torch.equal(logits(tail), logits(case.original()))
 
 
-def check_loaded(case: Case, part: str) -> None:
+def check_loaded(case: Truncated, part: str) -> None:
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(case.original(), case.out / part))
     written = load_file(case.out / part / "adapter_model.safetensors")
     assert loaded.keys() == written.keys()
@@ -105,7 +105,7 @@ def test_peft_refuses_what_mamba_reads_by_itself(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="incompatible with Mamba"):
             PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "out" / part)
     options = Options(rank=RANK, patterns=Patterns(excludes=("out_proj",)))
-    case = Case(
+    case = Truncated(
         "mamba",
         tmp_path / "model",
         tmp_path / "out2",
@@ -133,9 +133,9 @@ def test_the_residual_start_is_the_original(tmp_path: Path) -> None:
 
 
 def test_a_base_in_bfloat16(tmp_path: Path) -> None:
-    copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_models.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     report = truncate(Where(str(tmp_path / "model")), tmp_path / "out", Options(rank=RANK))
-    case = Case("llama", tmp_path / "model", tmp_path / "out", report)
+    case = Truncated("llama", tmp_path / "model", tmp_path / "out", report)
     config = LoraConfig(kasa_config=KasaConfig(), r=RANK, target_modules=case.modules)
     theirs, ours = get_peft_model(case.original(), config).base_model.model, case.truncated()
     for row in report.tensors:
@@ -150,7 +150,7 @@ def test_a_base_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_the_tail_on_a_widened_original_is_a_base_stored_wide(tmp_path: Path) -> None:
-    copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_models.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     truncate(Where(str(tmp_path / "model")), tmp_path / "out", Options(rank=RANK, dtype="float32"))
     original = load(tmp_path / "model", dtype=torch.float32)
     tail = PeftModel.from_pretrained(original, tmp_path / "out/tail")

@@ -1,6 +1,5 @@
 """What the numbers of the base are stored as: other dtypes, other shard sizes, and what is no number to cut."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,9 @@ Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save("llama", tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture(scope="module")
 def halved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("halved") / "model"
-    copy.deepcopy(tiny_models.build("llama")).to(torch.bfloat16).save_pretrained(
-        folder, max_shard_size="20KB"
-    )
+    tiny_models.save("llama", folder, max_shard_size="20KB", dtype=torch.bfloat16)
     return folder
 
 
@@ -95,7 +87,7 @@ def test_the_older_key_of_the_dtype(halved: Path, tmp_path: Path) -> None:
 
 
 def test_a_composite_model_in_a_wider_dtype_loads_so(tmp_path: Path) -> None:
-    copy.deepcopy(tiny_models.build("gemma3-vlm")).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_models.save("gemma3-vlm", tmp_path / "model", dtype=torch.bfloat16)
     case = cut(tmp_path / "model", tmp_path / "out", dtype="float32")
     loaded, written = case.truncated(), tensors_of(case.out / "base")
     for row in case.report.tensors:

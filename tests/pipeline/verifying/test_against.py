@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from kasa_cli.checkpoint import manifest
 from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.errors import IntegrityError
 from kasa_cli.files.staging import MANIFEST
 from kasa_cli.files.typed_json import to_json
 from kasa_cli.pipeline.file_records import file_records
@@ -16,6 +15,7 @@ from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from kasa_cli.pipeline.verifying.run import verify
 from tests.builders.checkpoints import changed, plain_model
 from tests.builders.folders import tree_hash
+from tests.builders.refusals import refusal
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -25,12 +25,6 @@ def single(model, tmp_path):
     """An output whose base is one file."""
     truncate(Where(str(model)), tmp_path / "OUT", Options(rank=2, workers=1))
     return tmp_path / "OUT"
-
-
-def refusal(output, **depth):
-    with pytest.raises(IntegrityError) as caught:
-        verify(output, **depth)
-    return str(caught.value)
 
 
 def reseal(output, **tensors):

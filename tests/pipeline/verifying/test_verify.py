@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.errors import ExitCode, IntegrityError
+from kasa_cli.errors import ExitCode
 from kasa_cli.files.staging import MANIFEST
 from kasa_cli.pipeline.truncating.run import Options, Where, truncate
 from kasa_cli.pipeline.verifying.run import verify
 from tests.builders import tiny_models
 from tests.builders.checkpoints import plain_model
 from tests.builders.folders import tree_hash
+from tests.builders.refusals import refusal
 from tests.builders.runs import inside
 
 ALL = bool(os.environ.get("KASA_ALL_BYTES"))
@@ -39,12 +40,6 @@ def fresh(model):
 @pytest.fixture
 def output(fresh, tmp_path):
     return shutil.copytree(fresh, tmp_path / "OUT")
-
-
-def refusal(output, **depth):
-    with pytest.raises(IntegrityError) as caught:
-        verify(output, **depth)
-    return str(caught.value)
 
 
 # --- what passes ---
