@@ -1,4 +1,4 @@
-"""A report on an adapter for a person: its updates by module type, what stands out, KaSA's penalties."""
+"""Tables of an adapter for the terminal: its updates by module type, the extremes, and KaSA's penalties."""
 
 import math
 import statistics
@@ -19,22 +19,24 @@ CONVENTIONS = {
     "peft": ("PEFT", "‖BᵀB−I‖ + ‖AAᵀ−I‖, summed"),
     "reference": ("published code", "‖BBᵀ−I‖ + ‖AᵀA−I‖, mean"),
 }
-"""By the convention: whose it is, and its L3 of a layer, then what is made of all layers."""
+"""By convention: its source, and the formula of L3 for a layer and over the layers."""
 
 
 def adapter_tables(report: AdapterReport) -> list[Summary]:
-    """One row a weight, by module type; for many weights, or experts, one row a type, and the extremes."""
+    """One row for each weight, by module type; for many weights or experts one row for each type, and the
+    extremes."""
     updates = [by_type(report), extremes(report.modules)] if is_long(report) else [by_module(report)]
     return [*updates, penalties(report), values(report.values)]
 
 
 def is_long(report: AdapterReport) -> bool:
-    """Whether a row a weight would be too many."""
+    """Whether one row for each weight would be too many."""
     return len(report.modules) > MAX_ROWS or any(row.expert is not None for row in report.modules)
 
 
 def by_module(report: AdapterReport) -> Summary:
-    """One row a weight, the types in the order of the model; beside a type's name, what chance puts in the cut."""
+    """One row for each weight, in the order of the model; beside the name of a type the share that chance would
+    give."""
     groups: dict[str, list[tuple[str, ModuleRow]]] = {}
     for row, (kind, layer) in zip(report.modules, placed(report.modules), strict=True):
         groups.setdefault(kind, []).append((layer, row))
@@ -50,7 +52,7 @@ def by_module(report: AdapterReport) -> Summary:
 
 
 def by_type(report: AdapterReport) -> Summary:
-    """One row a module type: least and largest norm, medians, the largest defects."""
+    """One row for each module type: smallest and largest norm, medians, the largest defects."""
     groups = by_module_type(report.modules)
     rows = [
         (
@@ -87,28 +89,32 @@ def extremes(modules: Sequence[ModuleRow]) -> Summary:
 
 
 def penalties(report: AdapterReport) -> Summary:
-    """What KaSA's regulariser adds to the loss, by whose formula it is."""
-    found = report.penalties
+    """What KaSA's penalties add to the loss, by convention."""
+    by_convention = report.penalties
     rows = [
-        (name, *(number(found[key][part]) for part in ("l2", "l3", "loss")), formula)
+        (name, *(number(by_convention[key][part]) for part in ("l2", "l3", "loss")), formula)
         for key, (name, formula) in CONVENTIONS.items()
-        if found
+        if by_convention
     ]
-    weights = f"β = {found['beta']:g}, γ = {found['gamma']:g}" if found else ""
+    weights = f"β = {by_convention['beta']:g}, γ = {by_convention['gamma']:g}" if by_convention else ""
     return f"KaSA's penalties, {weights}", ("as in", "L2", "L3", "β L2 + γ L3", "L3 of a layer"), rows
 
 
-def values(held: Sequence[ValueRow]) -> Summary:
-    """What the file holds beside updates."""
+def values(parameters: Sequence[ValueRow]) -> Summary:
+    """Parameters in the file that are not updates."""
     rows = [
-        (one.parameter, "×".join(map(str, one.shape)) or "one number", one.dtype, one.why)
-        for one in held[:MAX_VALUES]
+        (row.parameter, "×".join(map(str, row.shape)) or "one number", row.dtype, row.why)
+        for row in parameters[:MAX_VALUES]
     ]
-    return f"held beside updates{more(len(held) - len(rows))}", ("parameter", "shape", "dtype", "why"), rows
+    return (
+        f"held beside updates{more(len(parameters) - len(rows))}",
+        ("parameter", "shape", "dtype", "why"),
+        rows,
+    )
 
 
 def closing(report: AdapterReport) -> list[str]:
-    """What the columns mean that no formula says."""
+    """Legend of the columns."""
     lines, rest = [], "" if is_long(report) else "; beside a type: by chance"
     if is_long(report):
         lines.append("by type: ‖ΔW‖ least–most, σ max, ⊥A and ⊥B the most, 90 % and cut % the median")
@@ -124,7 +130,7 @@ def closing(report: AdapterReport) -> list[str]:
 
 
 def title(report: AdapterReport) -> str:
-    """How many updates of which kind, with the ranks and scalings that there are."""
+    """Number and kind of the updates, with their ranks and scalings."""
     ranks = listed("rank", sorted({row.rank for row in report.modules if row.rank is not None}))
     scalings = listed("scaling", sorted({row.scaling for row in report.modules if row.scaling is not None}))
     total = report.totals.get("norm")
@@ -133,7 +139,7 @@ def title(report: AdapterReport) -> str:
 
 
 def listed(word: str, known: Sequence[float]) -> str:
-    """A few numbers behind their word, or their span.
+    """A label with a few numbers, or with their range.
 
     >>> listed("rank", [8]), listed("rank", [1, 2, 4, 8]), listed("rank", [])
     (', rank 8', ', rank 1–8', '')
@@ -146,28 +152,28 @@ def listed(word: str, known: Sequence[float]) -> str:
 
 
 def decades_drawn(modules: Iterable[ModuleRow]) -> float:
-    """How far below its largest value a drawing reaches, the same for all rows: what the widest of them needs."""
+    """Decades that a drawing covers below the largest value, the same for all rows: as many as the widest needs."""
     spectra = ([s for s in row.singular_values or () if s > 0] for row in modules)
     return min(MOST_DECADES, max([0.5, *(math.log10(S[0] / S[-1]) for S in spectra if S)]))
 
 
 def shapes(modules: Iterable[ModuleRow]) -> str:
-    """The shape of weights that have one in common, or how many they have."""
-    found = {row.shape for row in modules if row.shape}
-    if len(found) != 1:
-        return f"{len(found)} shapes" if found else NONE
-    o, i = found.pop()
+    """The common shape of some weights, or the number of their shapes."""
+    distinct = {row.shape for row in modules if row.shape}
+    if len(distinct) != 1:
+        return f"{len(distinct)} shapes" if distinct else NONE
+    o, i = distinct.pop()
     return f"{o}×{i}"
 
 
 def by_chance(modules: Iterable[ModuleRow]) -> str:
-    """What a random update would have in the cut, where that is the same for all."""
-    found = {row.in_cut.random_both for row in modules if row.in_cut}
-    return per_cent(found.pop()) if len(found) == 1 else ""
+    """The share of a random update in the truncated directions, where it is the same for all."""
+    shares = {row.in_cut.random_both for row in modules if row.in_cut}
+    return per_cent(shares.pop()) if len(shares) == 1 else ""
 
 
 def short(figure: float) -> str:
-    """Two digits after the point, where that says something.
+    """Two decimals for figures of ordinary size.
 
     >>> short(2.828), short(1.9e-08)
     ('2.83', '1.9e-08')
@@ -176,7 +182,7 @@ def short(figure: float) -> str:
 
 
 def per_cent(share: float) -> str:
-    """A share in per cent, without the sign.
+    """A share in per cent, without the per cent sign.
 
     >>> per_cent(0.00043), per_cent(1.0)
     ('0.043', '100.0')
@@ -196,14 +202,14 @@ def signs(row: ModuleRow) -> str:
 
 
 def shown(figure: float | None, spell: Callable[[float], str] = number) -> str:
-    """A figure, or a dash for one that is not known."""
+    """A figure, or a dash for a missing one."""
     if figure is None:
         return NONE
     return str(figure) if isinstance(figure, int) else spell(figure)
 
 
 def span(figures: Iterable[float | None]) -> str:
-    """The least and the largest."""
+    """The smallest and the largest."""
     known = sorted(x for x in figures if x is not None)
     return f"{number(known[0])}–{number(known[-1])}" if known else NONE
 
@@ -214,9 +220,9 @@ def most(figures: Iterable[float | None], spell: Callable[[float], str] = number
 
 
 def median(figures: Iterable[float | None]) -> str:
-    """The median of what is known."""
-    found = middle([x for x in figures if x is not None])
-    return NONE if found is None else f"{found:g}"
+    """The median of the known figures."""
+    figure = middle([x for x in figures if x is not None])
+    return NONE if figure is None else f"{figure:g}"
 
 
 def middle(known: Sequence[float]) -> float | None:
@@ -227,13 +233,13 @@ def middle(known: Sequence[float]) -> float | None:
 def without_blanks(
     columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """The table without columns of which nothing is known.
+    """The table without empty columns.
 
     >>> without_blanks(("a", "b"), [("1", "–"), ("2", "")])
     (['a'], [['1'], ['2']])
     """
-    kept = [n for n in range(len(columns)) if n == 0 or any(row[n] not in ("", NONE) for row in rows)]
-    return [columns[n] for n in kept], [[row[n] for n in kept] for row in rows]
+    filled = [n for n in range(len(columns)) if n == 0 or any(row[n] not in ("", NONE) for row in rows)]
+    return [columns[n] for n in filled], [[row[n] for n in filled] for row in rows]
 
 
 def _cells(row: ModuleRow, decades: float) -> tuple[str, ...]:

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     import altair as alt
 
 MAX_LABELLED = 12
-"""Up to so many layers, the cells of a heat map hold their figures."""
+"""Up to so many layers the cells of a heat map show their figures."""
 
 SHADE = 0.46
-"""Where on viridis black letters begin to read better than white ones."""
+"""Position on viridis from which black text is easier to read than white."""
 
 SPECIAL = {INFINITE: "#e6439a", "0": "#f08a3c", "none": "#9aa0a6"}
-"""The colours of what no colour scale holds; none of them is one of viridis."""
+"""Colours of values outside the colour scale; none of them is in viridis."""
 
 SPECIAL_LEGEND = (
     "{'∞': '∞ infinite: singular', '0': '0, not on a log scale', 'none': '– not measured'}[datum.label]"
@@ -80,7 +80,7 @@ THEMES = {
 
 
 def heatmap(grid: Grid, quantity: Quantity) -> "alt.LayerChart":
-    """Layer × module type, coloured by a quantity; what no scale holds has a colour and a sign of its own.
+    """Layer × module type, coloured by a quantity; values outside the scale have their own colours and signs.
 
     The data set is called `weights`. The signals `chosen` (ids) and `query` (part of a name, in small letters)
     outline and dim cells.
@@ -151,7 +151,7 @@ def spectra(color: Any) -> "alt.LayerChart":
 
 
 def spectra_together(color: Any) -> "alt.LayerChart":
-    """The same for many weights at once: the range of their edges shaded, its median dashed."""
+    """The chart of `spectra` for many weights at once: the range of their edges shaded, its median dashed."""
     import altair as alt
 
     base = alt.Chart(alt.NamedData("curves"))
@@ -183,7 +183,7 @@ def _on_log_axes(curves: "alt.Chart") -> "alt.Chart":
 
 
 def curve_records(curve: Curve, row: SpectrumRow, **marks: Any) -> list[dict[str, Any]]:
-    """The data of one curve and its edge; zeros are on no log axis."""
+    """The data of one curve and its edge, without zeros, which a log axis cannot show."""
     mark = {"id": row.name, "name": row.name, **marks}
     drawn = [{**mark, "index": k, "value": v} for k, v in zip(curve.index, curve.value, strict=True) if v > 0]
     return [*drawn, {**mark, "edge": row.mp_edge}] if row.mp_edge > 0 else drawn
@@ -206,7 +206,7 @@ def _tooltip(quantity: Quantity) -> "list[alt.Tooltip]":
 
 
 def _outlined(base: "alt.Chart") -> "alt.Chart":
-    """A rectangle a cell, outlined when it is chosen, dim when the query does not match."""
+    """A rectangle for each cell, outlined when selected, dimmed when the query does not match."""
     import altair as alt
 
     is_chosen, is_match = "indexof(chosen, datum.id) >= 0", "indexof(lower(datum.name), query) >= 0"

@@ -1,4 +1,4 @@
-"""Reports on choices and on what is stored, as tables for a person."""
+"""Tables of selections and of the store, for the terminal."""
 
 import math
 import statistics
@@ -12,40 +12,40 @@ from kasa_cli.report import CandidateRow, SelectReport, StoreReport, by_module_t
 
 NEXT = 5
 EVERYWHERE = "extremes"
-"""The fact that is known of every tensor in the store."""
+"""The fact that the store has for every tensor."""
 
 
 def choice_tables(report: SelectReport) -> list[Summary]:
-    """The chosen and the next ones, how many of each module type, how the criteria agree, and single experts."""
+    """The selected candidates and the next ones, counts by module type, agreement of criteria, and single experts."""
     tables = [_candidates(report), choices_by_type(report), _comparison(report), _experts(report)]
     return [table for table in tables if table[2]]
 
 
 def store_tables(report: StoreReport) -> list[Summary]:
-    """What is known of each tensor, by the name it was first measured under, and the totals."""
+    """The facts about each tensor, by the name under which it was first measured, and the totals."""
     rows = [
         (
-            str(one["name"]),
-            said("shape", one["shape"]),
-            str(one["dtype"]),
-            " ".join(fact for fact in one["facts"] if fact != EVERYWHERE),
-            big(one["bytes"]),
-            str(one["last_used"])[:10],
+            str(tensor["name"]),
+            cell("shape", tensor["shape"]),
+            str(tensor["dtype"]),
+            " ".join(fact for fact in tensor["facts"] if fact != EVERYWHERE),
+            big(tensor["bytes"]),
+            str(tensor["last_used"])[:10],
         )
-        for one in report.tensors[:MAX_ROWS]
+        for tensor in report.tensors[:MAX_ROWS]
     ]
     left_out = more(len(report.tensors) - len(rows))
     gone = {"store prune": "forgotten in"}.get(report.command, "known in")
     title = f"{len(report.tensors)} tensors {gone} {printable(report.store)}{left_out}"
-    totals = [(key.replace("_", " "), said(key, value)) for key, value in report.totals.items()]
+    totals = [(key.replace("_", " "), cell(key, value)) for key, value in report.totals.items()]
     return [
         (title, ("measured as", "shape", "dtype", "facts", "size", "last used"), rows),
         ("in all", ("what", "found"), totals),
     ]
 
 
-def said(key: str, value: Any) -> str:
-    """A figure of a report without a type, by what its name promises."""
+def cell(key: str, value: Any) -> str:
+    """A value as a cell, formatted by its name and type."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -92,7 +92,7 @@ def _candidate_cells(row: CandidateRow, has_expected: bool, others: Sequence[str
 
 
 def choices_by_type(report: SelectReport) -> Summary:
-    """How many of each module type were chosen, and their scores."""
+    """Number of selected candidates by module type, and their scores."""
     groups = by_module_type(report.candidates)
     rows = [(kind, *_choice_cells(members)) for kind, members in groups.items()]
     columns = ("module type", "chosen", "of", f"{report.criterion} min", "median", "max")
@@ -128,7 +128,7 @@ def _experts(report: SelectReport) -> Summary:
 
 
 def _records(title: str, records: Sequence[Mapping[str, Any]]) -> Summary:
-    """Any records as a table: a column a key."""
+    """Records as a table with one column for each key."""
     keys = list(dict.fromkeys(key for record in records for key in record))
-    rows = [[said(key, record.get(key)) for key in keys] for record in records]
+    rows = [[cell(key, record.get(key)) for key in keys] for record in records]
     return title, [key.replace("_", " ") for key in keys], rows

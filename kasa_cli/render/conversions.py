@@ -1,4 +1,4 @@
-"""A conversion for a person: by module type what was kept of the updates, and at what loss."""
+"""Tables of a conversion for the terminal: ranks and losses by module type."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -12,11 +12,11 @@ Summary = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 WORST = 5
 EXACT = 1e-6
-"""A loss below it is what float32 rounds off."""
+"""A loss below this is roundoff of float32."""
 
 
 def converted_tables(report: ConvertReport) -> list[Summary]:
-    """One row a module type; and where something was lost, where most of it."""
+    """One row for each module type, and the largest losses, if there are any."""
     groups = by_module_type(report.tensors)
     rows = [
         (
@@ -34,30 +34,30 @@ def converted_tables(report: ConvertReport) -> list[Summary]:
 
 
 def title(report: ConvertReport) -> str:
-    """What became of it, in one line."""
+    """The conversion in one line."""
     base = f" for the {report.on} base" if report.on else ""
     return f"{report.kind} as {report.to} of rank {report.padded_rank}{base}: {len(report.tensors)} weights"
 
 
 def worst(report: ConvertReport) -> Summary:
-    """The updates of which most is missing; none where all is there but roundoff."""
+    """The updates with the largest losses above roundoff."""
     lossy = sorted((row for row in report.tensors if row.loss > EXACT), key=lambda row: -row.loss)
     rows = [(row.module, str(row.rank), number(row.loss)) for row in lossy[:WORST]]
     return "most lost", ("module", "rank", "loss"), rows
 
 
 def closing(report: ConvertReport) -> list[str]:
-    """The loss of the whole, and what to do next."""
+    """The loss over all weights, and the next command."""
     folder = printable(shlex.quote(report.output["directory"]))
     loss = report.totals["loss"]
-    said = f"loss over all: {number(loss)} of the updates' norm"
+    lossy = f"loss over all: {number(loss)} of the updates' norm"
     exact = f"exact: {number(loss)} of the updates' norm is what float32 rounds off"
     wrote = f"wrote {printable(report.output['directory'])}; next: kasa verify {folder} --read-data"
-    return [exact if loss <= EXACT else said, wrote]
+    return [exact if loss <= EXACT else lossy, wrote]
 
 
 def span(values: Iterable[int | None]) -> str:
-    """The least and the largest of some ranks.
+    """The smallest and the largest of some ranks.
 
     >>> span([4, 4]), span([2, 8]), span([None])
     ('4', '2–8', '–')

@@ -1,4 +1,4 @@
-"""One report in four spellings. What goes to stdout is made here, and nothing else goes there."""
+"""The formats of a report: table, JSON, CSV, Markdown and HTML. Everything on stdout is made here."""
 
 import csv
 import io
@@ -16,14 +16,14 @@ from kasa_cli.report import Report
 
 
 def as_json(report: Report) -> str:
-    """One JSON object, valid always."""
+    """One JSON object, always valid JSON."""
     hidden = {field.name for field in fields(report) if not field.metadata.get("json", True)}
     content = {name: value for name, value in asdict(report).items() if name not in hidden}
     return json.dumps(finite(content), indent=2, allow_nan=False)
 
 
 def as_csv(report: Report) -> str:
-    """One line a tensor, with a header."""
+    """A header and one line for each row."""
     rows = [_flat(finite(as_dict(row))) for row in report.rows()]
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -44,32 +44,32 @@ def as_html(report: Report) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same data without NaN and infinity: null, and a field beside it that says which.
+    """The same data with null for NaN and infinity, and a field beside it that names the value.
 
     >>> finite({"kappa": math.inf, "experts": (1.0, math.inf)})
     {'kappa': None, 'kappa_is': 'inf', 'experts': [1.0, None], 'experts_is': [None, 'inf']}
     """
     if isinstance(value, dict):
-        made: dict[str, Any] = {}
+        fields_: dict[str, Any] = {}
         for key, item in value.items():
-            made[key] = finite(item)
+            fields_[key] = finite(item)
             if is_odd(item):
-                made[f"{key}_is"] = str(item)
+                fields_[f"{key}_is"] = str(item)
             elif isinstance(item, list | tuple) and any(map(is_odd, item)):
-                made[f"{key}_is"] = [str(one) if is_odd(one) else None for one in item]
-        return made
+                fields_[f"{key}_is"] = [str(part) if is_odd(part) else None for part in item]
+        return fields_
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if is_odd(value) else value
 
 
 def is_odd(value: Any) -> bool:
-    """A float that JSON has no word for."""
+    """Whether a float is NaN or infinite, which JSON cannot express."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose fields are cells: those of a map stand by themselves.
+    """A row with one cell for each field; the items of a mapping get cells of their own.
 
     >>> _flat({"energy": {"8": 0.5}, "shape": [64, 48]})
     {'energy_8': 0.5, 'shape': '64x48'}
@@ -84,7 +84,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cell(key: str, value: Any) -> Any:
-    """A shape as 64x48, any other list with spaces: a cell holds no list."""
+    """A cell: a shape as 64x48, any other list joined by spaces."""
     return ("x" if key == "shape" else " ").join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -1,4 +1,4 @@
-"""The weights of a spectrum report by layer and module type, and the figures that are known of them."""
+"""The weights of a spectrum report by layer and module type, and the quantities of their spectra."""
 
 import math
 import re
@@ -20,7 +20,7 @@ DECADES = 30.0
 
 @dataclass(frozen=True)
 class Quantity:
-    """A figure of a weight: the field of the row, a letter for it, its name, its formula, what it says."""
+    """A quantity of a weight: its field in the row, symbol, title, formula and meaning."""
 
     key: str
     symbol: str
@@ -63,7 +63,7 @@ QUANTITIES = (
         "rank",
         "Numerical rank",
         "#{σ > σ₁ max(o, i) ε}",
-        "Less than k: W is singular, as far as its numbers can tell.",
+        "Less than k: W is singular, within roundoff.",
     ),
     Quantity(
         "mp_edge",
@@ -77,7 +77,7 @@ QUANTITIES = (
         "above MP",
         "Components above the Marchenko–Pastur edge",
         "#{σ > s (√o + √i)}",
-        "Directions that noise alone would not have made.",
+        "Directions that noise alone does not explain.",
     ),
     Quantity(
         "power_law_alpha",
@@ -97,7 +97,7 @@ class Grid:
 
     @property
     def model(self) -> str:
-        """The model's name for a page that others will see: of a path on this machine, the last part."""
+        """The model's name for a page to share; only the last part of a local path."""
         name = self.report.model
         return (
             PurePath(name).name or name
@@ -107,7 +107,7 @@ class Grid:
 
     @cached_property
     def places(self) -> list[tuple[str, str]]:
-        """(module type, layer) of each weight, abbreviated; no two weights share one."""
+        """(module type, layer) of each weight, abbreviated and unique."""
         return placed(self.report.tensors)
 
     @cached_property
@@ -128,15 +128,15 @@ class Grid:
 
     @cached_property
     def points(self) -> list[dict[str, Any]]:
-        """One record a weight, as JSON can hold it: infinity is "∞", what was not measured is null."""
+        """One JSON record for each weight: infinity is "∞", a missing figure is null."""
         return [_point(n, row, self.places[n]) for n, row in enumerate(self.report.tensors)]
 
 
 def placed(rows: Sequence[SpectrumRow | DiffRow | ModuleRow]) -> list[tuple[str, str]]:
     """(module type, layer) of each row, the types abbreviated."""
-    found = places(rows)
-    names = abbreviated([kind for kind, _ in found])
-    return [(printable(names[kind]), layer) for kind, layer in found]
+    places_of_rows = places(rows)
+    names = abbreviated([kind for kind, _ in places_of_rows])
+    return [(printable(names[kind]), layer) for kind, layer in places_of_rows]
 
 
 def places(rows: Sequence[SpectrumRow | DiffRow | ModuleRow]) -> list[tuple[str, str]]:
@@ -162,13 +162,13 @@ def abbreviated(types: Iterable[str]) -> dict[str, str]:
 
 
 def value(row: SpectrumRow, key: str) -> float | None:
-    """A figure of a row by the key of its quantity; None for what was not measured."""
-    found = row.energy.get(key.removeprefix("energy_")) if key.startswith("energy_") else getattr(row, key)
-    return None if found is None or math.isnan(found) else found
+    """A figure of a row by the key of its quantity; None if it was not measured."""
+    figure = row.energy.get(key.removeprefix("energy_")) if key.startswith("energy_") else getattr(row, key)
+    return None if figure is None or math.isnan(figure) else figure
 
 
 def spans_decades(known: Sequence[float]) -> bool:
-    """Whether values want a log scale: none is negative and the positive ones are far apart.
+    """Whether values need a log scale: none is negative, and the positive ones are far apart.
 
     >>> spans_decades([0.0, 1.0, 1000.0]), spans_decades([2.0, 3.0]), spans_decades([])
     (True, False, False)
@@ -189,17 +189,19 @@ def decades(known: Sequence[float]) -> list[float]:
 
 
 def special_values(values: Sequence[float | None], is_log: bool) -> list[str]:
-    """What the colour scale does not hold, of what there is: infinity, zero on a log scale, nothing measured."""
-    found = [
+    """The values that occur and are not on the colour scale: infinity, zero on a log scale, not measured."""
+    signs = [
         (INFINITE, any(v is not None and math.isinf(v) for v in values)),
         ("0", is_log and any(v == 0 for v in values)),
         ("none", any(v is None for v in values)),
     ]
-    return [sign for sign, is_there in found if is_there]
+    return [sign for sign, is_there in signs if is_there]
 
 
 def _point(number: int, row: SpectrumRow, place: tuple[str, str]) -> dict[str, Any]:
-    keys = [one.key for one in QUANTITIES] + [f"energy_{rank}" for rank in row.energy if rank.isdigit()]
+    keys = [quantity.key for quantity in QUANTITIES] + [
+        f"energy_{rank}" for rank in row.energy if rank.isdigit()
+    ]
     figures = {key: _sayable(value(row, key)) for key in keys}
     shape = f"{row.shape[0]} × {row.shape[1]}"
     named = {"id": number, "name": printable(row.name), "kind": place[0], "layer": place[1]}

@@ -1,4 +1,4 @@
-"""A spectrum report as one HTML page that needs nothing but itself.
+"""A spectrum report as one self-contained HTML page.
 
 Names in a report are a stranger's: they are escaped for HTML and for JSON, and the policy of the page lets no script
 run but those two whose hashes it gives, and nothing be fetched. Vega evaluates its expressions by its interpreter
@@ -24,10 +24,10 @@ from kasa_cli.render.units import number
 from kasa_cli.report import SpectrumReport, SpectrumRow
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#8a939d")
-"""Okabe and Ito's, told apart by the colour-blind and seen on white and on black alike."""
+"""The palette of Okabe and Ito: safe for colour-blind readers, on white and on black."""
 
 FEW_LAYERS = 12
-"""Up to so many, the two charts stand side by side on a wide screen."""
+"""Up to so many layers the two charts stand side by side on a wide screen."""
 
 
 def html(report: SpectrumReport) -> str:
@@ -47,7 +47,7 @@ def html(report: SpectrumReport) -> str:
 
 
 def embedded(data: Any) -> str:
-    """JSON that no HTML parser mistakes for anything else.
+    """JSON that is safe inside an HTML script element.
 
     >>> embedded(["</script>", "<!--", "a\\u2028b"])
     '["\\\\u003c/script\\\\u003e","\\\\u003c!--","a\\\\u2028b"]'
@@ -105,8 +105,8 @@ def _table(grid: Grid) -> dict[str, str]:
     lines = (_line(n, row, grid, decades) for n, row in enumerate(grid.report.tensors))
     heads = [("layer", "layer", False), ("kind", "module type", True), ("shape", "shape", True)]
     figures = [(q.key, q.symbol, False) for q in grid.quantities]
-    head = ["<th>draw</th>", *(_head(*one) for one in heads), '<th class="text">spectrum</th>']
-    return {"head": "".join([*head, *(_head(*one) for one in figures)]), "rows": "\n".join(lines)}
+    head = ["<th>draw</th>", *(_head(*head) for head in heads), '<th class="text">spectrum</th>']
+    return {"head": "".join([*head, *(_head(*figure) for figure in figures)]), "rows": "\n".join(lines)}
 
 
 def _head(key: str, label: str, is_text: bool) -> str:
@@ -130,22 +130,23 @@ def _line(number_: int, row: SpectrumRow, grid: Grid, decades: float) -> str:
 
 
 def _figure(row: SpectrumRow, quantity: Quantity) -> str:
-    found = value(row, quantity.key)
-    text = "–" if found is None else f"{found:,}" if isinstance(found, int) else number(found)
+    figure = value(row, quantity.key)
+    text = "–" if figure is None else f"{figure:,}" if isinstance(figure, int) else number(figure)
     mark = "▲" if row.is_worst else "▼" if row.is_best else ""
     return text + (f'<b class="mark">{mark}</b>' if quantity.key == "kappa" else "")
 
 
 def _spark(heights: Sequence[float | None]) -> str:
-    """A line of 84 × 20; zeros are at the bottom."""
+    """A sparkline of 84 × 20 pixels; zeros are at the bottom."""
     step = 80 / max(1, len(heights) - 1)
     points = " ".join(f"{2 + n * step:.0f},{18 - 16 * (h or 0):.1f}" for n, h in enumerate(heights))
     return f'<svg class="spark" viewBox="0 0 84 20" aria-hidden="true"><polyline points="{points}"/></svg>'
 
 
 def _footer(grid: Grid) -> dict[str, str]:
-    skipped = "".join(f"<li>{_escaped(one.name)}: {_escaped(one.reason)}</li>" for one in grid.report.skipped)
-    summary = f"<summary>{len(grid.report.skipped)} tensors left out</summary>"
+    rows = grid.report.skipped
+    skipped = "".join(f"<li>{_escaped(row.name)}: {_escaped(row.reason)}</li>" for row in rows)
+    summary = f"<summary>{len(rows)} tensors left out</summary>"
     definitions = (
         f"<dt>{_escaped(q.title)}</dt><dd><code>{_escaped(q.formula)}</code> – {_escaped(q.meaning)}</dd>"
         for q in grid.quantities
@@ -178,13 +179,13 @@ def _data(grid: Grid) -> dict[str, Any]:
 
 
 def start(rows: Sequence[SpectrumRow]) -> list[int]:
-    """The weights drawn at first: the worst and the best by κ."""
+    """The weights that are drawn initially: the worst and the best by κ."""
     order = sorted(range(len(rows)), key=lambda n: by_kappa(rows[n]))
     return list(dict.fromkeys([order[-1], order[0]])) if order else []
 
 
 def _layout(grid: Grid, is_upright: bool) -> dict[str, Any]:
-    """Axes and sizes of the heat map: a cell is never too small to hit, nor larger than it need be."""
+    """Axes and sizes of the heat map: a cell is large enough to hit, and no larger than needed."""
     across, down = (grid.types, grid.layers) if is_upright else (grid.layers, grid.types)
     return {
         "encoding": {name: axis.to_dict() for name, axis in positions(grid, is_upright).items()},
@@ -195,7 +196,10 @@ def _layout(grid: Grid, is_upright: bool) -> dict[str, Any]:
 
 
 def _curves(grid: Grid) -> dict[str, Any]:
-    """By number of the weight: which list of indices, the values, the edge. Most weights share their indices."""
+    """Curves by the number of the weight: the list of indices, the values, the edge.
+
+    Most weights share their indices.
+    """
     by_name = {curve.name: curve for curve in grid.report.curves}
     indices: dict[tuple[int, ...], int] = {}
     curves: dict[int, list[Any]] = {}

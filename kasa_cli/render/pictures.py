@@ -10,7 +10,7 @@ from kasa_cli.report import SpectrumReport
 SCALE = 2.0
 PANEL = (260, 190)
 MAX_PANELS = 24
-"""More module types than this, as where every expert is one, make no picture to read."""
+"""Largest number of panels: with more module types (one for each expert, say) a picture is unreadable."""
 
 
 def pictures(report: SpectrumReport) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def _png(spec: dict[str, Any], title: str, subtitle: str) -> bytes:
 
 
 def _heat(grid: Grid, key: str) -> bytes:
-    quantity = next(one for one in grid.quantities if one.key == key)
+    quantity = next(quantity for quantity in grid.quantities if quantity.key == key)
     chart = heatmap(grid, quantity).properties(
         width=_cell_width(grid) * len(grid.layers), height=24 * len(grid.types)
     )
@@ -49,7 +49,7 @@ def _subtitle(grid: Grid) -> str:
 
 
 def _spectra(grid: Grid) -> bytes:
-    """Small multiples: a panel a module type, a line a layer, from dark (first) to bright (last)."""
+    """Small multiples: a panel for each module type, a line for each layer, from dark (first) to bright (last)."""
     import altair as alt
 
     color = (

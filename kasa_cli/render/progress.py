@@ -1,4 +1,4 @@
-"""The live view of a run, on stderr and only on a terminal."""
+"""Progress of a run on the terminal, one line for each stage."""
 
 import time
 from types import TracebackType
@@ -33,7 +33,7 @@ class TimeLeft(TextColumn):
         super().__init__("")
 
     def render(self, task: Task) -> Text:
-        """The time left, once there is something to judge by."""
+        """The estimated time left, once part of the work is done."""
         fraction = task.fields["fraction"]
         if not fraction or task.elapsed is None or task.finished:
             return Text("")
@@ -55,7 +55,7 @@ class Live:
             console=console,
         )
         self._task: TaskID | None = None
-        self._begun = 0.0
+        self._started = 0.0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -67,13 +67,13 @@ class Live:
         self._progress.stop()
 
     def __call__(self, event: Event) -> None:
-        """Begin a line, or move the last one on."""
+        """Begin a line, or advance the last one."""
         if self._task is None or not event.num_done:
             title = TITLES.get(event.stage, event.stage)
             self._task = self._progress.add_task(title, total=event.num_items, name="", rate="", fraction=0.0)
-            self._begun = time.monotonic()
+            self._started = time.monotonic()
             return
-        rate = event.num_done / max(time.monotonic() - self._begun, 1e-9)
+        rate = event.num_done / max(time.monotonic() - self._started, 1e-9)
         is_last = event.num_done >= event.num_items
         self._progress.update(
             self._task,

@@ -1,4 +1,4 @@
-"""Reports on spectra for a person: tables whose rows hold a drawing, and what stands out."""
+"""Tables of spectra for the terminal: rows with a drawing of the spectrum, and the extremes."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ Summary = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 BLOCKS = "▁▂▃▄▅▆▇█"
 ZERO = "·"
 MOST_DECADES = 4.0
-"""A drawing reaches so far down at most."""
+"""Largest number of decades that a drawing covers."""
 
 WIDTH = 12
 COLUMNS = ("spectrum", "σ max", "σ min", "κ", "", "stable", "eff.", "> MP", "α")
@@ -31,13 +31,14 @@ MOST_CHANGED = 15
 
 
 def summary_tables(report: SpectrumReport) -> list[Summary]:
-    """One row a weight, by module type; for more than `MAX_ROWS` weights one row a type, and the extremes."""
+    """One row for each weight, by module type; above `MAX_ROWS` weights three rows for each type, and the
+    extremes."""
     grid = Grid(report)
     return [by_weight(grid)] if len(report.tensors) <= MAX_ROWS else [by_type(grid), extremes(grid)]
 
 
 def by_weight(grid: Grid) -> Summary:
-    """One row a weight, the types in the order of the model; the extremes of κ in a type are marked."""
+    """One row for each weight, in the order of the model; the extremes of κ in a type are marked."""
     decades = decades_drawn(grid.report.tensors)
     rows: list[Sequence[str]] = []
     for kind, members in _members(grid).items():
@@ -48,7 +49,7 @@ def by_weight(grid: Grid) -> Summary:
 
 
 def by_type(grid: Grid) -> Summary:
-    """Least, median and most of each figure by module type; drawn are the weights that have such a κ."""
+    """Minimum, median and maximum of each column by module type; the drawings are of the weights with such a κ."""
     decades = decades_drawn(grid.report.tensors)
     columns = [column for column in COLUMNS if column]
     rows: list[Sequence[str]] = []
@@ -63,8 +64,9 @@ def by_type(grid: Grid) -> Summary:
 def extremes(grid: Grid) -> Summary:
     """The weights with the largest and the smallest κ."""
     decades = decades_drawn(grid.report.tensors)
-    order = sorted(zip(grid.report.tensors, grid.places, strict=True), key=lambda one: -by_kappa(one[0]))
-    marked = [("▲ worst", one) for one in order[:EXTREMES]] + [("▼ best", one) for one in order[-EXTREMES:]]
+    order = sorted(zip(grid.report.tensors, grid.places, strict=True), key=lambda pair: -by_kappa(pair[0]))
+    marked = [("▲ worst", pair) for pair in order[:EXTREMES]]
+    marked += [("▼ best", pair) for pair in order[-EXTREMES:]]
     rows = [
         (
             kind,
@@ -128,16 +130,16 @@ def _members(grid: Grid) -> dict[str, list[tuple[str, SpectrumRow]]]:
 
 
 def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """The same with every cell moved to the right of its column, but for the name and the drawing."""
+    """The table with right-aligned cells, except for the name and the drawing."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    made = [
+    lines = [
         [
             cell if n < 2 else cell.rjust(width)
             for n, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         for cells in (columns, *rows)
     ]
-    return made[0], made[1:]
+    return lines[0], lines[1:]
 
 
 def _scale(decades: float) -> str:
@@ -145,7 +147,7 @@ def _scale(decades: float) -> str:
 
 
 def _heading(kind: str, rows: Sequence[SpectrumRow], num_columns: int) -> tuple[str, ...]:
-    """The type alone in a row, its shape where the drawings are."""
+    """A row with the module type, and its shape in the column of the drawings."""
     shapes = list(dict.fromkeys(f"{row.shape[0]}×{row.shape[1]}" for row in rows))
     shape = shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
     return (kind, shape, *[""] * (num_columns - 1))
@@ -173,7 +175,7 @@ def _shown(key: str, figure: float | None) -> str:
 
 
 def more(count: int) -> str:
-    """What a title says of rows that are left out."""
+    """The part of a title that counts the rows left out."""
     return f"; {count} more not shown" if count > 0 else ""
 
 
@@ -192,12 +194,12 @@ def _changes_by_type(report: DiffReport) -> Summary:
         groups.setdefault(kind, []).append(row)
     rows = [(kind, str(len(members)), *_change_cells(members)) for kind, members in groups.items()]
     columns = ("type", "n", "distance", "greatest", "Δ spectrum", "top angle", "bottom", "intruders")
-    kept = f"; identical: {len(report.identical)}" if report.identical else ""
+    identical = f"; identical: {len(report.identical)}" if report.identical else ""
     agree = report.rank_correlation
     order = f"; rank correlation of κ {agree:.3f}" if agree is not None else ""
     first, second = map(printable, report.models)
     return (
-        f"{first} → {second}: {len(report.tensors)} weights differ, medians by type{kept}{order}",
+        f"{first} → {second}: {len(report.tensors)} weights differ, medians by type{identical}{order}",
         columns,
         rows,
     )
@@ -219,7 +221,7 @@ def _change_cells(rows: Sequence[DiffRow]) -> tuple[str, ...]:
 
 def _changes(report: DiffReport) -> Summary:
     order = sorted(
-        zip(placed(report.tensors), report.tensors, strict=True), key=lambda one: -one[1].relative_distance
+        zip(placed(report.tensors), report.tensors, strict=True), key=lambda pair: -pair[1].relative_distance
     )
     rows = [
         (

@@ -1,4 +1,4 @@
-"""A report for a person: what was done by module type, what stands out, and what to do next."""
+"""Tables of a report for the terminal: a summary by module type, the extremes, and the next command."""
 
 import json
 import shlex
@@ -49,7 +49,7 @@ Summary = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 WORST = 5
 PIPED_WIDTH = 120
-"""Of tables that no terminal shows: nothing is cut that a person or a file could hold."""
+"""Width of tables that are not written to a terminal."""
 
 
 def summary(report: Report) -> list[Summary]:
@@ -70,17 +70,17 @@ def as_dict(row: Any) -> dict[str, Any]:
 
 
 def as_text(report: Report) -> str:
-    """The report for a terminal, with colour where there is one; code to paste is never wrapped."""
+    """The report for a terminal, in colour where that is supported; code to paste is never wrapped."""
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     with console.capture() as captured:
-        for one in summary(report):
-            if one[2]:
-                console.print(_table(*one))
+        for title, columns, rows in summary(report):
+            if rows:
+                console.print(_table(title, columns, rows))
     return "\n".join([captured.get().rstrip("\n"), "", *_closing(report)]).rstrip("\n")
 
 
 def by_type(report: TruncateReport) -> Summary:
-    """One row a module type: count, κ, energy, and how much of the cut is left after rounding."""
+    """One row for each module type: count, κ, energy, and the share of the truncation that survives rounding."""
     rows = []
     for kind, members in by_module_type(report.tensors).items():
         realised = [row.realised for row in members if row.realised is not None]
@@ -102,7 +102,7 @@ def by_type(report: TruncateReport) -> Summary:
 
 
 def worst(report: TruncateReport) -> Summary:
-    """The tensors in which most of the cut came back when they were rounded."""
+    """The tensors whose truncation survives rounding least."""
     measured = [row for row in report.tensors if row.realised is not None]
     measured.sort(key=lambda row: row.realised or 0.0)
     rows = [
@@ -113,16 +113,16 @@ def worst(report: TruncateReport) -> Summary:
 
 
 def skipped(tensors: Iterable[Skipped]) -> Summary:
-    """How many tensors stay as they are, by reason."""
+    """Number of skipped tensors, by reason."""
     items = list(tensors)
-    counts = Counter(one.reason for one in items)
-    first = {one.reason: one.name for one in reversed(items)}
+    counts = Counter(item.reason for item in items)
+    first = {item.reason: item.name for item in reversed(items)}
     rows = [(reason, str(count), first[reason]) for reason, count in counts.most_common()]
     return "left as they are", ("reason", "count", "for example"), rows
 
 
 def planned(targets: Sequence[ToTruncate]) -> Summary:
-    """One row a module type and shape."""
+    """One row for each module type and shape."""
     groups: dict[tuple[str, str, str, int], int] = Counter(
         (module_type(t.module), f"{t.shape[0]}×{t.shape[1]}", t.dtype, t.dropped) for t in targets
     )
@@ -135,16 +135,17 @@ def planned(targets: Sequence[ToTruncate]) -> Summary:
 
 
 def to_measure(weights: Sequence[ToMeasure]) -> Summary:
-    """One row a module type and shape."""
+    """One row for each module type and shape."""
     groups: dict[tuple[str, str, str], int] = Counter(
-        (module_type(one.module), f"{one.shape[0]}×{one.shape[1]}", one.dtype) for one in weights
+        (module_type(weight.module), f"{weight.shape[0]}×{weight.shape[1]}", weight.dtype)
+        for weight in weights
     )
     rows = [(kind, str(n), shape, dtype) for (kind, shape, dtype), n in groups.items()]
     return f"{len(weights)} weights to measure", ("module type", "count", "shape", "dtype"), rows
 
 
 def merged_by_type(report: MergeReport) -> Summary:
-    """One row a module type: how many tensors changed, by how much at most, and how far rounding is off."""
+    """One row for each module type: number of changed tensors, largest change, largest rounding error."""
     groups = by_module_type(report.tensors)
     rows = [
         (
@@ -160,7 +161,7 @@ def merged_by_type(report: MergeReport) -> Summary:
 
 
 def to_change(report: MergePlan | ConvertPlan) -> Summary:
-    """Tensors that would change, by module type."""
+    """The tensors that would change, by module type."""
     groups = by_module_type(report.tensors)
     rows = [
         (
@@ -181,20 +182,25 @@ def to_change(report: MergePlan | ConvertPlan) -> Summary:
 
 
 def merged_adapters(report: MergeReport) -> Summary:
-    """Every adapter with what was used of it."""
+    """Every adapter with the number of its tensors that were used."""
     rows = [
-        (one.path, one.kind, number(one.weight), f"{one.tensors_consumed} of {one.tensors_total}")
-        for one in report.adapters
+        (
+            adapter.path,
+            adapter.kind,
+            number(adapter.weight),
+            f"{adapter.tensors_consumed} of {adapter.tensors_total}",
+        )
+        for adapter in report.adapters
     ]
     return "adapters", ("adapter", "kind", "weight", "tensors used"), rows
 
 
 def checked(report: VerifyReport) -> Summary:
-    """What was looked at."""
+    """The checks that passed."""
     rows = [("files", str(report.files)), ("tensors", str(report.tensors))]
     rows += [("bytes hashed", big(report.bytes_hashed))] if report.bytes_hashed else []
-    errors = [float(one["tail_error"]) for one in report.compared if one["tail_error"] is not None]
-    distances = [float(one["ulps"]) for one in report.compared if one["ulps"] is not None]
+    errors = [float(row["tail_error"]) for row in report.compared if row["tail_error"] is not None]
+    distances = [float(row["ulps"]) for row in report.compared if row["ulps"] is not None]
     rows += [("recomputed from the base", str(len(report.compared)))] if report.compared else []
     rows += [("furthest from exact, in last places", number(max(distances)))] if distances else []
     rows += [("largest error of the tail / σ max", number(max(errors)))] if errors else []
@@ -206,7 +212,7 @@ def _or_dash(figure: float | None) -> str:
 
 
 def roundings(report: DemoReport) -> Summary:
-    """What half precision leaves of the cut, by rounding."""
+    """The share of the truncation that survives in half precision, by rounding."""
     rows = [
         (f"--rounding {row['rounding']}", _or_dash(row["realised_min"]), _or_dash(row["realised_median"]))
         for row in report.rounding
@@ -215,7 +221,7 @@ def roundings(report: DemoReport) -> Summary:
 
 
 def _closing(report: Report) -> list[str]:
-    """What is worth saying below the tables."""
+    """The lines below the tables."""
     return CLOSINGS[type(report)](report) if type(report) in CLOSINGS else []
 
 
@@ -238,7 +244,7 @@ def _cost(report: SpectrumReport | DiffReport | SelectReport) -> list[str]:
 
 
 def _measured(totals: Mapping[str, Any]) -> str:
-    """What it cost, and what the next question will."""
+    """Number of weights that were measured, and that the store knew."""
     new, known = totals["decompositions"], totals["decompositions_reused"]
     return f"weights measured: {new}; known from the store: {known}"
 
@@ -282,7 +288,7 @@ def _next_steps(report: TruncateReport) -> list[str]:
 
 
 def _quoted(path: str) -> str:
-    """A path as Python spells it in double quotes."""
+    """A path as a Python literal in double quotes."""
     return printable(json.dumps(path, ensure_ascii=False))
 
 
