@@ -141,7 +141,7 @@ def is_in_out(
         return is_expert_in_out(adapter, base, patch, shape)
     if is_of_embedding(patch.tensors):
         return True
-    if base.names.model_class is None:  # without the class, a Conv1D cannot be told but by the config
+    if base.names.model_class is None:  # without the class, only the config tells a Conv1D
         return bool(patch.settings.get("fan_in_fan_out"))
     return weight.kind is Kind.CONV1D
 

@@ -61,10 +61,10 @@ def lite_config(*variants: str, fields: Mapping[str, Field] = NONE, ignored: str
 
 
 def pissa(x: Given) -> Change:
-    """PiSSA, arXiv 2404.02948:  W' = W - s B_0 A_0 + s B A, B_0 A_0 the start in the dtype of the file.
+    """PiSSA, arXiv 2404.02948:  W' = W - s B_0 A_0 + s B A, B_0 A_0 the initial product in the dtype of the file.
 
-    The start is not in the file. It was rounded before it was taken off, so it is found by the same float32
-    decomposition: one that is closer to the truth rounds some entries otherwise.
+    The initialisation is not in the file. It was rounded before it was subtracted, so it is recomputed by the same
+    float32 decomposition: a more exact one would round some entries otherwise.
     """
     r, s = x.settings["r"], x.scaling
     dtype = x.tensors["A"].dtype
