@@ -35,8 +35,8 @@ def store_tables(report: StoreReport) -> list[Summary]:
         for tensor in report.tensors[:MAX_ROWS]
     ]
     left_out = more(len(report.tensors) - len(rows))
-    gone = {"store prune": "forgotten in"}.get(report.command, "known in")
-    title = f"{len(report.tensors)} tensors {gone} {printable(report.store)}{left_out}"
+    state = {"store prune": "forgotten in"}.get(report.command, "known in")
+    title = f"{len(report.tensors)} tensors {state} {printable(report.store)}{left_out}"
     totals = [(key.replace("_", " "), cell(key, value)) for key, value in report.totals.items()]
     return [
         (title, ("measured as", "shape", "dtype", "facts", "size", "last used"), rows),
