@@ -120,7 +120,6 @@ NAMES_LEFT: dict[str, str] = {
     "kasa_cli/targets/trainer_configs.py": "found says wanted",
 }  # fmt: skip
 WORDS_LEFT: dict[str, str] = {
-    "kasa_cli/render/page.py": "stranger",
     "kasa_cli/report/convert.py": "foretold",
 }  # fmt: skip
 

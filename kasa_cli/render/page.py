@@ -1,8 +1,8 @@
 """A spectrum report as one self-contained HTML page.
 
-Names in a report are a stranger's: they are escaped for HTML and for JSON, and the policy of the page lets no script
-run but those two whose hashes it gives, and nothing be fetched. Vega evaluates its expressions by its interpreter
-(`ast`), so the policy need not allow eval.
+Names in a report are untrusted: they are escaped for HTML and for JSON. The content security policy of the page
+allows only the two scripts whose hashes it lists, and no request. Vega evaluates expressions with its own interpreter
+(`ast`), so that the policy does not have to allow eval.
 """
 
 import base64
