@@ -90,7 +90,9 @@ class Adapter:
     @property
     def touched(self) -> frozenset[str]:
         """Every module that it changes."""
-        values = [one.parameter for one in self.replacements] + [one.parameter for one in self.token_rows]
+        values = [replacement.parameter for replacement in self.replacements] + [
+            row.parameter for row in self.token_rows
+        ]
         return frozenset(
             {patch.module for patch in self.patches} | {name.rpartition(".")[0] for name in values}
         )
@@ -102,8 +104,10 @@ def consumed(adapter: Adapter) -> frozenset[str]:
         name for patch in adapter.patches for name in (*patch.tensors.values(), *patch.copies.values())
     ]
     values: tuple[Replacement | TokenRows, ...] = (*adapter.replacements, *adapter.token_rows)
-    more = [name for one in adapter.replacements for name in (*one.copies, *one.before)]
-    return frozenset((*patches, *(one.tensor for one in values), *more))
+    more = [
+        name for replacement in adapter.replacements for name in (*replacement.copies, *replacement.before)
+    ]
+    return frozenset((*patches, *(value.tensor for value in values), *more))
 
 
 def unconsumed(names: Iterable[str], container: Container) -> InvalidInput:

@@ -47,7 +47,11 @@ def place_value(adapter: Adapter, base: BaseIndex, value: Replacement | TokenRow
     old = weight.shape
     vocabulary = None
     if isinstance(value, TokenRows):
-        anew = [one.tensor for one in adapter.replacements if one.parameter == value.parameter]
+        anew = [
+            replacement.tensor
+            for replacement in adapter.replacements
+            if replacement.parameter == value.parameter
+        ]
         check_rows(value, new, adapter.container.tensors[anew[0]].shape if anew else old)
     elif new != old:
         is_vocabulary = value.why != "bias" and len(new) == len(old) and new[1:] == old[1:]

@@ -76,9 +76,9 @@ def placed(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[Placed, 
     touched = adapter.touched | {patch.module for patch in settled}
     require_complete(adapter, base, touched)
     resized = {
-        split_name(one.parameter)[0]: adapter.container.tensors[one.tensor].shape
-        for one in adapter.replacements
-        if one.why == "base layer" and split_name(one.parameter)[1] == "weight"
+        split_name(replacement.parameter)[0]: adapter.container.tensors[replacement.tensor].shape
+        for replacement in adapter.replacements
+        if replacement.why == "base layer" and split_name(replacement.parameter)[1] == "weight"
     }
     return tuple(place(adapter, base, patch, resized.get(patch.module), touched) for patch in settled)
 
@@ -283,7 +283,7 @@ def _biases(adapter: Adapter, base: BaseIndex) -> Iterator[str]:
     which = adapter.config.get("bias") or "none"
     if which == "none":
         return
-    held = {one.parameter for one in adapter.replacements}
+    held = {replacement.parameter for replacement in adapter.replacements}
     patched = {base.memory_name(patch.module) for patch in adapter.patches}
     for name, slot in base.names.slots.items():
         is_bias = slot.parameter == "bias" and len(base.shapes[name]) == 1

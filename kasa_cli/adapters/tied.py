@@ -58,7 +58,7 @@ def tied_items(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group])
     for group in groups:
         own = {end: [item for item in items if end in touched(item)] for end in group.ends}
         shared, repeated = _shared(adapter, own)
-        rest = {end: [one for one in parts if one not in shared + repeated] for end, parts in own.items()}
+        rest = {end: [part for part in parts if part not in shared + repeated] for end, parts in own.items()}
         _require_known(adapter, group, shared, rest)
         if not _all_same(adapter, [*rest.values()]):
             apart.append(group)
@@ -83,8 +83,8 @@ def _shared(adapter: Adapter, own: Own) -> tuple[list[Item], list[Item]]:
     """The parts that hold for all tied parameters: a base in the file, and rows, which PEFT ties by itself if they
     are of the embedding. Beside them, the parts that only repeat them."""
     values = [item for parts in own.values() for item in parts if isinstance(item, PlacedValue)]
-    bases: list[Item] = [one for one in values if _is_base(one)]
-    rows: list[Item] = [one for one in values if isinstance(one.value, TokenRows)]
+    bases: list[Item] = [value for value in values if _is_base(value)]
+    rows: list[Item] = [value for value in values if isinstance(value.value, TokenRows)]
     is_tied = len(rows) == 1 and isinstance(rows[0], PlacedValue) and rows[0].kind is Kind.EMBEDDING
     is_one = _all_same(adapter, [[base] for base in bases])
     return [*(bases[:1] if is_one else []), *(rows if is_tied else [])], bases[1:] if is_one else []
@@ -98,7 +98,7 @@ def _is_base(item: Item) -> bool:
 
 
 def _replaces(items: Sequence[Item]) -> bool:
-    return any(isinstance(one, PlacedValue) and isinstance(one.value, Replacement) for one in items)
+    return any(isinstance(item, PlacedValue) and isinstance(item.value, Replacement) for item in items)
 
 
 def _require_known(adapter: Adapter, group: Group, shared: Sequence[Item], rest: Own) -> None:
@@ -144,7 +144,9 @@ def _indices(item: PlacedValue) -> tuple[int, ...] | None:
 def _factors(adapter: Adapter, item: Placed) -> dict[str, Tensor]:
     with Reader(adapter.container) as reader:
         tensors = {short: reader.tensor(name) for short, name in item.patch.tensors.items()}
-    return {TURNED.get(short, short): one.T if short in TURNED else one for short, one in tensors.items()}
+    return {
+        TURNED.get(short, short): tensor.T if short in TURNED else tensor for short, tensor in tensors.items()
+    }
 
 
 def _value(adapter: Adapter, item: PlacedValue) -> dict[str, Tensor]:

@@ -57,8 +57,8 @@ class Entry:
     def tensors(self, left: Tensor, right: Tensor, rank: int) -> dict[str, Tensor]:
         """The pair, padded to a rank: `left` (e x rows x n) times `right` (e x n x columns) is added in memory."""
         pairs = [
-            self._pair(left[one.number, one.start : one.stop], right[one.number], rank)
-            for one in self.members
+            self._pair(left[member.number, member.start : member.stop], right[member.number], rank)
+            for member in self.members
         ]
         A, B = torch.cat([A for A, _ in pairs]), torch.stack([B for _, B in pairs], dim=2).flatten(1)
         return {self.A: A, self.B: B}

@@ -52,7 +52,7 @@ def to_json(value: object) -> Any:
 
 def inner(kind: Any) -> Any:
     """The type X of `X | None`, else the type itself."""
-    others = [one for one in get_args(kind) if one is not NoneType]
+    others = [argument for argument in get_args(kind) if argument is not NoneType]
     return others[0] if NoneType in get_args(kind) and len(others) == 1 else kind
 
 

@@ -42,10 +42,10 @@ def names_of(config: Mapping[str, Any], shapes: Shapes, store: Store | None) -> 
 def packed(names: NameMap) -> bytes:
     """The names as JSON."""
     slots = [
-        [name, one.module, one.parameter, one.kind, one.in_block, one.tied_with]
-        for name, one in names.slots.items()
+        [name, slot.module, slot.parameter, slot.kind, slot.in_block, slot.tied_with]
+        for name, slot in names.slots.items()
     ]
-    weights = [[getattr(one, field) for field in Weight.__dataclass_fields__] for one in names.weights]
+    weights = [[getattr(weight, field) for field in Weight.__dataclass_fields__] for weight in names.weights]
     content = [names.model_class, names.note, slots, names.linear_modules, weights]
     return json.dumps(content, separators=(",", ":")).encode()
 

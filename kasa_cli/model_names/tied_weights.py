@@ -53,7 +53,7 @@ def taken_apart(config: Mapping[str, Any], shapes: Shapes, touched: Iterable[Gro
             ends = {end: name or name_on_disk(after, end) for end, name in group.ends.items()}
             sources.update({name: held for name in ends.values() if name not in shapes})
             groups.append(Group(ends))
-    new = {**shapes, **{name: shapes[held] for name, held in sources.items()}}
+    new = {**shapes, **{name: shapes[source] for name, source in sources.items()}}
     _require_filled(after, new, before, still)
     return Apart(edited, tuple(groups), sources)
 

@@ -76,7 +76,7 @@ def candidates(
     for pattern in patterns.targets:
         _require_candidate(pattern, verdicts)
     chosen = tuple(verdict for _, verdict in verdicts if isinstance(verdict, Candidate))
-    pieces = {piece.name for one in chosen for matrix in one.matrices for piece in matrix.pieces}
+    pieces = {piece.name for candidate in chosen for matrix in candidate.matrices for piece in matrix.pieces}
     refused = [(weight, verdict) for weight, verdict in verdicts if isinstance(verdict, Refusal)]
     reasons = _reasons(refused, names.slots)
     left = [name for name in tensors if name not in pieces]

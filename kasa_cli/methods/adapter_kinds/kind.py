@@ -238,7 +238,7 @@ class Kind:
         """The sets of tensor names of which a module has exactly one, under this config."""
         if self.groups:
             return self.groups
-        needed = [one.names for one in self.tensors.values() if _is_needed(one, config)]
+        needed = [tensor.names for tensor in self.tensors.values() if _is_needed(tensor, config)]
         count = max(map(len, needed), default=0)
         return tuple(tuple(names[min(n, len(names) - 1)] for names in needed) for n in range(count))
 

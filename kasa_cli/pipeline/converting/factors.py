@@ -82,7 +82,10 @@ class Converted:
 
 def loss_of_all(done: Sequence[Converted]) -> float:
     """The error of all updates together, relative to them."""
-    norm, error = math.hypot(*(one.norm for one in done)), math.hypot(*(one.error for one in done))
+    norm, error = (
+        math.hypot(*(result.norm for result in done)),
+        math.hypot(*(result.error for result in done)),
+    )
     return error / norm if norm else 0.0
 
 
@@ -152,16 +155,16 @@ def _made(converter: Converter, place: Placed) -> bytes:
 
 def _packed(compacts: Sequence[Compact], is_transposed: bool) -> bytes:
     """The factors in the orientation of the weight in memory: left (e x rows x n), right (e x n x columns)."""
-    rank = max(one.B.shape[1] for one in compacts)
-    pairs = [(one.A.T, one.B.T) if is_transposed else (one.B, one.A) for one in compacts]
-    left = torch.stack([torch.nn.functional.pad(one, (0, rank - one.shape[1])) for one, _ in pairs])
-    right = torch.stack([torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for _, one in pairs])
-    exact = [one.exact_rank for one in compacts if one.exact_rank is not None]
+    rank = max(compact.B.shape[1] for compact in compacts)
+    pairs = [(compact.A.T, compact.B.T) if is_transposed else (compact.B, compact.A) for compact in compacts]
+    left = torch.stack([torch.nn.functional.pad(pair, (0, rank - pair.shape[1])) for pair, _ in pairs])
+    right = torch.stack([torch.nn.functional.pad(pair, (0, 0, 0, rank - len(pair))) for _, pair in pairs])
+    exact = [compact.exact_rank for compact in compacts if compact.exact_rank is not None]
     fields = {
         "rank": rank,
         "exact_rank": max(exact) if exact else None,
-        "norm": math.hypot(*(one.norm for one in compacts)),
-        "error": math.hypot(*(one.error for one in compacts)),
+        "norm": math.hypot(*(compact.norm for compact in compacts)),
+        "error": math.hypot(*(compact.error for compact in compacts)),
     }
     return save({"left": left, "right": right}, {"kasa": json.dumps(fields, sort_keys=True)})
 

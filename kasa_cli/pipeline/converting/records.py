@@ -58,7 +58,7 @@ def entries_of(case: Case) -> list[list[Entry]]:
 
 def config_facts(case: Case, done: Sequence[Converted]) -> ConfigFacts:
     """The rank of all factors, and the other facts of the config."""
-    rank = max(one.rank for one in done)
+    rank = max(result.rank for result in done)
     rank = writing.padded_rank(rank) if case.options.pad_rank else rank
     is_on_disk = case.options.names == "disk"
     return ConfigFacts(rank, case.model_it_fits, case.names.model_class, case.checkpoint.config, is_on_disk)
@@ -94,7 +94,7 @@ def write_records(
         base_fingerprint=fingerprint(tensors),
         files=file_records(folder, 1),
         tensors=tensors,
-        weights=tuple(one.row for one in done),
+        weights=tuple(result.row for result in done),
     )
     sealed = manifest.sealed()
     write_file(folder / MANIFEST, [sealed])
@@ -109,10 +109,10 @@ def _tensor_records(case: Case, done: Sequence[Converted]) -> dict[str, TensorRe
             dtype=case.checkpoint.tensors[name].dtype,
             shape=case.checkpoint.tensors[name].shape,
             before=InputTensor(digest if case.fits_given else case.hash_in_other_base(name)),
-            module=one.place.patch.module,
+            module=result.place.patch.module,
         )
-        for one in done
-        for name, digest in one.hashes.items()
+        for result in done
+        for name, digest in result.hashes.items()
     }
 
 

@@ -124,9 +124,9 @@ def convert(
         on=case.on,
         base_is=case.base_is,
         names=None if options.is_lite else options.names,
-        rank=max(one.rank for one in done),
+        rank=max(result.rank for result in done),
         padded_rank=config.rank,
-        tensors=tuple(one.row for one in done),
+        tensors=tuple(result.row for result in done),
         totals=_totals(case, done, len(held)),
         output={
             "directory": str(output),
@@ -142,7 +142,7 @@ def _totals(case: Case, done: Sequence[Converted], num_written: int) -> ConvertT
         "weights": len(done),
         "tensors_consumed": len(consumed(case.adapter)),
         "tensors_total": len(case.adapter.container.tensors),
-        "largest_loss": max(one.loss for one in done),
+        "largest_loss": max(result.loss for result in done),
         "loss": loss_of_all(done),
         "tensors_written": num_written,
     }

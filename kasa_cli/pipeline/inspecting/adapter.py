@@ -97,9 +97,9 @@ class OpenAdapter:
         """The weight W under the adapter as (out, in): from the adapter's own file, or from the base."""
         place, patch = item.place, item.patch
         own = f"{patch.module}.weight"
-        for one in self.adapter.replacements:
-            if one.parameter == own and one.is_base:
-                weight = self.files.tensor(self.adapter.container, one.tensor)
+        for replacement in self.adapter.replacements:
+            if replacement.parameter == own and replacement.is_base:
+                weight = self.files.tensor(self.adapter.container, replacement.tensor)
                 is_turned = place.is_transposed if place else is_of_embedding(patch.tensors)
                 return weight.T if is_turned else weight
         if place is None or self.base is None or item.is_stack:

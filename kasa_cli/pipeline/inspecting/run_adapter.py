@@ -76,7 +76,7 @@ def adapter(
     with OpenFiles() as files:
         seen = OpenAdapter(opened, base.origin.checkpoint if base else None, files)
         measured = _measure(seen, base, cuts, running, watcher)
-    rows = tuple(one.row for one in measured)
+    rows = tuple(measurement.row for measurement in measured)
     return AdapterReport(
         command=COMMAND,
         adapter=str(path),
@@ -85,7 +85,7 @@ def adapter(
         base_is=base_state,
         modules=rows,
         values=_values(opened),
-        penalties=_penalties(opened, [one.layer for one in measured if one.layer]),
+        penalties=_penalties(opened, [measurement.layer for measurement in measured if measurement.layer]),
         totals=_totals(opened, rows),
         notes=(*_notes(rows), *(base.notes if base else ())),
     )
@@ -137,7 +137,7 @@ def _measure(
     )
     with blas_threads(running.threads_per_worker):
         measured = run_stage("look", task, items, running.num_workers, watcher)
-    return [one for rows in measured for one in rows]
+    return [row for rows in measured for row in rows]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -156,8 +156,10 @@ def _values(opened: Adapter) -> tuple[ValueRow, ...]:
         entry = opened.container.tensors[tensor]
         return ValueRow(parameter, tensor, entry.shape, entry.dtype, why)
 
-    held = [row(one.parameter, one.tensor, one.why) for one in opened.replacements]
-    held += [row(one.parameter, one.tensor, "trained rows") for one in opened.token_rows]
+    held = [
+        row(replacement.parameter, replacement.tensor, replacement.why) for replacement in opened.replacements
+    ]
+    held += [row(token_row.parameter, token_row.tensor, "trained rows") for token_row in opened.token_rows]
     biases = [
         row(f"{patch.module}.bias", patch.tensors[ADDED_BIAS], "added to the bias")
         for patch in opened.patches
@@ -172,7 +174,7 @@ def _penalties(opened: Adapter, layers: Sequence[Layer]) -> dict[str, Any] | Non
         return None
     given = opened.config.get("kasa_config") or {}
     beta, gamma = float(given.get("beta", BETA)), float(given.get("gamma", GAMMA))
-    by_convention = {name: asdict(one) for name, one in penalties(layers, beta, gamma).items()}
+    by_convention = {name: asdict(penalty) for name, penalty in penalties(layers, beta, gamma).items()}
     return {"beta": beta, "gamma": gamma, **by_convention}
 
 

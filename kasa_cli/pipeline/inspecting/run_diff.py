@@ -51,20 +51,20 @@ def diff(
         )
     found = _contrasted(pairs, sources, facts, (running, rank), watcher)
     done = {name: one for name, one in found.items() if isinstance(one, ComparedPair)}
-    rows = tuple(one.row for one in done.values() if one.row)
+    rows = tuple(result.row for result in done.values() if result.row)
     return DiffReport(
         command="inspect diff",
         models=(models[0].model, models[1].model),
         tensors=rows,
-        identical=tuple(name for name, one in done.items() if one.row is None),
+        identical=tuple(name for name, result in done.items() if result.row is None),
         skipped=(*skipped, *(one for one in found.values() if isinstance(one, Skipped))),
         rank_correlation=rank_correlation([row.kappa[0] for row in rows], [row.kappa[1] for row in rows]),
         totals={
             "differing": len(rows),
             "identical": len(done) - len(rows),
             "unmeasured": len(found) - len(done),
-            "decompositions": sum(one.num_new for one in done.values()),
-            "decompositions_reused": sum(one.num_reused for one in done.values()),
+            "decompositions": sum(result.num_new for result in done.values()),
+            "decompositions_reused": sum(result.num_reused for result in done.values()),
         },
         notes=(*notes, *store_notes(facts)),
     )
@@ -85,7 +85,7 @@ def _open(
 
 def _pairs(first: Sequence[Candidate], second: Sequence[Candidate]) -> tuple[list[Pair], tuple[Skipped, ...]]:
     """The weights that both have, by their names in memory, and those that only one has, which are skipped."""
-    ours, theirs = ({one.module: one for one in chosen} for chosen in (first, second))
+    ours, theirs = ({candidate.module: candidate for candidate in chosen} for chosen in (first, second))
     pairs, skipped = [], []
     for module in dict.fromkeys((*ours, *theirs)):
         if module not in ours or module not in theirs:

@@ -80,9 +80,17 @@ def spectrum(
     if values:
         write_file(
             values,
-            [save({name: one.values for name, one in asked.answers.items() if one.values is not None})],
+            [
+                save(
+                    {
+                        name: answer.values
+                        for name, answer in asked.answers.items()
+                        if answer.values is not None
+                    }
+                )
+            ],
         )
-    rows = _marked([one.row for one in asked.answers.values()])
+    rows = _marked([answer.row for answer in asked.answers.values()])
     return SpectrumReport(
         command=COMMAND,
         model=where.model,
@@ -92,12 +100,12 @@ def spectrum(
         totals=_totals(asked),
         output={"values": str(values)} if values else {},
         notes=(*([names.note] if names.note else []), *store_notes(facts)),
-        curves=tuple(one.curve for one in asked.answers.values()),
+        curves=tuple(answer.curve for answer in asked.answers.values()),
     )
 
 
 def _all(chosen: tuple[Candidate, ...]) -> list[Matrix]:
-    return [matrix for one in chosen for matrix in one.matrices]
+    return [matrix for candidate in chosen for matrix in candidate.matrices]
 
 
 def _totals(asked: Asked[MeasuredSpectrum]) -> SpectrumTotals:

@@ -57,7 +57,7 @@ def _untied(
     groups = _tied_groups(base, names, mergings)
     if not groups:
         return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), list(mergings)
-    tied = [tied_items(one.adapter, (*one.placed, *one.values), groups) for one in mergings]
+    tied = [tied_items(merging.adapter, (*merging.placed, *merging.values), groups) for merging in mergings]
     apart = {id(group): group for one in tied for group in one.apart}
     if not apart:
         return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), _placed_at(mergings, tied, groups)
@@ -90,7 +90,7 @@ def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> l
     places: list[Item] = []
     for merging in mergings:
         places += [*merging.placed, *merging.values]
-    on_disk = {part.piece.name for one in places for parts in one.matrices for part in parts}
+    on_disk = {part.piece.name for place in places for parts in place.matrices for part in parts}
     on_disk |= {one.bias for merging in mergings for one in merging.placed if one.bias}
     if not any(names.slots[name].tied_with for name in on_disk):
         return []

@@ -150,8 +150,8 @@ class Merger:
 
     def _trained(self, edits: TensorEdits) -> list[TrainedRows]:
         return [
-            TrainedRows(torch.tensor(one.indices), self.files.tensor(adapter.container, one.tensor))
-            for adapter, one in edits.rows
+            TrainedRows(torch.tensor(row.indices), self.files.tensor(adapter.container, row.tensor))
+            for adapter, row in edits.rows
         ]
 
     def _truncation(

@@ -127,7 +127,7 @@ def _rows(
     edits: Mapping[str, TensorEdits], written: Sequence[WrittenTensor[Merged]]
 ) -> tuple[MergedRow, ...]:
     """Changed tensors, in the order of the base's headers."""
-    outcomes = {one.name: one for one in written if one.checks}
+    outcomes = {tensor.name: tensor for tensor in written if tensor.checks}
     return tuple(
         MergedRow(
             name,
@@ -143,7 +143,7 @@ def _rows(
 
 
 def _totals(written: Sequence[WrittenTensor[Merged]], sheets: Sequence[Sheet]) -> MergeTotals:
-    merged = [one.checks for one in written if one.checks]
+    merged = [tensor.checks for tensor in written if tensor.checks]
     return {
         "tensors_merged": len(merged),
         "tensors_copied": len(written) - len(merged),

@@ -23,14 +23,14 @@ def export(
     """
     slots = {slot.module for slot in names.slots.values()}
     chosen = Chosen(
-        modules=tuple(one.module for one in best if one.kind == "module"),
-        parameters=tuple(one.module for one in best if one.kind == "parameter"),
+        modules=tuple(candidate.module for candidate in best if candidate.kind == "module"),
+        parameters=tuple(candidate.module for candidate in best if candidate.kind == "parameter"),
         all_modules=tuple(sorted(slots.union(names.linear_modules))),
         config=checkpoint.config,
         model_class=names.model_class,
         rank=rank,
         alpha=2.0 * rank,
-        fan_in_fan_out=any(one.is_transposed for one in best),
+        fan_in_fan_out=any(candidate.is_transposed for candidate in best),
     )
     text = trainer_configs.emit(kind, chosen)
     from kasa_cli.targets import peft_trial

@@ -107,7 +107,7 @@ def chosen(scored: Sequence[Scored], ranking: Ranking) -> list[Scored]:
         members[index]
         for members in _by_kind(scored)
         for index in selection.choose(
-            [one.decisive(ranking.criterion) for one in members],
+            [member.decisive(ranking.criterion) for member in members],
             ranking.prefer,
             ranking.amount,
             _types(members) if ranking.by_type else None,
@@ -118,8 +118,10 @@ def chosen(scored: Sequence[Scored], ranking: Ranking) -> list[Scored]:
 def rows(scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking) -> tuple[CandidateRow, ...]:
     """A row for every candidate, in the order of the model, with its rank from 1."""
     places = _places(scored, ranking)
-    selected = {one.candidate.module for one in best}
-    return tuple(_row(one, places[one.candidate.module], selected, ranking) for one in scored)
+    selected = {candidate.candidate.module for candidate in best}
+    return tuple(
+        _row(candidate, places[candidate.candidate.module], selected, ranking) for candidate in scored
+    )
 
 
 def comparison(
@@ -134,12 +136,12 @@ def without_nan(
 ) -> tuple[list[Scored], tuple[Skipped, ...]]:
     """The candidates that every criterion scores, and the others with the first criterion that does not."""
     silent = {
-        one.candidate.module: name
-        for one in scored
+        candidate.candidate.module: name
+        for candidate in scored
         for name in criteria
-        if one.score(name) != one.score(name)
+        if candidate.score(name) != candidate.score(name)
     }
-    kept = [one for one in scored if one.candidate.module not in silent]
+    kept = [candidate for candidate in scored if candidate.candidate.module not in silent]
     return kept, tuple(Skipped(module, f"{name} gives it no score") for module, name in silent.items())
 
 
@@ -149,12 +151,16 @@ def _compared(
     """The comparison with one criterion; correlations of modules and of parameters are averaged by their number."""
     prefer, shared, total, correlations = CRITERIA[name].prefer, [], [], []
     for members in _by_kind(scored):
-        ours = [one.candidate.module for one in best if one in members]
-        theirs = selection.choose([one.score(name) for one in members], prefer, Amount(num_modules=len(ours)))
+        ours = [candidate.candidate.module for candidate in best if candidate in members]
+        theirs = selection.choose(
+            [member.score(name) for member in members], prefer, Amount(num_modules=len(ours))
+        )
         shared += ours
         total += [members[index].candidate.module for index in theirs]
-        x = [SIGNS[ranking.prefer] * one.decisive(ranking.criterion) for one in members]
-        correlation = selection.rank_correlation(x, [SIGNS[prefer] * one.score(name) for one in members])
+        x = [SIGNS[ranking.prefer] * member.decisive(ranking.criterion) for member in members]
+        correlation = selection.rank_correlation(
+            x, [SIGNS[prefer] * member.score(name) for member in members]
+        )
         correlations += [] if correlation is None else [(correlation, len(members))]
     weight = sum(count for _, count in correlations)
     return {
@@ -187,16 +193,18 @@ def _places(scored: Sequence[Scored], ranking: Ranking) -> dict[str, int]:
     for members in _by_kind(scored):
         labels = _types(members) if ranking.by_type else [""] * len(members)
         seen: dict[str, int] = {}
-        for index in selection.order([one.decisive(ranking.criterion) for one in members], ranking.prefer):
+        for index in selection.order(
+            [member.decisive(ranking.criterion) for member in members], ranking.prefer
+        ):
             seen[labels[index]] = seen.get(labels[index], 0) + 1
             places[members[index].candidate.module] = seen[labels[index]]
     return places
 
 
 def _by_kind(scored: Sequence[Scored]) -> list[list[Scored]]:
-    groups = [[one for one in scored if one.candidate.kind == kind] for kind in KINDS]
+    groups = [[candidate for candidate in scored if candidate.candidate.kind == kind] for kind in KINDS]
     return [members for members in groups if members]
 
 
 def _types(members: Sequence[Scored]) -> list[str]:
-    return [module_type(one.candidate.module) for one in members]
+    return [module_type(member.candidate.module) for member in members]

@@ -85,9 +85,11 @@ def select_targets(
     scored, mute = ranking.without_nan(_scored(found, asked), list(rank_by.scores))
     best = ranking.chosen(scored, rank_by)
     rank = _matched(options, scored, best)
-    modules = tuple(one.candidate.module for one in best if one.candidate.kind == "module")
-    parameters = tuple(one.candidate.module for one in best if one.candidate.kind == "parameter")
-    has_parameters = any(one.candidate.kind == "parameter" for one in scored)
+    modules = tuple(candidate.candidate.module for candidate in best if candidate.candidate.kind == "module")
+    parameters = tuple(
+        candidate.candidate.module for candidate in best if candidate.candidate.kind == "parameter"
+    )
+    has_parameters = any(candidate.candidate.kind == "parameter" for candidate in scored)
     return SelectReport(
         command=COMMAND,
         model=where.model,
@@ -107,7 +109,9 @@ def select_targets(
             "unmeasured": len(asked.skipped),
             **asked.totals,
         },
-        emission=export(options.emit, [one.candidate for one in best], checkpoint, names, rank or RANK)
+        emission=export(
+            options.emit, [candidate.candidate for candidate in best], checkpoint, names, rank or RANK
+        )
         if options.emit
         else None,
         notes=(*_notes(checkpoint, names, best), *store_notes(facts)),
@@ -196,7 +200,8 @@ def _matched(options: Choice, scored: Sequence[Scored], best: Sequence[Scored]) 
             "raise --threshold or leave --match-budget out",
         )
     sizes = [
-        [(one.candidate.num_matrices, *one.candidate.shape) for one in group] for group in (scored, best)
+        [(member.candidate.num_matrices, *member.candidate.shape) for member in group]
+        for group in (scored, best)
     ]
     return matched_rank(options.match_budget, *sizes)
 
@@ -205,10 +210,10 @@ def _notes(checkpoint: Checkpoint, names: NameMap, best: Sequence[Scored]) -> li
     """Notes for the user before training on the selection."""
     notes = [names.note] if names.note else []
     tied = [
-        one.candidate.module
-        for one in best
-        for piece in one.candidate.matrices[0].pieces
-        if names.slots[piece.name].module != one.candidate.module and names.slots[piece.name].tied_with
+        candidate.candidate.module
+        for candidate in best
+        for piece in candidate.candidate.matrices[0].pieces
+        if names.slots[piece.name].module != candidate.candidate.module and names.slots[piece.name].tied_with
     ]
     if tied:
         notes.append(

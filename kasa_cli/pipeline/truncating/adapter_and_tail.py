@@ -41,7 +41,7 @@ def write_adapter(
     made: Plan, options: Options, staging: Staging, measured: list[Measured], watcher: Watcher
 ) -> None:
     """The fresh KaSA adapter, as PEFT stores one; no file where all targets are experts."""
-    modules = [one for one in measured if one.target.expert is None]
+    modules = [measurement for measurement in measured if measurement.target.expert is None]
     if not modules:
         return
     rank = options.rank
@@ -54,18 +54,18 @@ def write_adapter(
         begun = kasa.initialise(read_factors(staging, one), recipe, options.diag_init, one.target.module)
         return {names[field]: getattr(begun, field) for field in names}
 
-    lora = _lora_config(made, [one.target for one in modules], rank, options.lora_alpha)
+    lora = _lora_config(made, [module.target for module in modules], rank, options.lora_alpha)
     config = peft.kasa_config(lora, beta=options.beta, gamma=options.gamma, use_rslora=options.use_rslora)
     members = [
-        Member(one.target.name, _forms(one.target, rank, with_diag=True), partial(make, one))
-        for one in modules
+        Member(module.target.name, _forms(module.target, rank, with_diag=True), partial(make, module))
+        for module in modules
     ]
     _write_peft(staging.out / "adapter", config, members, watcher)
 
 
 def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: Watcher) -> None:
     """The dropped components as a plain LoRA of scaling 1; no file when none are dropped."""
-    cut = [one for one in measured if one.target.dropped]
+    cut = [measurement for measurement in measured if measurement.target.dropped]
     if not cut:
         return
     rank = max(one.target.dropped for one in cut)  # one rank for all modules: servers know no other
@@ -78,14 +78,14 @@ def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: 
 
     modules = [one for one in cut if one.target.expert is None]
     members = [
-        Member(one.target.name, _forms(one.target, rank, with_diag=False), partial(make, one))
-        for one in modules
+        Member(module.target.name, _forms(module.target, rank, with_diag=False), partial(make, module))
+        for module in modules
     ]
     stacks = _stacks(made, cut)
     members += [_stack_member(stack, rank, staging, cut) for stack in stacks]
-    config = _lora_config(made, [one.target for one in modules], rank, rank)
+    config = _lora_config(made, [module.target for module in modules], rank, rank)
     config = peft.by_parameter(
-        config, peft.taken_for_experts([one.target.module for one in modules], made.checkpoint.config)
+        config, peft.taken_for_experts([module.target.module for module in modules], made.checkpoint.config)
     )
     if stacks:
         named = config["target_parameters"] or []
@@ -95,8 +95,10 @@ def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: 
 
 def _stacks(made: Plan, measured: list[Measured]) -> list[Entry]:
     """The tensors of every parameter of fused experts."""
-    counts = Counter(one.target.module for one in measured if one.target.expert is not None)
-    shapes = {one.target.module: one.target.shape for one in measured}
+    counts = Counter(
+        measurement.target.module for measurement in measured if measurement.target.expert is not None
+    )
+    shapes = {measurement.target.module: measurement.target.shape for measurement in measured}
     wrappers = wrapper_names(list(counts))
     model_class = made.names.model_class
     return [
@@ -106,10 +108,10 @@ def _stacks(made: Plan, measured: list[Measured]) -> list[Entry]:
 
 def _stack_member(stack: Entry, rank: int, staging: Staging, measured: list[Measured]) -> Member:
     """The tail of a parameter of fused experts."""
-    experts = [one for one in measured if one.target.module == stack.target]
+    experts = [measurement for measurement in measured if measurement.target.module == stack.target]
 
     def make() -> dict[str, Tensor]:
-        terms = [kasa.truncation(read_factors(staging, one)) for one in experts]
+        terms = [kasa.truncation(read_factors(staging, expert)) for expert in experts]
         left, right = (torch.stack(side).to(torch.float32) for side in zip(*terms, strict=True))
         return stack.tensors(left, right, rank)
 

@@ -74,9 +74,9 @@ class Truncated:
 def shares_of(checkpoint: Checkpoint, measured: Iterable[Measured]) -> dict[str, list[Share]]:
     """The shares that each tensor on disk holds, in the order of its bytes."""
     shares: defaultdict[str, list[Share]] = defaultdict(list)
-    for one in measured:
-        for piece, start, stop in one.target.matrix.spans(checkpoint.tensors):
-            shares[piece.name].append(Share(one, piece.index, start, stop))
+    for measurement in measured:
+        for piece, start, stop in measurement.target.matrix.spans(checkpoint.tensors):
+            shares[piece.name].append(Share(measurement, piece.index, start, stop))
     return {name: sorted(own, key=lambda share: share.index or 0) for name, own in shares.items()}
 
 

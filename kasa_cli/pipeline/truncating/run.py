@@ -215,7 +215,7 @@ def _report(
     done: Truncated,
     sealed: bytes,
 ) -> TruncateReport:
-    rows = tuple(_row(one, done) for one in done.measured)
+    rows = tuple(_row(measurement, done) for measurement in done.measured)
     tied = [row.name for row in rows if row.is_tied]
     notes = [*_notes(made, options)]
     if tied:
@@ -265,9 +265,9 @@ def _totals(rows: Sequence[TensorRow], done: Truncated, options: Options) -> Tru
     realised = [row.realised for row in rows if row.realised is not None]
     return {
         "tensors_operated": len(rows),
-        "tensors_copied": sum(one.checks is None for one in done.base.tensors),
-        "decompositions": sum(one.is_new for one in done.measured),
-        "decompositions_reused": sum(not one.is_new for one in done.measured),
+        "tensors_copied": sum(tensor.checks is None for tensor in done.base.tensors),
+        "decompositions": sum(measurement.is_new for measurement in done.measured),
+        "decompositions_reused": sum(not measurement.is_new for measurement in done.measured),
         "realised_min": min(realised, default=None),
         "realised_median": statistics.median(realised) if realised else None,
         "min_realised": options.min_realised,

@@ -189,7 +189,7 @@ def _check_initialisation(output: _Output, bottom: Ends, target: Target) -> None
 
 def _check_copied(output: _Output, base: Checkpoint, name: str) -> None:
     copies = [checkpoint for checkpoint in (base, output.base) if checkpoint]
-    hashes = {hash_tensor(one, name) for one in copies}
+    hashes = {hash_tensor(copy, name) for copy in copies}
     if hashes != {output.tensors[name].blake3}:
         raise IntegrityError("differs from the base", name, REMEDY)
 
