@@ -72,13 +72,13 @@ class BaseIndex:
 
     def holder(self, module: str, parameter: str) -> str | None:
         """The tensor on disk that fills a parameter; None if there are none or several."""
-        held = self.holders.get((module, parameter), [])
-        return held[0] if len(held) == 1 else None
+        holders = self.holders.get((module, parameter), [])
+        return holders[0] if len(holders) == 1 else None
 
     def tied(self, module: str, parameter: str) -> str | None:
         """The tensor on disk that fills a parameter because it is tied with that of another module."""
-        held = self.tied_holders.get((module, parameter), [])
-        return held[0] if len(held) == 1 else None
+        holders = self.tied_holders.get((module, parameter), [])
+        return holders[0] if len(holders) == 1 else None
 
     def single_tensor(self, module: str, name: str, kind: Kind) -> Weight:
         """A weight that is one tensor on disk."""

@@ -60,8 +60,8 @@ def patches_of(container: Container, config: Mapping[str, Any], kind: Kind) -> l
 
 def settings_of(config: Mapping[str, Any], kind: Kind) -> Mapping[str, Any]:
     """The settings of every module: lora-lite has no patterns."""
-    kept = {field: config.get(field) for field in (*kind.config.kept, "variant", "r", "alpha")}
-    return MappingProxyType({**kept, "scaling": kind.scaling(kept) if kind.scaling else None})
+    settings = {field: config.get(field) for field in (*kind.config.kept, "variant", "r", "alpha")}
+    return MappingProxyType({**settings, "scaling": kind.scaling(settings) if kind.scaling else None})
 
 
 def patch(

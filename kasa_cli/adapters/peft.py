@@ -86,10 +86,10 @@ def target_modules(chosen: Sequence[str], modules: Iterable[str]) -> list[str] |
     >>> target_modules(["layers.0.fc"], ["layers.0.fc", "vision.layers.0.fc"])
     '(layers\\\\.0\\\\.fc)'
     """
-    wanted = set(chosen)
-    for module in set(modules) - wanted:
+    chosen_modules = set(chosen)
+    for module in set(modules) - chosen_modules:
         parts = module.split(".")
-        if any(".".join(parts[start:]) in wanted for start in range(1, len(parts))):
+        if any(".".join(parts[start:]) in chosen_modules for start in range(1, len(parts))):
             return f"({'|'.join(re.escape(name) for name in chosen)})"
     return list(chosen)
 
@@ -128,8 +128,8 @@ def by_parameter(lora: Mapping[str, Any], modules: Sequence[str]) -> dict[str, A
     """The same LoRA with these modules named by their weight, which PEFT does not replace (but bars in KaSA)."""
     if not modules or isinstance(lora["target_modules"], str):
         return dict(lora)
-    kept = [module for module in lora["target_modules"] if module not in set(modules)]
-    return {**lora, "target_modules": kept, "target_parameters": [f"{module}.weight" for module in modules]}
+    others = [module for module in lora["target_modules"] if module not in set(modules)]
+    return {**lora, "target_modules": others, "target_parameters": [f"{module}.weight" for module in modules]}
 
 
 def difficulties(modules: Sequence[str], config: Mapping[str, Any], *, has_conv1d: bool = False) -> list[str]:

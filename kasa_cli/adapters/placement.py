@@ -213,9 +213,9 @@ def parameters(
     adapter: Adapter, base: BaseIndex, module: str, patches: list[Patch]
 ) -> Iterable[tuple[Patch, str]]:
     """The patches of one module with their parameters, innermost first."""
-    wanted = adapter.config["target_parameters"]
+    patterns = adapter.config["target_parameters"]
     stacks = [split_name(weight.label)[1] for weight in base.stacks.get(module, ())]
-    targeted = [name for name in stacks if any(ends_with(f"{module}.{name}", target) for target in wanted)]
+    targeted = [name for name in stacks if any(ends_with(f"{module}.{name}", target) for target in patterns)]
     if not targeted:
         targeted = ["weight"]
     depths = sorted(patch.depth for patch in patches)
@@ -283,10 +283,10 @@ def _biases(adapter: Adapter, base: BaseIndex) -> Iterator[str]:
     which = adapter.config.get("bias") or "none"
     if which == "none":
         return
-    held = {replacement.parameter for replacement in adapter.replacements}
+    replaced = {replacement.parameter for replacement in adapter.replacements}
     patched = {base.memory_name(patch.module) for patch in adapter.patches}
     for name, slot in base.names.slots.items():
         is_bias = slot.parameter == "bias" and len(base.shapes[name]) == 1
         is_trained = which == "all" or slot.module in patched
-        if is_bias and is_trained and held.isdisjoint({f"{slot.module}.bias", name}):
+        if is_bias and is_trained and replaced.isdisjoint({f"{slot.module}.bias", name}):
             yield f"{slot.module}.bias"

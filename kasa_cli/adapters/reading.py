@@ -101,7 +101,10 @@ def assembled(path: Path, container: Container, resolver: Resolver) -> Adapter:
 
 def on_own_base(patch: Patch, replaced: Iterable[Replacement]) -> Patch:
     """The patch as it is on a weight that the file holds too, as the initialisation left it."""
-    has_base = any(one.parameter == f"{patch.module}.weight" and one.why == "base layer" for one in replaced)
+    has_base = any(
+        replacement.parameter == f"{patch.module}.weight" and replacement.why == "base layer"
+        for replacement in replaced
+    )
     if not has_base or "init_lora_weights" not in patch.settings:
         return patch
     settings = MappingProxyType({**patch.settings, "init_lora_weights": True})
@@ -112,12 +115,12 @@ def on_own_base(patch: Patch, replaced: Iterable[Replacement]) -> Patch:
 def parsed(container: Container, shorts: frozenset[str]) -> dict[str, Place]:
     """The place of every tensor, none twice, all of one adapter."""
     places, adapters = {}, set()
-    taken: dict[tuple[str, str, int], str] = {}
+    owners: dict[tuple[str, str, int], str] = {}
     for name in container.tensors:
         place = parse(name, shorts)
         if place is None or not (place.module or place.is_shared):
             raise unconsumed([name], container)
-        before = taken.setdefault((place.module, place.short, place.depth if place.short else 0), name)
+        before = owners.setdefault((place.module, place.short, place.depth if place.short else 0), name)
         if before != name:
             raise InvalidInput(f"{quote(before)} and {quote(name)} are the same tensor", str(container.path))
         places[name] = place
@@ -206,8 +209,10 @@ def require_targets(resolver: Resolver, patches: Iterable[Patch], replaced: Iter
     if not isinstance(listed, list) or not is_absent(resolver.config.get("exclude_modules")):
         return
     numbered = [target for target in listed if any(part.isdecimal() for part in target.split("."))]
-    held = {patch.module for patch in patches} | {one.parameter.rpartition(".")[0] for one in replaced}
-    ends = {end for module in held for end in endings(module)} if numbered else set()
+    modules = {patch.module for patch in patches} | {
+        replacement.parameter.rpartition(".")[0] for replacement in replaced
+    }
+    ends = {end for module in modules for end in endings(module)} if numbered else set()
     absent = [quote(target) for target in numbered if target not in ends]
     if absent:
         raise InvalidInput(f"targets without tensors: {enumerated(absent, 3)}", str(resolver.path))

@@ -77,11 +77,11 @@ def repeats(rest: Mapping[str, Place]) -> dict[str, tuple[str, str]]:
 
     By name in the file: the parameter, and the one of `PARTS` that the copy is.
     """
-    copies, held = {}, {place.module for place in rest.values() if not place.short}
+    copies, whole_modules = {}, {place.module for place in rest.values() if not place.short}
     for name, place in rest.items():
         path, _, leaf = place.module.rpartition(".")
         module, _, part = path.rpartition(".")
-        if not place.short and part in PARTS and f"{module}.{leaf}" in held:
+        if not place.short and part in PARTS and f"{module}.{leaf}" in whole_modules:
             copies[name] = (f"{module}.{leaf}", part)
     return copies
 

@@ -41,7 +41,9 @@ class TiedItems:
     def placed_at(self, names: Mapping[str, str]) -> tuple[tuple[Placed, ...], tuple[PlacedValue, ...]]:
         """All parts on these tensors, by tied parameter. A parameter without a tensor shares that of another."""
         items = [
-            one for item, ends in self.items for one in (_placed_at(item, ends, names) if ends else [item])
+            member
+            for item, ends in self.items
+            for member in (_placed_at(item, ends, names) if ends else [item])
         ]
         places = tuple(item for item in items if isinstance(item, Placed))
         return places, tuple(item for item in items if isinstance(item, PlacedValue))
@@ -62,13 +64,17 @@ def tied_items(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group])
         _require_known(adapter, group, shared, rest)
         if not _all_same(adapter, [*rest.values()]):
             apart.append(group)
-        dropped |= {id(one) for one in repeated}
-        for one in shared:
-            ends[id(one)] = tuple(end for end in group.ends if not (_is_base(one) and _replaces(rest[end])))
+        dropped |= {id(member) for member in repeated}
+        for member in shared:
+            ends[id(member)] = tuple(
+                end for end in group.ends if not (_is_base(member) and _replaces(rest[end]))
+            )
         for end, parts in rest.items():
-            for one in parts:
-                ends[id(one)] += (end,)
-    return TiedItems(tuple((one, ends[id(one)]) for one in items if id(one) not in dropped), tuple(apart))
+            for member in parts:
+                ends[id(member)] += (end,)
+    return TiedItems(
+        tuple((member, ends[id(member)]) for member in items if id(member) not in dropped), tuple(apart)
+    )
 
 
 def touched(item: Item) -> tuple[str, ...]:
@@ -102,7 +108,7 @@ def _replaces(items: Sequence[Item]) -> bool:
 
 
 def _require_known(adapter: Adapter, group: Group, shared: Sequence[Item], rest: Own) -> None:
-    has_rows = any(isinstance(one, PlacedValue) and isinstance(one.value, TokenRows) for one in shared)
+    has_rows = any(isinstance(item, PlacedValue) and isinstance(item.value, TokenRows) for item in shared)
     if has_rows and any(rest.values()):
         what = f"trained rows of tied weights, and other changes of one of them: {enumerated([*group.ends])}"
         raise InvalidInput(
@@ -123,13 +129,13 @@ def _order(item: Item) -> str:
     return type(item.value).__name__ if isinstance(item, PlacedValue) else f"{item.patch.kind} patch"
 
 
-def _same(adapter: Adapter, one: Item, other: Item) -> bool:
-    if isinstance(one, Placed) and isinstance(other, Placed):
-        is_alike = _formula(one) == _formula(other)
-        return is_alike and _equal(_factors(adapter, one), _factors(adapter, other))
-    if isinstance(one, PlacedValue) and isinstance(other, PlacedValue):
-        is_alike = _indices(one) == _indices(other)
-        return is_alike and _equal(_value(adapter, one), _value(adapter, other))
+def _same(adapter: Adapter, item: Item, other: Item) -> bool:
+    if isinstance(item, Placed) and isinstance(other, Placed):
+        is_alike = _formula(item) == _formula(other)
+        return is_alike and _equal(_factors(adapter, item), _factors(adapter, other))
+    if isinstance(item, PlacedValue) and isinstance(other, PlacedValue):
+        is_alike = _indices(item) == _indices(other)
+        return is_alike and _equal(_value(adapter, item), _value(adapter, other))
     return False
 
 
@@ -154,8 +160,8 @@ def _value(adapter: Adapter, item: PlacedValue) -> dict[str, Tensor]:
         return {"": reader.tensor(item.value.tensor)}
 
 
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def _equal(item: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return item.keys() == other.keys() and all(torch.equal(item[name], other[name]) for name in item)
 
 
 def _placed_at(item: Item, ends: Sequence[str], names: Mapping[str, str]) -> list[Item]:

@@ -144,10 +144,10 @@ def reason_to_leave(name: str) -> str | None:
 def foreign_weights(names: Iterable[str], where: str) -> UnsafeInput | None:
     """The error for a folder that holds weights in other formats only. No file is opened."""
     weights = [name for name in sorted(names) if not any(fnmatchcase(name, pattern) for pattern in TRAINING)]
-    found = {name: kind for name in weights if (kind := match(name, {**FORMATS, "*.npz": "NumPy archive"}))}
-    if not found:
+    formats = {name: kind for name in weights if (kind := match(name, {**FORMATS, "*.npz": "NumPy archive"}))}
+    if not formats:
         return None
-    what = f"only {' and '.join(sorted(set(found.values())))} weights ({next(iter(found))})"
+    what = f"only {' and '.join(sorted(set(formats.values())))} weights ({next(iter(formats))})"
     return UnsafeInput(what, where, "convert them to safetensors first")
 
 

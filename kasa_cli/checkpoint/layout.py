@@ -250,11 +250,11 @@ def check_agreement(root: Path, weight_map: Mapping[str, str], shards: Mapping[s
             owners.setdefault(tensor, file)
     misplaced = [tensor for tensor, file in weight_map.items() if owners.get(tensor, file) != file]
     absent = [tensor for tensor in weight_map if tensor not in owners]
-    for found, problem in (
+    for problems, problem in (
         (twice, "tensors in two shards"),
         (unlisted, "tensors in a shard but not in the index"),
         (absent, "tensors in the index but not in its shard"),
         (misplaced, "tensors in another shard than the index says"),
     ):
-        if found:
-            raise InvalidInput(f"{problem}: {enumerated(found)}", str(root))
+        if problems:
+            raise InvalidInput(f"{problem}: {enumerated(problems)}", str(root))

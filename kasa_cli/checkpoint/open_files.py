@@ -45,8 +45,8 @@ class OpenFiles:
             if container.path not in self._readers:
                 self._readers[container.path] = self._open.enter_context(Reader(container))
             reader = self._readers[container.path]
-            found = {short: reader.tensor(name) for short, name in names.items()}
-        for short, tensor in found.items():
+            tensors = {short: reader.tensor(name) for short, name in names.items()}
+        for short, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise InvalidInput("a tensor with numbers that are not finite", names[short])
-        return found
+        return tensors

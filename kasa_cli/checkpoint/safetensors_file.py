@@ -268,12 +268,12 @@ class Reader:
     def _check_unchanged(self) -> None:
         """Both the open file and the name, which safe_open follows, still mean the planned file."""
         path, planned = self.container.path, self.container.identity
-        held = identity_of(os.fstat(self._file.fileno()))
-        if held.inode == planned.inode and held.size < planned.size:
-            raise InvalidInput(f"truncated: expected {planned.size} bytes, have {held.size}", str(path))
+        current = identity_of(os.fstat(self._file.fileno()))
+        if current.inode == planned.inode and current.size < planned.size:
+            raise InvalidInput(f"truncated: expected {planned.size} bytes, have {current.size}", str(path))
         try:
             named = identity_of(path.stat())
         except OSError as error:
             refuse_unreadable(path, error)
-        if not held == named == planned:
+        if not current == named == planned:
             raise IntegrityError("changed since it was planned with", str(path), "run the command again")

@@ -80,12 +80,12 @@ def is_directory(model: str) -> bool:
     try:
         if model and path.is_dir():
             return True
-        taken = bool(model) and (path.exists() or path.is_symlink())
+        is_local = bool(model) and (path.exists() or path.is_symlink())
     except PermissionError as error:
         raise ResourceError("no permission to look", model) from error
     except (OSError, ValueError):  # longer than any name, or with a NUL: nothing is called that
         return False
-    if taken:
+    if is_local:
         raise InvalidInput("not a directory", model, "name the folder that holds the weights")
     return False
 
@@ -102,13 +102,13 @@ def require_repo_id(model: str) -> None:
         raise UsageError(what, remedy="give a folder, or an id such as org/name") from error
 
 
-def from_hub(wanted: Wanted) -> Source:
+def from_hub(request: Wanted) -> Source:
     """The snapshot of a repository at one commit, complete and as the Hub has it."""
     try:
         with quiet_off_terminal():
-            return pinned(wanted)
+            return pinned(request)
     except hub_errors() as error:
-        raise explained(error, wanted) from error
+        raise explained(error, request) from error
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -130,27 +130,27 @@ def quiet_off_terminal() -> AbstractContextManager[object]:
     return disable_progress_bars()
 
 
-def pinned(wanted: Wanted) -> Source:
+def pinned(request: Wanted) -> Source:
     """Resolve the commit once, then download every file of that commit."""
     from huggingface_hub import HfApi
 
     commit = HfApi().resolve_revision(
-        wanted.repo,
-        revision=wanted.revision,
-        cache_dir=wanted.cache_dir,
-        local_files_only=wanted.local_files_only,
+        request.repo,
+        revision=request.revision,
+        cache_dir=request.cache_dir,
+        local_files_only=request.local_files_only,
     )
-    root = cached_snapshot(wanted, commit)
+    root = cached_snapshot(request, commit)
     if root is None:
-        root = snapshot(wanted, commit, local_files_only=False)
-        require_hub_bytes(wanted, commit, root)
-    listing = cached_listing(wanted, commit)
+        root = snapshot(request, commit, local_files_only=False)
+        require_hub_bytes(request, commit, root)
+    listing = cached_listing(request, commit)
     require_hub_sizes(root, listing)
-    require_readable_weights(wanted, [file.path for file in listing])
-    return Source(root, wanted.repo, commit.resolved, wanted.cache_dir)
+    require_readable_weights(request, [file.path for file in listing])
+    return Source(root, request.repo, commit.resolved, request.cache_dir)
 
 
-def cached_snapshot(wanted: Wanted, commit: "ResolvedRevision") -> Path | None:
+def cached_snapshot(request: Wanted, commit: "ResolvedRevision") -> Path | None:
     """The snapshot in the cache, or None where it has to be completed first.
 
     Without the Hub's listing nobody can tell a complete snapshot; offline, what is there has to do.
@@ -158,51 +158,53 @@ def cached_snapshot(wanted: Wanted, commit: "ResolvedRevision") -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        root = snapshot(wanted, commit, local_files_only=True)
+        root = snapshot(request, commit, local_files_only=True)
     except LocalEntryNotFoundError:
-        if wanted.local_files_only:
+        if request.local_files_only:
             raise
         return None
-    return root if wanted.local_files_only or cached_listing(wanted, commit) else None
+    return root if request.local_files_only or cached_listing(request, commit) else None
 
 
-def snapshot(wanted: Wanted, commit: "ResolvedRevision", *, local_files_only: bool) -> Path:
+def snapshot(request: Wanted, commit: "ResolvedRevision", *, local_files_only: bool) -> Path:
     """The library's own download, without what kasa does not read."""
     from huggingface_hub import snapshot_download
 
     return Path(
         snapshot_download(
-            wanted.repo,
+            request.repo,
             revision=commit,
-            cache_dir=wanted.cache_dir,
+            cache_dir=request.cache_dir,
             ignore_patterns=NOT_DOWNLOADED,
             local_files_only=local_files_only,
         )
     )
 
 
-def cached_listing(wanted: Wanted, commit: "ResolvedRevision") -> list["RepoFile"]:
+def cached_listing(request: Wanted, commit: "ResolvedRevision") -> list["RepoFile"]:
     """The files of the commit by the Hub; empty if the cache has no list of them."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        return get_cached_repo_tree(wanted.repo, revision=commit, cache_dir=wanted.cache_dir)
+        return get_cached_repo_tree(request.repo, revision=commit, cache_dir=request.cache_dir)
     except CachedRepoTreeNotFoundError:
         return []
 
 
-def require_hub_bytes(wanted: Wanted, commit: "ResolvedRevision", root: Path) -> None:
+def require_hub_bytes(request: Wanted, commit: "ResolvedRevision", root: Path) -> None:
     """Hash what was downloaded: the library compares sizes only. A wrong file leaves the cache."""
     from huggingface_hub import HfApi
 
-    checked = HfApi().verify_repo_checksums(wanted.repo, revision=commit.resolved, cache_dir=wanted.cache_dir)
+    checked = HfApi().verify_repo_checksums(
+        request.repo, revision=commit.resolved, cache_dir=request.cache_dir
+    )
     for mismatch in checked.mismatches:
         forget(root / mismatch["path"])
     if checked.mismatches:
         names = ", ".join(sorted(mismatch["path"] for mismatch in checked.mismatches))
         raise IntegrityError(
-            f"downloaded bytes differ from the Hub's: {names}", wanted.repo, "run the command again"
+            f"downloaded bytes differ from the Hub's: {names}", request.repo, "run the command again"
         )
 
 
@@ -224,22 +226,22 @@ def forget(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def require_readable_weights(wanted: Wanted, names: list[str]) -> None:
+def require_readable_weights(request: Wanted, names: list[str]) -> None:
     """Refuse a repository that holds weights in other formats only: they are not downloaded."""
     if any(name.endswith(".safetensors") for name in names):
         return
-    refusal = foreign_weights((name for name in names if "/" not in name), wanted.repo)
+    refusal = foreign_weights((name for name in names if "/" not in name), request.repo)
     if refusal:
         raise refusal
 
 
-def explained(error: Exception, wanted: Wanted) -> KasaError:
+def explained(error: Exception, request: Wanted) -> KasaError:
     """An error of the Hub, the network or the disk as one of kasa's."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return ResourceError(f"cannot write the Hub cache ({error.strerror})", str(wanted.cache_dir))
-    for kind, what, remedy in known_errors(wanted):
+        return ResourceError(f"cannot write the Hub cache ({error.strerror})", str(request.cache_dir))
+    for kind, what, remedy in known_errors(request):
         if isinstance(error, kind):
-            return NetworkError(what, wanted.repo, remedy)
+            return NetworkError(what, request.repo, remedy)
     status = getattr(getattr(error, "response", None), "status_code", None)
     first_line = next(iter(str(error).splitlines()), "")[:200]
     cause = (
@@ -247,16 +249,16 @@ def explained(error: Exception, wanted: Wanted) -> KasaError:
         if status
         else f"cannot reach the Hub ({type(error).__name__} {first_line})"
     )
-    return NetworkError(cause, wanted.repo, "--local-files-only uses what is cached")
+    return NetworkError(cause, request.repo, "--local-files-only uses what is cached")
 
 
-def known_errors(wanted: Wanted) -> list[tuple[type[Exception], str, str]]:
+def known_errors(request: Wanted) -> list[tuple[type[Exception], str, str]]:
     """Kinds of error with their meaning and remedy: the first match counts."""
     from huggingface_hub import errors
 
-    revision = quote(wanted.revision or "main")
+    revision = quote(request.revision or "main")
     absent = (
-        "not completely in the cache, and offline" if wanted.local_files_only else "cannot be downloaded now"
+        "not completely in the cache, and offline" if request.local_files_only else "cannot be downloaded now"
     )
     return [
         (

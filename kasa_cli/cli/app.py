@@ -39,8 +39,8 @@ with Python's default of 700 the collector takes a quarter of the start."""
 VERBOSE = re.compile(r"--verbose|-q*v[qv]*")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_asked: bool) -> None:
+    if is_asked:
         typer.echo(f"kasa {__version__}")
         raise typer.Exit
 

@@ -36,15 +36,15 @@ def load(path: Path, known: Mapping[str, Option]) -> dict[str, str | list[str]]:
         InvalidInput: not YAML, or not a map of options.
     """
     options: dict[str, str | list[str]] = {}
-    seen: set[str] = set()
+    parameters: set[str] = set()
     for key, value in _pairs(path):
         where = f"{path}, line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
             raise InvalidInput("not the name of an option", where)
         option = _known(key.value, known, where)
-        if option.parameter in seen:
+        if option.parameter in parameters:
             raise UsageError(f"option {key.value!r} twice in a preset", where, "keep one")
-        seen.add(option.parameter)
+        parameters.add(option.parameter)
         values = _values(value, where)
         if value.tag != NULL:
             options[option.parameter] = values if option.is_repeatable else ",".join(values)

@@ -61,8 +61,8 @@ def _items(field: "Field[Any]", value: Any) -> list[tuple[str, Any]]:
         return []
     if value in (None, {}) and field.metadata.get("optional"):
         return []
-    made = to_json(value)
-    return [*made.items()] if field.metadata.get("inline") else [(field.name, made)]
+    data = to_json(value)
+    return [*data.items()] if field.metadata.get("inline") else [(field.name, data)]
 
 
 @cache

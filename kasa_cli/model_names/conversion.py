@@ -41,15 +41,17 @@ def loaded_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Lo
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     memory, prefix = model.state_dict(), model.base_model_prefix
     loaded: dict[str, LoadedTensor] = {}
-    taken: set[str] = set()
+    sources: set[str] = set()
     for name in in_loading_order(names):
         target, pattern = rename_source_key(name, renamings, converters, prefix, memory)
         if target not in memory and name in memory:  # the loader, too, undoes a rename that leads nowhere
             target, pattern = rename_source_key(name, [], [], prefix, memory)
         tensor = LoadedTensor(target, pattern is None, pattern or "", by_pattern.get(pattern or ""))
-        if target in memory and not (tensor.whole and target in taken):  # of two, the loader keeps the first
+        if target in memory and not (
+            tensor.whole and target in sources
+        ):  # of two, the loader keeps the first
             loaded[name] = tensor
-            taken.add(target)
+            sources.add(target)
     return loaded
 
 

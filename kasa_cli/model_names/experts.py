@@ -58,10 +58,10 @@ def matrices(shape: tuple[int, ...], made_of: Composition, on_disk: Shapes) -> M
         raise NotAssembled("no tensor on disk holds it by itself")
     if (len(shape), made_of.operations) not in FOLLOWED:
         raise NotAssembled(f"transformers makes it by {', '.join(made_of.operations)}: not followed")
-    found = grouped(shape, made_of, on_disk)
-    for pieces in found:
+    parts = grouped(shape, made_of, on_disk)
+    for pieces in parts:
         check_sides(pieces, shape[-2:], made_of, on_disk)
-    return found
+    return parts
 
 
 def grouped(shape: tuple[int, ...], made_of: Composition, on_disk: Shapes) -> Matrices:

@@ -89,8 +89,8 @@ def first_line(error: Exception) -> str:
     >>> first_line(ValueError("no such size\\nlong story"))
     'ValueError: no such size'
     """
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0] if said else ''}".rstrip(" :")[:200]
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(" :")[:200]
 
 
 # --- checks of a config ---
@@ -196,48 +196,48 @@ def instance(config: PreTrainedConfig, architecture: str | None) -> PreTrainedMo
 
 def fitting(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
     """The config, or the part of it, that a class is built from."""
-    wanted = model_class.config_class
-    if wanted is None or model_class in auto_classes(MODEL_FOR_CAUSAL_LM_MAPPING, config):
+    config_class = model_class.config_class
+    if config_class is None or model_class in auto_classes(MODEL_FOR_CAUSAL_LM_MAPPING, config):
         return config
     for part in (config, config.get_text_config()):  # a language model may keep the config it was cut out of
-        if isinstance(part, wanted):
+        if isinstance(part, config_class):
             return part
     raise UnknownFamily(f"{model_class.__name__} is no model of type {config.model_type!r}")
 
 
 def class_named(architecture: str) -> type[PreTrainedModel]:
     """A model class of transformers, by name."""
-    found = getattr(transformers, architecture, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    class_ = getattr(transformers, architecture, None)
+    if not (isinstance(class_, type) and issubclass(class_, PreTrainedModel)):
         raise UnknownFamily(f"transformers {transformers.__version__} has no model class {architecture!r}")
-    return found
+    return class_
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The plain model of a config that names no class."""
-    found = auto_classes(MODEL_MAPPING, config)
-    if not found:
+    class_ = auto_classes(MODEL_MAPPING, config)
+    if not class_:
         raise UnknownFamily(
             f"config.json names no architecture, and {config.model_type!r} has no plain model"
         )
-    return found[0]
+    return class_[0]
 
 
 def auto_classes(mapping: Mapping[Any, Any], config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
     """The classes that one of transformers' automatic mappings has for a config."""
-    found = mapping.get(type(config), None)
-    return [c for c in (found if isinstance(found, Sequence) else [found]) if c is not None]
+    class_ = mapping.get(type(config), None)
+    return [c for c in (class_ if isinstance(class_, Sequence) else [class_]) if c is not None]
 
 
 @contextmanager
 def module_budget(most: int) -> Iterator[None]:
     """Bound the modules that are made, whatever the key that asks for them."""
-    made = 0
+    num_created = 0
 
     def count(*_: nn.Module | str | None) -> None:
-        nonlocal made
-        made += 1
-        if made > most:
+        nonlocal num_created
+        num_created += 1
+        if num_created > most:
             raise InvalidInput(
                 "config.json asks for more modules than the checkpoint can fill", f"over {most}"
             )

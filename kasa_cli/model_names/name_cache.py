@@ -84,8 +84,8 @@ def _read(payload: bytes | None) -> NameMap | None:
 
 def _about(config: Mapping[str, Any], shapes: Shapes) -> str:
     """The hash of the config and the shapes, in their order."""
-    asked = json.dumps([dict(config), [[name, *shape] for name, shape in shapes.items()]])
-    return hashlib.sha256(asked.encode()).hexdigest()
+    question = json.dumps([dict(config), [[name, *shape] for name, shape in shapes.items()]])
+    return hashlib.sha256(question.encode()).hexdigest()
 
 
 def _key() -> str:

@@ -44,9 +44,9 @@ def map_names(config: Mapping[str, Any], shapes: Shapes) -> NameMap:
 def check_shapes(modules: "ModelModules", loaded: Mapping[str, LoadedTensor], shapes: Shapes) -> None:
     """Refuse weights that the config does not describe."""
     for name, tensor in loaded.items():
-        wanted, found = tuple(modules.memory[tensor.name].shape), shapes[name]
-        if tensor.whole and wanted != found and modules.kind(split_name(tensor.name)[0]) != Kind.OTHER:
-            what = f"shape {found} on disk, {wanted} by config.json"
+        expected, actual = tuple(modules.memory[tensor.name].shape), shapes[name]
+        if tensor.whole and expected != actual and modules.kind(split_name(tensor.name)[0]) != Kind.OTHER:
+            what = f"shape {actual} on disk, {expected} by config.json"
             raise InvalidInput(what, name, "the config and the weights do not belong together")
 
 

@@ -49,9 +49,9 @@ def taken_apart(config: Mapping[str, Any], shapes: Shapes, touched: Iterable[Gro
     groups, sources = [], {}
     for group in _groups(before, shapes):
         if still.isdisjoint(group.ends):
-            held = next(iter(group.held.values()))
+            source = next(iter(group.held.values()))
             ends = {end: name or name_on_disk(after, end) for end, name in group.ends.items()}
-            sources.update({name: held for name in ends.values() if name not in shapes})
+            sources.update({name: source for name in ends.values() if name not in shapes})
             groups.append(Group(ends))
     new = {**shapes, **{name: shapes[source] for name, source in sources.items()}}
     _require_filled(after, new, before, still)

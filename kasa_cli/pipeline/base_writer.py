@@ -129,11 +129,11 @@ def write_base(
     return WrittenBase(written, headers)
 
 
-def _destinations(sheet: Sheet, opened: Opened) -> list[Destination]:
+def _destinations(sheet: Sheet, file: Opened) -> list[Destination]:
     """The tensors of a file, in the order of their bytes."""
     entries = sorted(sheet.layout.tensors.values(), key=lambda entry: entry.begin)
     return [
-        Destination(sheet.name, opened, entry, sheet.sources.get(entry.name, entry.name)) for entry in entries
+        Destination(sheet.name, file, entry, sheet.sources.get(entry.name, entry.name)) for entry in entries
     ]
 
 
@@ -158,8 +158,8 @@ class _BaseWriter(Generic[Checks]):
         """A new file of the base that holds its header and awaits its tensors."""
         with new_file(self.folder / sheet.name, sheet.layout.size) as descriptor:
             pwrite_all(descriptor, memoryview(sheet.layout.header), 0)
-            with opened_directly(descriptor) as opened:
-                yield opened
+            with opened_directly(descriptor) as file:
+                yield file
 
     def write_tensor(self, destination: Destination) -> WrittenTensor[Checks]:
         """Write a tensor, rewritten or copied."""
@@ -203,9 +203,9 @@ def too_large(name: str, dtype: str) -> NumericalError:
     return NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype" if is_half else "")
 
 
-def _rows(opened: Opened, entry: TensorEntry, start: int, stop: int) -> Tensor:
+def _rows(file: Opened, entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a tensor in a file."""
     width = entry.num_bytes // entry.shape[0]
     raw = bytearray((stop - start) * width)
-    pread_all(opened.descriptor, memoryview(raw), entry.begin + start * width)
+    pread_all(file.descriptor, memoryview(raw), entry.begin + start * width)
     return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])

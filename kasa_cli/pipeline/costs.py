@@ -31,14 +31,14 @@ def decomposition_cost(shapes: Sequence[tuple[int, int]], rooms: Sequence[int], 
     }
 
 
-def streaming_cost(num_bytes: int, held: int, num_workers: int) -> Cost:
+def streaming_cost(num_bytes: int, num_held: int, num_workers: int) -> Cost:
     """Peak bytes and wall seconds expected of a pass over a base of so many bytes, by `benchmarks/merge.py`.
 
     `held`: bytes that a worker holds of one tensor, beside the rows in work.
     """
     seconds = START_SECONDS + num_bytes / STREAMED_BYTES_PER_SECOND / num_workers
     return {
-        "memory_bytes": RUNTIME_BYTES + num_workers * (STREAMED_ROOM + held),
+        "memory_bytes": RUNTIME_BYTES + num_workers * (STREAMED_ROOM + num_held),
         "seconds": round(seconds, 1),
     }
 

@@ -19,14 +19,14 @@ Held = tuple[Store, Entry]
 
 def ls(store: Path | None = None) -> StoreReport:
     """Every measured tensor, the one used last first, and the number of models whose names are known."""
-    opened = existing(store)
-    held = _held(opened)
-    tensors, models = _parted(held)
+    facts_store = existing(store)
+    entries = _held(facts_store)
+    tensors, models = _parted(entries)
     return StoreReport(
         command="store ls",
-        store=str(opened.root),
-        tensors=tuple(_row(opened, entry) for entry in tensors),
-        totals={"tensors": len(tensors), "models": len(models), "bytes": _num_bytes(held)},
+        store=str(facts_store.root),
+        tensors=tuple(_row(facts_store, entry) for entry in tensors),
+        totals={"tensors": len(tensors), "models": len(models), "bytes": _num_bytes(entries)},
     )
 
 
@@ -45,20 +45,20 @@ def prune(
     """
     if max_bytes is None and max_days is None and not everything:
         raise UsageError("nothing is chosen for removal", "", "give --max-size, --older-than or --all")
-    opened = existing(store)
-    held = _held(opened)
-    doomed = held if everything else _doomed(held, max_bytes, max_days)
+    facts_store = existing(store)
+    entries = _held(facts_store)
+    doomed = entries if everything else _doomed(entries, max_bytes, max_days)
     tensors, models = _parted(doomed)
-    rows = tuple(_row(opened, entry) for entry in tensors)
+    rows = tuple(_row(facts_store, entry) for entry in tensors)
     if not dry_run:
         for shelf, entry in doomed:
             shelf.remove(entry.content)
-        for shelf in _shelves(opened):
+        for shelf in _shelves(facts_store):
             shelf.sweep()
-    all_tensors, all_models = _parted(held)
+    all_tensors, all_models = _parted(entries)
     return StoreReport(
         command="store prune",
-        store=str(opened.root),
+        store=str(facts_store.root),
         tensors=rows,
         totals={
             "removed": len(tensors),
@@ -66,52 +66,53 @@ def prune(
             "bytes_removed": _num_bytes(doomed),
             "kept": len(all_tensors) - len(tensors),
             "models_kept": len(all_models) - len(models),
-            "bytes_kept": _num_bytes(held) - _num_bytes(doomed),
+            "bytes_kept": _num_bytes(entries) - _num_bytes(doomed),
             "dry_run": dry_run,
         },
     )
 
 
-def _shelves(opened: Store) -> tuple[Store, Store]:
-    return opened.shelf(FACTS), opened.shelf(NAMES)
+def _shelves(facts_store: Store) -> tuple[Store, Store]:
+    return facts_store.shelf(FACTS), facts_store.shelf(NAMES)
 
 
-def _held(opened: Store) -> list[Held]:
+def _held(facts_store: Store) -> list[Held]:
     """All entries, the last used first."""
-    held = [(shelf, entry) for shelf in _shelves(opened) for entry in shelf.entries()]
-    return sorted(held, key=lambda one: (-one[1].last_used, one[1].content))
+    entries = [(shelf, entry) for shelf in _shelves(facts_store) for entry in shelf.entries()]
+    return sorted(entries, key=lambda pair: (-pair[1].last_used, pair[1].content))
 
 
-def _parted(held: Iterable[Held]) -> tuple[list[Entry], list[Entry]]:
+def _parted(entries: Iterable[Held]) -> tuple[list[Entry], list[Entry]]:
     """The measured tensors, and the models whose names are known."""
     parts: dict[str, list[Entry]] = {FACTS: [], NAMES: []}
-    for shelf, entry in held:
+    for shelf, entry in entries:
         parts[shelf.layout].append(entry)
     return parts[FACTS], parts[NAMES]
 
 
-def _num_bytes(held: Iterable[Held]) -> int:
-    return sum(entry.num_bytes for _, entry in held)
+def _num_bytes(entries: Iterable[Held]) -> int:
+    return sum(entry.num_bytes for _, entry in entries)
 
 
-def _doomed(held: list[Held], max_bytes: int | None, max_days: float | None) -> list[Held]:
+def _doomed(entries: list[Held], max_bytes: int | None, max_days: float | None) -> list[Held]:
     """The entries that are too old or no longer fit; `held` has the last used first."""
     doomed, room, now = [], max_bytes, time.time()
-    for one in held:
-        entry = one[1]
+    for pair in entries:
+        entry = pair[1]
         is_old = max_days is not None and now - entry.last_used > max_days * DAY
         if is_old or (room is not None and entry.num_bytes > room):
-            doomed.append(one)
+            doomed.append(pair)
             room = 0 if room is not None and not is_old else room  # all that is older goes too
         elif room is not None:
             room -= entry.num_bytes
     return doomed
 
 
-def _row(opened: Store, entry: Entry) -> StoreRow:
+def _row(facts_store: Store, entry: Entry) -> StoreRow:
     """A row for a person: the name under which the tensor was first measured, its shape and use."""
-    payload = opened.any_fact(entry.content, "extremes") or next(
-        (found for question in entry.questions if (found := opened.any_fact(entry.content, question))), None
+    payload = facts_store.any_fact(entry.content, "extremes") or next(
+        (fact for question in entry.questions if (fact := facts_store.any_fact(entry.content, question))),
+        None,
     )
     about = _about(payload) if payload else UNKNOWN
     return {

@@ -97,9 +97,9 @@ def _check_names(names: NameMap, patterns: Patterns) -> None:
 
 def _require_candidate(pattern: str, verdicts: Verdicts) -> None:
     """Refuse a pattern whose matches are all no candidates."""
-    found = [(weight.label, verdict) for weight, verdict in verdicts if matches(weight.label, pattern)]
-    refused = [(label, v.reason) for label, v in found if isinstance(v, Refusal) and v.reason != EXCLUDED]
-    if len(refused) == len(found):
+    matching = [(weight.label, verdict) for weight, verdict in verdicts if matches(weight.label, pattern)]
+    refused = [(label, v.reason) for label, v in matching if isinstance(v, Refusal) and v.reason != EXCLUDED]
+    if len(refused) == len(matching):
         first = ": ".join(refused[0]) if refused else "it is no matrix"
         raise UsageError("the pattern matches nothing that can be a candidate", pattern, first)
 
@@ -166,11 +166,11 @@ def candidate_of(weight: Weight, tensors: Tensors, max_dim: int = ANY_SIDE) -> C
     if odd:
         raise NotAssembled(f"dtype {odd} is not decomposed")
     on_disk = {name: entry.shape for name, entry in parts.items()}
-    found = matrices(weight.shape, weight.made_of, on_disk)
+    matching = matrices(weight.shape, weight.made_of, on_disk)
     kind = "module" if weight.is_module else "parameter"
-    is_transposed = weight.kind is Kind.CONV1D or is_turned(found[0], sides, on_disk)
+    is_transposed = weight.kind is Kind.CONV1D or is_turned(matching[0], sides, on_disk)
     orientation = Orientation.of(is_transposed)
-    pieces_by_name = {_matrix_name(weight, number, pieces): pieces for number, pieces in enumerate(found)}
+    pieces_by_name = {_matrix_name(weight, number, pieces): pieces for number, pieces in enumerate(matching)}
     each = (Matrix.of(tensors, name, pieces, orientation) for name, pieces in pieces_by_name.items())
     return Candidate(weight.label, kind, (sides[0], sides[1]), tuple(each))
 
@@ -190,13 +190,13 @@ def _reasons(refused: Refused, slots: Mapping[str, Slot]) -> dict[str, str]:
 
     Tied tensors have several: one about what was asked for counts most, then one about the tensor's own module.
     """
-    found = []
+    matching = []
     for weight, refusal in refused:
         for name in weight.made_of.names:
             is_own = weight.label in (slots[name].module, f"{slots[name].module}.{slots[name].parameter}")
             subject = f"as {weight.label}: " if refusal.was_wanted and not is_own else ""
-            found.append((refusal.was_wanted, is_own, name, f"{subject}{refusal.reason}"))
-    return {name: reason for *_, name, reason in sorted(found)}
+            matching.append((refusal.was_wanted, is_own, name, f"{subject}{refusal.reason}"))
+    return {name: reason for *_, name, reason in sorted(matching)}
 
 
 def _absent(refused: Refused) -> Iterator[Skipped]:

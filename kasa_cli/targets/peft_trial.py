@@ -30,9 +30,9 @@ def check(chosen: Chosen, lora: Mapping[str, Any], config: Mapping[str, Any], sh
         modules, parameters = wrapped(config, shapes, lora)
     except (ImportError, UnknownFamily):
         return None
-    found, wanted = modules | parameters, {*chosen.modules, *chosen.parameters}
-    if found != wanted:
-        missing, extra = listed("leaves out", wanted - found), listed("takes", found - wanted)
+    actual, expected = modules | parameters, {*chosen.modules, *chosen.parameters}
+    if actual != expected:
+        missing, extra = listed("leaves out", expected - actual), listed("takes", actual - expected)
         raise IntegrityError(
             f"peft {peft.__version__} does not wrap the selection",
             " and ".join(part for part in (missing, extra) if part),
@@ -63,9 +63,9 @@ def wrapped(config: Mapping[str, Any], shapes: Shapes, lora: Mapping[str, Any]) 
         try:
             peft.inject_adapter_in_model(peft.LoraConfig(**lora), model, low_cpu_mem_usage=True)
         except Exception as error:  # PEFT has no error of its own for a LoRA that does not fit a model
-            version, said = peft.__version__, meta_model.first_line(error)
+            version, reason = peft.__version__, meta_model.first_line(error)
             raise IntegrityError(
-                f"peft {version} refuses the selection", said, "use another --emit"
+                f"peft {version} refuses the selection", reason, "use another --emit"
             ) from error
         layers = list(adapted(model, peft))
         refuse_odd_layers(layers)

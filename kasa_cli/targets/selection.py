@@ -92,8 +92,8 @@ def select(
     for pattern in patterns.targets:
         _require_operable(pattern, subjects, reasons)
     experts = [target for verdict in verdicts.values() if not isinstance(verdict, str) for target in verdict]
-    held = {piece.name for target in experts for piece in target.matrix.pieces}
-    whole = [name for name in tensors if reasons[name] is None and name not in held]
+    tensor_names = {piece.name for target in experts for piece in target.matrix.pieces}
+    whole = [name for name in tensors if reasons[name] is None and name not in tensor_names]
     targets = (*(_target(tensors[name], slots[name], rank_rule) for name in whole), *experts)
     if not targets:
         raise UsageError(
@@ -177,8 +177,10 @@ def _off_by_default(slot: Slot) -> str | None:
 
 def _require_operable(pattern: str, modules: Mapping[str, str], reasons: Mapping[str, str | None]) -> None:
     """Refuse a pattern whose matches all cannot be truncated."""
-    found = [name for module, name in modules.items() if matches(module, pattern)]
-    if all(reasons[name] not in (None, "excluded") for name in found):
+    matched = [name for module, name in modules.items() if matches(module, pattern)]
+    if all(reasons[name] not in (None, "excluded") for name in matched):
         raise UsageError(
-            "the pattern matches nothing that can be truncated", pattern, f"{found[0]}: {reasons[found[0]]}"
+            "the pattern matches nothing that can be truncated",
+            pattern,
+            f"{matched[0]}: {reasons[matched[0]]}",
         )

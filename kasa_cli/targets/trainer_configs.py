@@ -74,15 +74,15 @@ def refuse_what_peft_refuses(chosen: Chosen) -> None:
 
 def require_exact(kind: str, lora: Mapping[str, Any], chosen: Chosen) -> None:
     """Refuse a config that a trainer takes for another selection."""
-    found, wanted = matched(lora, chosen), set(chosen.modules)
-    if found == wanted:
+    actual, expected = matched(lora, chosen), set(chosen.modules)
+    if actual == expected:
         return
-    lost = [module for module in chosen.modules if module not in found]
-    says = f"{lost[0]} would be lost" if lost else f"{min(found - wanted)} would be taken too"
+    lost = [module for module in chosen.modules if module not in actual]
+    difference = f"{lost[0]} would be lost" if lost else f"{min(actual - expected)} would be taken too"
     remedy = "leave such modules out (--exclude), or choose all of that name"
     if kind != "peft":
         remedy = f"use --emit peft, or {remedy}"
-    raise UsageError(f"--emit {kind} cannot say exactly this selection for this model", says, remedy)
+    raise UsageError(f"--emit {kind} cannot say exactly this selection for this model", difference, remedy)
 
 
 def matched(lora: Mapping[str, Any], chosen: Chosen) -> set[str]:

@@ -43,8 +43,8 @@ class Limit:
         """
         if self.energy is None:
             return len(squares) if self.rank is None else min(self.rank, len(squares))
-        held = torch.cumsum(squares, 0)
-        return min(int((held < self.energy * held[-1]).sum()) + 1, len(squares))
+        energies = torch.cumsum(squares, 0)
+        return min(int((energies < self.energy * energies[-1]).sum()) + 1, len(squares))
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,14 @@ def given(
     if kind.groups and own not in [{*group} - {*kind.shared} for group in kind.groups]:
         raise InvalidInput("a tensor is missing, or there are too many", ", ".join(kind.groups[0]))
     settings = settings_of(kind, module)
-    by_letter = {letter: _only_name(wanted, tensors) for letter, wanted in kind.tensors.items()}
+    by_letter = {letter: _only_name(tensor_spec, tensors) for letter, tensor_spec in kind.tensors.items()}
     for name, tensor in tensors.items():
         _check_numbers(name, tensor)
     known = {"o": module.out_features, "i": module.in_features, **_rank(settings)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     sizes_of(kind, {**module.settings, **settings}, shapes, known, {name: name for name in tensors})
-    held = {letter: tensors[name] for letter, name in by_letter.items() if name}
-    return Given(kind, held, module, settings, weight, is_of_embedding(tensors))
+    by_name = {letter: tensors[name] for letter, name in by_letter.items() if name}
+    return Given(kind, by_name, module, settings, weight, is_of_embedding(tensors))
 
 
 def _rank(settings: Settings) -> dict[str, int]:
@@ -56,13 +56,13 @@ def _check_weight(kind: Kind, module: Module, weight: Tensor | None) -> None:
         raise InvalidInput(f"a weight of shape {tuple(weight.shape)} for a module of shape {expected}")
 
 
-def _only_name(wanted: Spec, tensors: Mapping[str, Tensor]) -> str | None:
+def _only_name(tensor_spec: Spec, tensors: Mapping[str, Tensor]) -> str | None:
     """The one name under which a tensor is there."""
-    names = [name for name in wanted.names if name in tensors]
+    names = [name for name in tensor_spec.names if name in tensors]
     if len(names) > 1:
         raise InvalidInput(f"the same tensor as {names[0]}", names[1])
-    if not names and not wanted.is_optional:
-        raise InvalidInput("a tensor is missing", wanted.names[0])
+    if not names and not tensor_spec.is_optional:
+        raise InvalidInput("a tensor is missing", tensor_spec.names[0])
     return names[0] if names else None
 
 

@@ -248,8 +248,8 @@ class Kind:
         return next((tensors[name] for name in names if name in tensors), None)
 
 
-def _is_needed(one: Spec, config: Settings) -> bool:
-    return not one.is_shared and (one.when(config) if one.is_optional else True)
+def _is_needed(tensor_spec: Spec, config: Settings) -> bool:
+    return not tensor_spec.is_shared and (tensor_spec.when(config) if tensor_spec.is_optional else True)
 
 
 def is_of_embedding(names: Mapping[str, Any]) -> bool:
@@ -273,8 +273,8 @@ def _setting(name: str, rule: Setting, settings: Settings) -> Any:
         raise InvalidInput("a setting is missing", name)
     if rule.type is object:
         return value
-    wanted = (int, float) if rule.type is float else rule.type
-    is_right = isinstance(value, wanted) and isinstance(value, bool) == (rule.type is bool)
+    types = (int, float) if rule.type is float else rule.type
+    is_right = isinstance(value, types) and isinstance(value, bool) == (rule.type is bool)
     if is_right and rule.type in (int, float):
         is_right = math.isfinite(value) and (rule.type is float or value > 0)
     if not is_right:

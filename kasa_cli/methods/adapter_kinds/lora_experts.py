@@ -58,8 +58,8 @@ def are_sides_swapped(sides: tuple[int, int], module: Module, peft_version: str)
     return tuple(map(int, release)) < (0, 19)
 
 
-def _the_name(tensors: Mapping[str, Tensor], wanted: Spec) -> str:
-    name = next((name for name in wanted.names if name in tensors), None)
+def _the_name(tensors: Mapping[str, Tensor], tensor_spec: Spec) -> str:
+    name = next((name for name in tensor_spec.names if name in tensors), None)
     if name is None or tensors[name].ndim != 2:
-        raise InvalidInput("a matrix is missing", wanted.names[0])
+        raise InvalidInput("a matrix is missing", tensor_spec.names[0])
     return name

@@ -55,8 +55,8 @@ def _adalora_scaling(settings: Settings) -> float:
 
 def _kept_components(config: Settings, module: str) -> Sizes:
     """The number of components that AdaLoRA kept of a module, from its `rank_pattern`: PEFT saves no others."""
-    kept = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
-    return {"n": sum(flag is True for flag in kept) if isinstance(kept, list) else int(config["init_r"])}
+    mask = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
+    return {"n": sum(flag is True for flag in mask) if isinstance(mask, list) else int(config["init_r"])}
 
 
 ADALORA = Kind(

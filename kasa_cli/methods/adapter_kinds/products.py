@@ -112,8 +112,8 @@ def _lokr_sides(sizes: Sizes) -> tuple[int, int]:
 
 def _lokr_rule(sizes: Sizes, _settings: Settings) -> str | None:
     sides = _lokr_sides(sizes)
-    wanted = (sizes.get("o", sides[0]), sizes.get("i", sides[1]))
-    return None if sides == wanted else f"the product is {list(sides)}, the weight {list(wanted)}"
+    shape = (sizes.get("o", sides[0]), sizes.get("i", sides[1]))
+    return None if sides == shape else f"the product is {list(sides)}, the weight {list(shape)}"
 
 
 LOKR = Kind(

@@ -96,7 +96,7 @@ def initialisation_of(config: Settings) -> Initialisation | None:
     """The initialisation of a LoRA by its `init_lora_weights`; None if kasa does not know it."""
     value = str(config.get("init_lora_weights", True)).lower()
     known = KINDS["lora"].config.initialisations
-    return next((one for one in known if re.fullmatch(one.values, value)), None)
+    return next((row for row in known if re.fullmatch(row.values, value)), None)
 
 
 def change(

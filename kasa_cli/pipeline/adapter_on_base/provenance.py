@@ -45,14 +45,14 @@ def adapter_manifest(path: Path) -> Manifest | None:
     return _manifest_of(folder, "adapter", "tail")
 
 
-def base_is(asked: str, base: Origin, made_by: Manifest | None, names: Iterable[str]) -> str:
+def base_is(requested: str, base: Origin, made_by: Manifest | None, names: Iterable[str]) -> str:
     """Whether the targets of a KaSA adapter are truncated in the base.
 
     Raises:
         IntegrityError: no manifest tells, or the base is neither of the two that the adapter's manifest knows.
     """
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     targets = list(names)
     for known in (base.manifest, made_by):
         if isinstance(known, TruncateManifest):

@@ -46,8 +46,8 @@ class Truncations:
     def from_tail(self, name: str, module: str, rank: int) -> Term | None:
         """The term -U_d S_d V_d^T of a weight from the tail; None if the tail lacks it, or has another rank."""
         names = peft.tensor_names(module)
-        wanted = {names["A"], names["B"]}
-        if self.tail is None or self.ranks.get(name) != rank or not wanted <= self.tail.tensors.keys():
+        needed = {names["A"], names["B"]}
+        if self.tail is None or self.ranks.get(name) != rank or not needed <= self.tail.tensors.keys():
             return None
         A, B = (self.tail.tensor(names[side]).to(torch.float64) for side in "AB")
         return Term(B[:, :rank], A[:rank])  # what is beyond the rank pads it to that of other modules

@@ -204,28 +204,28 @@ def opened_case(path: Path, where: Where, output: Path, options: Options, facts:
     source, checkpoint, names = survey(where, facts.store if facts else None)
     check_apart(output, [source.root, path])
     adapter, base = read_adapter(path), provenance.origin(checkpoint)
-    one = on_base(adapter, base, names)
-    _require_convertible(one, base, options)
-    require_nothing_else(adapter, one.values, checkpoint)
+    placed_adapter = on_base(adapter, base, names)
+    _require_convertible(placed_adapter, base, options)
+    require_nothing_else(adapter, placed_adapter.values, checkpoint)
     base_is, cuts = None, Truncations()
     if adapter.row.truncates_base:
-        base_is = provenance.base_is(options.base_is, base, one.made_by, one.targets)
+        base_is = provenance.base_is(options.base_is, base, placed_adapter.made_by, placed_adapter.targets)
         cuts = known_truncations(path, base)
     if not options.force_base:
-        one.require_base(base)
-    case = Case(options, source, base, names, one, base_is, cuts)
+        placed_adapter.require_base(base)
+    case = Case(options, source, base, names, placed_adapter, base_is, cuts)
     if case.truncation:
-        case.truncation.require_known(one.places)
+        case.truncation.require_known(placed_adapter.places)
     return case
 
 
-def _require_convertible(one: AdapterOnBase, base: Origin, options: Options) -> None:
-    adapter = one.adapter
+def _require_convertible(placed_adapter: AdapterOnBase, base: Origin, options: Options) -> None:
+    adapter = placed_adapter.adapter
     if options.on == TRUNCATED and not adapter.row.truncates_base:
         raise UsageError(f"an adapter of kind {adapter.kind} has no truncated base", "--on", "leave it out")
-    if not one.places:
+    if not placed_adapter.places:
         raise InvalidInput("this adapter changes no weight", str(adapter.path), "use kasa merge")
-    one.require_start(base)
-    require_form(one.places, options.limit)
+    placed_adapter.require_start(base)
+    require_form(placed_adapter.places, options.limit)
     if options.on == ORIGINAL:
-        require_own(one.places)
+        require_own(placed_adapter.places)

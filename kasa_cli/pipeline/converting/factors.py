@@ -188,8 +188,8 @@ def _terms(change: Change, weight: Callable[[], Tensor]) -> tuple[Term, ...] | N
 
 
 def _write(file: Filling, rank: int, staging: Staging, item: tuple[Converted, list[Entry]]) -> None:
-    one, entries = item
-    tensors = load(_payload(staging, one.key, one.place))
+    result, entries = item
+    tensors = load(_payload(staging, result.key, result.place))
     for entry in entries:
         for name, tensor in entry.tensors(tensors["left"], tensors["right"], rank).items():
             file.put(name, tensor)

@@ -24,12 +24,14 @@ def require_nothing_else(adapter: Adapter, values: Sequence[PlacedValue], checkp
         InvalidInput: naming the parameter.
     """
     for value in values:
-        one = value.value
-        if isinstance(one, TokenRows):
-            raise InvalidInput("trained rows, which a plain LoRA cannot hold", one.parameter, MERGE)
+        payload = value.value
+        if isinstance(payload, TokenRows):
+            raise InvalidInput("trained rows, which a plain LoRA cannot hold", payload.parameter, MERGE)
         if not _is_in_base(adapter, value, checkpoint):
             raise InvalidInput(
-                f"a replaced parameter ({one.why}), which a plain LoRA cannot hold", one.parameter, MERGE
+                f"a replaced parameter ({payload.why}), which a plain LoRA cannot hold",
+                payload.parameter,
+                MERGE,
             )
 
 
@@ -74,6 +76,6 @@ def _is_in_base(adapter: Adapter, value: PlacedValue, checkpoint: Checkpoint) ->
         return False
     stored = read_piece(checkpoint, pieces[0])
     with Reader(adapter.container) as reader:
-        held = reader.tensor(value.value.tensor)
+        rows = reader.tensor(value.value.tensor)
     known = stored.T if value.is_turned else stored
-    return known.shape == held.shape and torch.equal(known.to(torch.float64), held.to(torch.float64))
+    return known.shape == rows.shape and torch.equal(known.to(torch.float64), rows.to(torch.float64))

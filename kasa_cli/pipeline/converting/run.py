@@ -111,8 +111,8 @@ def convert(
         config = config_facts(case, done)
         file, metadata = write_config(case, staging.out, entries, config)
         items, run_on = list(zip(done, entries, strict=True)), (running.num_workers, watcher)
-        held = write_factors(staging.out / file, metadata, items, config.rank, staging, run_on)
-        record = replace(record, adapter=replace(record.adapter, file=file, tensors=held))
+        records = write_factors(staging.out / file, metadata, items, config.rank, staging, run_on)
+        record = replace(record, adapter=replace(record.adapter, file=file, tensors=records))
         sealed = write_records(case, staging.out, record, done, config)
         staging.publish()
     return ConvertReport(
@@ -127,7 +127,7 @@ def convert(
         rank=max(result.rank for result in done),
         padded_rank=config.rank,
         tensors=tuple(result.row for result in done),
-        totals=_totals(case, done, len(held)),
+        totals=_totals(case, done, len(records)),
         output={
             "directory": str(output),
             "file": file,

@@ -189,14 +189,14 @@ class MeasuredPatch:
     layer: Layer | None
 
 
-def module_rows(opened: OpenAdapter, item: Item, cuts: TruncatedDirections) -> list[MeasuredPatch]:
+def module_rows(source: OpenAdapter, item: Item, cuts: TruncatedDirections) -> list[MeasuredPatch]:
     """A row for each weight that a patch changes; each expert is a weight.
 
     Raises:
         InvalidInput, NumericalError: a tensor is not finite, or does not fit; naming module and tensor.
     """
     try:
-        look = PatchTensors(opened, item, opened.tensors(item.patch))
+        look = PatchTensors(source, item, source.tensors(item.patch))
         pairs, updates, count = look.pairs(), look.updates(), look.num_matrices or 1
         numbers = range(count) if count > 1 else [None]
         return [
@@ -283,7 +283,10 @@ def _layer(look: PatchTensors, pair: Factors | None, d: Tensor | None, defects: 
 
 
 def _penalties(layer: Layer) -> dict[str, float]:
-    return {"l2": layer.l2, **{f"l3_{name}": one.l3(layer) for name, one in CONVENTIONS.items()}}
+    return {
+        "l2": layer.l2,
+        **{f"l3_{name}": convention.l3(layer) for name, convention in CONVENTIONS.items()},
+    }
 
 
 def _in_cut(

@@ -88,7 +88,7 @@ def _measured(bench: Bench, rank: int, reach: int) -> Measured:
 
 def _row(pair: Pair, sides: tuple[Measured, Measured], relative_distance: float, rank: int) -> DiffRow:
     a, b = sides
-    S, T, one, other = a.S, b.S, a.extremes, b.extremes
+    S, T, first, other = a.S, b.S, a.extremes, b.extremes
     likeness = best_cosines(b.top, a.top)
     return DiffRow(
         name=pair.name,
@@ -96,9 +96,9 @@ def _row(pair: Pair, sides: tuple[Measured, Measured], relative_distance: float,
         module_type=module_type(pair.module),
         shape=pair.shape,
         relative_distance=relative_distance,
-        sigma_max=(one.sigma_max, other.sigma_max),
-        sigma_min=(one.sigma_min, other.sigma_min),
-        kappa=(one.kappa, other.kappa),
+        sigma_max=(first.sigma_max, other.sigma_max),
+        sigma_min=(first.sigma_min, other.sigma_min),
+        kappa=(first.kappa, other.kappa),
         stable_rank=(quantities.stable_rank(S), quantities.stable_rank(T)),
         effective_rank=(quantities.effective_rank(S), quantities.effective_rank(T)),
         spectrum_change=_relative(S, T),

@@ -69,42 +69,44 @@ def adapter(
         raise UsageError(f"unknown kind of base {base_is!r}", "", f"known: {', '.join(BASES)}")
     if where is None and base_is != "auto":
         raise UsageError("--base-is needs a base", base_is, "give the base with --base")
-    opened = read_adapter(path)
-    base = _base(opened, where, running) if where else None
+    adapter_file = read_adapter(path)
+    base = _base(adapter_file, where, running) if where else None
     base_state = _base_is(base_is, base) if base else None
     cuts = _cuts(path, base, base_state)
     with OpenFiles() as files:
-        seen = OpenAdapter(opened, base.origin.checkpoint if base else None, files)
-        measured = _measure(seen, base, cuts, running, watcher)
+        source = OpenAdapter(adapter_file, base.origin.checkpoint if base else None, files)
+        measured = _measure(source, base, cuts, running, watcher)
     rows = tuple(measurement.row for measurement in measured)
     return AdapterReport(
         command=COMMAND,
         adapter=str(path),
-        kind=opened.kind,
+        kind=adapter_file.kind,
         base=where.model if where else None,
         base_is=base_state,
         modules=rows,
-        values=_values(opened),
-        penalties=_penalties(opened, [measurement.layer for measurement in measured if measurement.layer]),
-        totals=_totals(opened, rows),
+        values=_values(adapter_file),
+        penalties=_penalties(
+            adapter_file, [measurement.layer for measurement in measured if measurement.layer]
+        ),
+        totals=_totals(adapter_file, rows),
         notes=(*_notes(rows), *(base.notes if base else ())),
     )
 
 
-def _base(opened: Adapter, where: Where, running: Running) -> PlacedAdapter:
+def _base(adapter_file: Adapter, where: Where, running: Running) -> PlacedAdapter:
     """The base, with the adapter placed on it; every tensor must fit."""
     facts = open_facts(running)
     _, checkpoint, names = survey(where, facts.store)
     origin = provenance.origin(checkpoint)
-    placed = on_base(opened, origin, names)
+    placed = on_base(adapter_file, origin, names)
     placed.require_base(origin)
     return PlacedAdapter(origin, placed, facts, (*([names.note] if names.note else []), *store_notes(facts)))
 
 
-def _base_is(asked: str, base: PlacedAdapter) -> str | None:
+def _base_is(requested: str, base: PlacedAdapter) -> str | None:
     """Whether the base is truncated, for adapters that depend on it; None where that is unknown."""
     names = base.fitted.truncated_targets
-    return what_base_is(asked, base.origin, base.fitted.made_by, names) if names else None
+    return what_base_is(requested, base.origin, base.fitted.made_by, names) if names else None
 
 
 def _cuts(path: Path, base: PlacedAdapter | None, base_state: str | None) -> TruncatedDirections:
@@ -120,7 +122,7 @@ def _cuts(path: Path, base: PlacedAdapter | None, base_state: str | None) -> Tru
 
 
 def _measure(
-    seen: OpenAdapter,
+    source: OpenAdapter,
     base: PlacedAdapter | None,
     cuts: TruncatedDirections,
     running: Running,
@@ -128,10 +130,10 @@ def _measure(
 ) -> list[MeasuredPatch]:
     """Measure every patch, in the order of the layers."""
     items = [Item(place.patch, place) for place in base.fitted.places] if base else []
-    items = items or [Item(patch) for patch in seen.adapter.patches]
+    items = items or [Item(patch) for patch in source.adapter.patches]
     items.sort(key=lambda item: _natural(item.name))
     task: Task[Item, list[MeasuredPatch]] = Task(
-        lambda item: module_rows(seen, item, cuts),
+        lambda item: module_rows(source, item, cuts),
         name=lambda item: item.name,
         memory=lambda item: item.num_bytes,
     )
@@ -149,38 +151,41 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _values(opened: Adapter) -> tuple[ValueRow, ...]:
+def _values(adapter_file: Adapter) -> tuple[ValueRow, ...]:
     """The values in the file beside updates: whole parameters, rows of embeddings, added biases."""
 
     def row(parameter: str, tensor: str, why: str) -> ValueRow:
-        entry = opened.container.tensors[tensor]
+        entry = adapter_file.container.tensors[tensor]
         return ValueRow(parameter, tensor, entry.shape, entry.dtype, why)
 
-    held = [
-        row(replacement.parameter, replacement.tensor, replacement.why) for replacement in opened.replacements
+    rows = [
+        row(replacement.parameter, replacement.tensor, replacement.why)
+        for replacement in adapter_file.replacements
     ]
-    held += [row(token_row.parameter, token_row.tensor, "trained rows") for token_row in opened.token_rows]
+    rows += [
+        row(token_row.parameter, token_row.tensor, "trained rows") for token_row in adapter_file.token_rows
+    ]
     biases = [
         row(f"{patch.module}.bias", patch.tensors[ADDED_BIAS], "added to the bias")
-        for patch in opened.patches
+        for patch in adapter_file.patches
         if ADDED_BIAS in patch.tensors
     ]
-    return tuple(sorted((*held, *biases), key=lambda one: _natural(one.parameter)))
+    return tuple(sorted((*rows, *biases), key=lambda row: _natural(row.parameter)))
 
 
-def _penalties(opened: Adapter, layers: Sequence[Layer]) -> dict[str, Any] | None:
+def _penalties(adapter_file: Adapter, layers: Sequence[Layer]) -> dict[str, Any] | None:
     """KaSA's penalties of the whole adapter; None for other kinds."""
     if not layers:
         return None
-    given = opened.config.get("kasa_config") or {}
-    beta, gamma = float(given.get("beta", BETA)), float(given.get("gamma", GAMMA))
+    settings = adapter_file.config.get("kasa_config") or {}
+    beta, gamma = float(settings.get("beta", BETA)), float(settings.get("gamma", GAMMA))
     by_convention = {name: asdict(penalty) for name, penalty in penalties(layers, beta, gamma).items()}
     return {"beta": beta, "gamma": gamma, **by_convention}
 
 
-def _totals(opened: Adapter, rows: Sequence[ModuleRow]) -> AdapterTotals:
+def _totals(adapter_file: Adapter, rows: Sequence[ModuleRow]) -> AdapterTotals:
     norms = [row.norm for row in rows if row.norm is not None]
-    entries = opened.container.tensors.values()
+    entries = adapter_file.container.tensors.values()
     return {
         "modules": len(rows),
         "modules_without_norm": len(rows) - len(norms),

@@ -49,20 +49,20 @@ def diff(
             f"{models[0].model} and {models[1].model}",
             "compare models of one family",
         )
-    found = _contrasted(pairs, sources, facts, (running, rank), watcher)
-    done = {name: one for name, one in found.items() if isinstance(one, ComparedPair)}
+    results = _contrasted(pairs, sources, facts, (running, rank), watcher)
+    done = {name: outcome for name, outcome in results.items() if isinstance(outcome, ComparedPair)}
     rows = tuple(result.row for result in done.values() if result.row)
     return DiffReport(
         command="inspect diff",
         models=(models[0].model, models[1].model),
         tensors=rows,
         identical=tuple(name for name, result in done.items() if result.row is None),
-        skipped=(*skipped, *(one for one in found.values() if isinstance(one, Skipped))),
+        skipped=(*skipped, *(outcome for outcome in results.values() if isinstance(outcome, Skipped))),
         rank_correlation=rank_correlation([row.kappa[0] for row in rows], [row.kappa[1] for row in rows]),
         totals={
             "differing": len(rows),
             "identical": len(done) - len(rows),
-            "unmeasured": len(found) - len(done),
+            "unmeasured": len(results) - len(done),
             "decompositions": sum(result.num_new for result in done.values()),
             "decompositions_reused": sum(result.num_reused for result in done.values()),
         },
@@ -97,14 +97,14 @@ def _pairs(first: Sequence[Candidate], second: Sequence[Candidate]) -> tuple[lis
     return pairs, tuple(skipped)
 
 
-def _forms_differ(one: Candidate, other: Candidate) -> bool:
-    return one.num_matrices != other.num_matrices or one.is_transposed != other.is_transposed
+def _forms_differ(result: Candidate, other: Candidate) -> bool:
+    return result.num_matrices != other.num_matrices or result.is_transposed != other.is_transposed
 
 
-def _matched(one: Candidate, other: Candidate) -> list[Pair]:
-    both = zip(one.matrices, other.matrices, strict=True)
+def _matched(result: Candidate, other: Candidate) -> list[Pair]:
+    both = zip(result.matrices, other.matrices, strict=True)
     return [
-        Pair(first.name, one.module, one.shape, first, replace(second, name=first.name))
+        Pair(first.name, result.module, result.shape, first, replace(second, name=first.name))
         for first, second in both
     ]
 

@@ -69,14 +69,14 @@ def spectrum(
     chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
     require_some(chosen)
     last_to_first = reversed(chosen)  # a tied weight takes the module of its first name
-    modules = {matrix.name: one.module for one in last_to_first for matrix in one.matrices}
+    modules = {matrix.name: candidate.module for candidate in last_to_first for matrix in candidate.matrices}
 
     def look(bench: Bench) -> MeasuredSpectrum:
         module = modules[bench.weight.name]
         row, S = spectrum_row(bench, module, module_type(module))
         return MeasuredSpectrum(row, curve(row.name, S), S.clone() if values else None)
 
-    asked = ask(checkpoint, _all(chosen), look, facts, running, watcher)
+    answers = ask(checkpoint, _all(chosen), look, facts, running, watcher)
     if values:
         write_file(
             values,
@@ -84,23 +84,23 @@ def spectrum(
                 save(
                     {
                         name: answer.values
-                        for name, answer in asked.answers.items()
+                        for name, answer in answers.answers.items()
                         if answer.values is not None
                     }
                 )
             ],
         )
-    rows = _marked([answer.row for answer in asked.answers.values()])
+    rows = _marked([answer.row for answer in answers.answers.values()])
     return SpectrumReport(
         command=COMMAND,
         model=where.model,
         model_class=names.model_class,
         tensors=rows,
-        skipped=(*skipped, *asked.skipped),
-        totals=_totals(asked),
+        skipped=(*skipped, *answers.skipped),
+        totals=_totals(answers),
         output={"values": str(values)} if values else {},
         notes=(*([names.note] if names.note else []), *store_notes(facts)),
-        curves=tuple(answer.curve for answer in asked.answers.values()),
+        curves=tuple(answer.curve for answer in answers.answers.values()),
     )
 
 
@@ -108,8 +108,8 @@ def _all(chosen: tuple[Candidate, ...]) -> list[Matrix]:
     return [matrix for candidate in chosen for matrix in candidate.matrices]
 
 
-def _totals(asked: Asked[MeasuredSpectrum]) -> SpectrumTotals:
-    return {"tensors": len(asked.answers), "unmeasured": len(asked.skipped), **asked.totals}
+def _totals(answers: Asked[MeasuredSpectrum]) -> SpectrumTotals:
+    return {"tensors": len(answers.answers), "unmeasured": len(answers.skipped), **answers.totals}
 
 
 def _marked(rows: list[SpectrumRow]) -> tuple[SpectrumRow, ...]:

@@ -79,7 +79,7 @@ class TruncatedDirections:
         return _measured(term, cut.shape, update, IN_BASE) if term else (None, ZERO_CUT)
 
 
-def what_base_is(asked: str, base: Origin, made_by: Manifest | None, names: list[str]) -> str | None:
+def what_base_is(requested: str, base: Origin, made_by: Manifest | None, names: list[str]) -> str | None:
     """Whether a base is truncated already; None where nothing says so.
 
     Raises:
@@ -87,7 +87,7 @@ def what_base_is(asked: str, base: Origin, made_by: Manifest | None, names: list
     """
     knows = any(isinstance(known, TruncateManifest) for known in (base.manifest, made_by))
     try:
-        return provenance.base_is(asked, base, made_by, names)
+        return provenance.base_is(requested, base, made_by, names)
     except IntegrityError:
         if knows:
             raise
@@ -100,10 +100,23 @@ def _measured(
     within = spaces(term.L, term.R)
     if within is None:
         return None, ZERO_CUT
-    found = shares(update, within)
-    return (_in_cut(found, shape, term.R.shape[0], source), None) if found else (None, ZERO_UPDATE)
+    energy_shares = shares(update, within)
+    return (
+        (_in_cut(energy_shares, shape, term.R.shape[0], source), None)
+        if energy_shares
+        else (None, ZERO_UPDATE)
+    )
 
 
-def _in_cut(found: Shares, shape: tuple[int, int], rank: int, source: str) -> InCut:
+def _in_cut(of_update: Shares, shape: tuple[int, int], rank: int, source: str) -> InCut:
     chance = random_shares(*shape, rank)
-    return InCut(rank, found.both, found.left, found.right, chance.both, chance.left, chance.right, source)
+    return InCut(
+        rank,
+        of_update.both,
+        of_update.left,
+        of_update.right,
+        chance.both,
+        chance.left,
+        chance.right,
+        source,
+    )

@@ -53,13 +53,13 @@ def curve(name: str, S: Tensor) -> Curve:
     return Curve(name, tuple(index + 1 for index in indices), tuple(float(S[index]) for index in indices))
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def spread(count: int, num_points: int) -> list[int]:
     """`wanted` indices of a list, at equal steps from the first to the last.
 
     >>> spread(100, 4), spread(2, 4)
     ([0, 33, 66, 99], [0, 1])
     """
-    return sorted({round(float(step)) for step in np.linspace(0, count - 1, min(wanted, count))})
+    return sorted({round(float(step)) for step in np.linspace(0, count - 1, min(num_points, count))})
 
 
 def curve_indices(count: int) -> list[int]:

@@ -109,8 +109,8 @@ class Bench:
         """Both ends of the spectrum, and the norm."""
 
         def find() -> Extremes:
-            found = self._ends(level(self._side, 0)).cut(0)
-            return Extremes(found.sigma_max, found.sigma_min, found.frobenius, found.solver, found.residual)
+            fact = self._ends(level(self._side, 0)).cut(0)
+            return Extremes(fact.sigma_max, fact.sigma_min, fact.frobenius, fact.solver, fact.residual)
 
         return self._ask("extremes", Extremes, find)
 
@@ -119,15 +119,15 @@ class Bench:
         if not 0 <= t < self._side:
             raise NumericalError(f"cannot drop {t} of {self._side} components", self.weight.name)
         self.extremes()
-        found = [self._ends(n) for n in _levels(self._side, t)][-1].cut(t)
-        return found if found.angle <= ANGLE_TOLERANCE or found.is_tied else self._ends(t)
+        fact = [self._ends(n) for n in _levels(self._side, t)][-1].cut(t)
+        return fact if fact.angle <= ANGLE_TOLERANCE or fact.is_tied else self._ends(t)
 
     def top(self, t: int) -> Tops:
         """The t largest components, or all if there are fewer."""
-        wanted = min(t, self._side)
-        levels = _levels(self._side + 1, wanted)
-        found = [self._ask(f"top-{n}", Tops, partial(self._tops, n)) for n in levels][-1]
-        return Tops(found.U[:, :wanted], found.S[:wanted], found.V[:, :wanted])
+        num_needed = min(t, self._side)
+        levels = _levels(self._side + 1, num_needed)
+        fact = [self._ask(f"top-{n}", Tops, partial(self._tops, n)) for n in levels][-1]
+        return Tops(fact.U[:, :num_needed], fact.S[:num_needed], fact.V[:, :num_needed])
 
     def values(self) -> Values:
         """All singular values."""
@@ -157,14 +157,14 @@ class Bench:
     def _found(self, question: str, find: Callable[[], Fact]) -> Fact:
         """Compute a fact and store it."""
         try:
-            found = find()
+            fact = find()
         except NumericalError as error:
             if error.where:
                 raise
             raise NumericalError(error.what, self.weight.name, error.remedy) from error
         about = {"dtype": self.weight.dtype, "name": self.weight.name, "shape": list(self.weight.shape)}
-        self._facts.put(self.weight, question, pack(found, about))
-        return found
+        self._facts.put(self.weight, question, pack(fact, about))
+        return fact
 
     def _known(self, question: str, kind: type[Fact]) -> Fact | None:
         """The stored fact; None if there is none in the form of this version of kasa."""
@@ -177,17 +177,17 @@ class Bench:
 
 def _levels(side: int, t: int) -> Iterator[int]:
     """The levels up to the one that answers t: a larger fact is never alone, so it answers all smaller questions."""
-    reached, wanted = -1, level(side, t)
-    while reached < wanted:
+    reached, num_needed = -1, level(side, t)
+    while reached < num_needed:
         reached = level(side, reached + 1)
         yield reached
 
 
-def pack(found: Extremes | Ends | Values | Tops, about: Mapping[str, Any]) -> bytes:
+def pack(fact: Extremes | Ends | Values | Tops, about: Mapping[str, Any]) -> bytes:
     """A safetensors file; one metadata key, for with two its bytes would change from run to run."""
-    fields = {name: value for name, value in vars(found).items() if not isinstance(value, Tensor)}
+    fields = {name: value for name, value in vars(fact).items() if not isinstance(value, Tensor)}
     tensors = {
-        name: value.cpu().contiguous() for name, value in vars(found).items() if isinstance(value, Tensor)
+        name: value.cpu().contiguous() for name, value in vars(fact).items() if isinstance(value, Tensor)
     }
     return save(tensors, {"kasa": json.dumps({"about": dict(about), "fields": fields}, sort_keys=True)})
 

@@ -64,8 +64,8 @@ def ask(
     )
     with blas_threads(running.threads_per_worker):
         results = run_stage("measure", task, matrices, running.num_workers, watcher)
-    given = zip(matrices, results, strict=True)
-    answers = {matrix.name: answer for matrix, (answer, _) in given if not isinstance(answer, Skipped)}
+    pairs = zip(matrices, results, strict=True)
+    answers = {matrix.name: answer for matrix, (answer, _) in pairs if not isinstance(answer, Skipped)}
     skipped = tuple(answer for answer, _ in results if isinstance(answer, Skipped))
     return Asked(answers, skipped, sum(is_new for _, is_new in results))
 

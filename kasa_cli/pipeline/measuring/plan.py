@@ -13,13 +13,13 @@ from kasa_cli.targets.candidates import Candidate
 def measure_plan(
     command: str,
     where: Where,
-    found: tuple[Checkpoint, NameMap],
+    model: tuple[Checkpoint, NameMap],
     chosen: tuple[Candidate, ...],
     skipped: tuple[Skipped, ...],
     running: Running,
 ) -> MeasurePlan:
     """The matrices that a question reads, and its cost, from headers alone."""
-    note = found[1].note
+    note = model[1].note
     matrices = [(matrix, candidate.module) for candidate in chosen for matrix in candidate.matrices]
     return MeasurePlan(
         command=command,

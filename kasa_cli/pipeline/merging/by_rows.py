@@ -131,8 +131,8 @@ class StreamedTensor:
         X = W if value is None else value(first, stop)
         if self.value is not None and not torch.isfinite(X).all():
             raise InvalidInput("a tensor with numbers that are not finite", self.value.name)
-        for one in self.trained:
-            X = one.put_into(X, first)
+        for trained_rows in self.trained:
+            X = trained_rows.put_into(X, first)
         return X
 
 

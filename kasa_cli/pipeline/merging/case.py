@@ -99,30 +99,32 @@ def opened_case(
     base = provenance.origin(checkpoint)
     before, rows, mergings, base_is = provenance.merged_before(base), [], [], None
     for path, weight in zip(paths, options.weights or [1.0] * len(paths), strict=True):
-        one = on_base(read_adapter(path), base, names)
-        digest = provenance.digest(path, one.adapter.container.path)
+        placed_adapter = on_base(read_adapter(path), base, names)
+        digest = provenance.digest(path, placed_adapter.adapter.container.path)
         if digest in before:
             raise AlreadyMerged("merged already", str(path), "an adapter is merged once")
         before.add(digest)
-        merging, own = _merging(one, base, weight, options)
+        merging, own = _merging(placed_adapter, base, weight, options)
         mergings.append(merging)
-        rows.append(_row(path, one.adapter, weight, digest))
+        rows.append(_row(path, placed_adapter.adapter, weight, digest))
         base_is = own or base_is
     layout, mergings = settle_layout(base, names, mergings, options.untie)
     notes = (*([names.note] if names.note else []), *layout.notes, *_initialisation_notes(mergings))
     return Case(options, source, base, names, tuple(rows), base_is, layout, edits_by_tensor(mergings), notes)
 
 
-def _merging(one: AdapterOnBase, base: Origin, weight: float, options: Options) -> tuple[Merging, str | None]:
+def _merging(
+    match: AdapterOnBase, base: Origin, weight: float, options: Options
+) -> tuple[Merging, str | None]:
     """An adapter that fits this base, and which base a KaSA adapter has."""
-    one.require_start(base)
-    cut = one.truncated_targets
-    base_is = provenance.base_is(options.base_is, base, one.made_by, cut) if cut else None
+    match.require_start(base)
+    cut = match.truncated_targets
+    base_is = provenance.base_is(options.base_is, base, match.made_by, cut) if cut else None
     if not options.force_base:
-        one.require_base(base)
+        match.require_base(base)
     truncates_base = base_is == provenance.ORIGINAL
-    cuts = known_truncations(one.adapter.path, base) if truncates_base else Truncations()
-    return Merging(one.adapter, one.places, one.values, weight, truncates_base, cuts), base_is
+    cuts = known_truncations(match.adapter.path, base) if truncates_base else Truncations()
+    return Merging(match.adapter, match.places, match.values, weight, truncates_base, cuts), base_is
 
 
 def _row(path: Path, adapter: Adapter, weight: float, digest: str) -> AdapterRow:

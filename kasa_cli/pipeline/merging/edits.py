@@ -130,28 +130,28 @@ def _add_patch(edits: dict[str, TensorEdits], merging: Merging, place: Placed) -
 
 def _add_value(edits: dict[str, TensorEdits], merging: Merging, value: PlacedValue) -> None:
     """A parameter that an adapter replaces; it cannot be weighted."""
-    one = value.value
+    payload = value.value
     pieces = [part.piece for parts in value.matrices for part in parts]
     if len(pieces) != 1 or pieces[0].index is not None:
-        raise InvalidInput("kasa cannot replace a parameter that is split on disk", one.tensor)
-    is_base = isinstance(one, Replacement) and one.is_base
+        raise InvalidInput("kasa cannot replace a parameter that is split on disk", payload.tensor)
+    is_base = isinstance(payload, Replacement) and payload.is_base
     if merging.weight != 1 and not is_base:
-        raise UsageError("an adapter that replaces parameters can only have weight 1", one.tensor)
+        raise UsageError("an adapter that replaces parameters can only have weight 1", payload.tensor)
     tensor_edits = edits[pieces[0].name]
-    tensor_edits.modules[one.parameter.rpartition(".")[0]] = None
-    if isinstance(one, TokenRows):
-        tensor_edits.rows.append((merging.adapter, one))
+    tensor_edits.modules[payload.parameter.rpartition(".")[0]] = None
+    if isinstance(payload, TokenRows):
+        tensor_edits.rows.append((merging.adapter, payload))
     elif tensor_edits.replacement is None:
         tensor_edits.replacement = (merging.adapter, value)
-    elif not (is_base and _is_repeated(tensor_edits.replacement, merging.adapter, one)):
-        raise InvalidInput("two adapters replace the same parameter", one.parameter, "merge one of them")
+    elif not (is_base and _is_repeated(tensor_edits.replacement, merging.adapter, payload)):
+        raise InvalidInput("two adapters replace the same parameter", payload.parameter, "merge one of them")
 
 
 def _is_repeated(replacement: tuple[Adapter, PlacedValue], adapter: Adapter, other: Replacement) -> bool:
     """Whether two adapters were trained on the same base, saved with each."""
     first, value = replacement
-    with Reader(first.container) as one, Reader(adapter.container) as two:
-        return torch.equal(one.tensor(value.value.tensor), two.tensor(other.tensor))
+    with Reader(first.container) as payload, Reader(adapter.container) as two:
+        return torch.equal(payload.tensor(value.value.tensor), two.tensor(other.tensor))
 
 
 def _check_rows(name: str, tensor_edits: TensorEdits) -> None:

@@ -58,29 +58,29 @@ def _untied(
     if not groups:
         return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), list(mergings)
     tied = [tied_items(merging.adapter, (*merging.placed, *merging.values), groups) for merging in mergings]
-    apart = {id(group): group for one in tied for group in one.apart}
+    apart = {id(group): group for item in tied for group in item.apart}
     if not apart:
         return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), _placed_at(mergings, tied, groups)
     if not may_untie:
         raise _still_tied(mergings, tied)
     from kasa_cli.model_names import tied_weights
 
-    taken = tied_weights.taken_apart(base.checkpoint.config, _shapes(base.checkpoint), apart.values())
+    untied = tied_weights.taken_apart(base.checkpoint.config, _shapes(base.checkpoint), apart.values())
     freed = enumerated([end for group in apart.values() for end in group.ends])
     note = f"untied, a tensor each: {freed}; {model_config.TIED} is false in config.json"
-    return MergedLayout(taken.config, {}, taken.sources, (note,)), _placed_at(mergings, tied, taken.groups)
+    return MergedLayout(untied.config, {}, untied.sources, (note,)), _placed_at(mergings, tied, untied.groups)
 
 
 def _placed_at(
     mergings: Sequence[Merging], tied: Sequence[TiedItems], groups: Iterable[Group]
 ) -> list[Merging]:
     names = {end: name for group in groups for end, name in group.held.items()}
-    placed = [one.placed_at(names) for one in tied]
-    return [replace(one, placed=p, values=v) for one, (p, v) in zip(mergings, placed, strict=True)]
+    placed = [item.placed_at(names) for item in tied]
+    return [replace(item, placed=p, values=v) for item, (p, v) in zip(mergings, placed, strict=True)]
 
 
 def _still_tied(mergings: Sequence[Merging], tied: Sequence[TiedItems]) -> InvalidInput:
-    merging, group = next((m, one.apart[0]) for m, one in zip(mergings, tied, strict=True) if one.apart)
+    merging, group = next((m, item.apart[0]) for m, item in zip(mergings, tied, strict=True) if item.apart)
     what = f"the adapter makes tied weights differ ({enumerated([*group.ends])})"
     return InvalidInput(what, str(merging.adapter.path), "give --untie to write a tensor for each of them")
 
@@ -91,18 +91,18 @@ def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> l
     for merging in mergings:
         places += [*merging.placed, *merging.values]
     on_disk = {part.piece.name for place in places for parts in place.matrices for part in parts}
-    on_disk |= {one.bias for merging in mergings for one in merging.placed if one.bias}
+    on_disk |= {item.bias for merging in mergings for item in merging.placed if item.bias}
     if not any(names.slots[name].tied_with for name in on_disk):
         return []
     from kasa_cli.model_names import tied_weights
 
     tied_groups = []
     for group in tied_weights.groups_of(base.checkpoint.config, _shapes(base.checkpoint)):
-        held = group.held.values()
-        is_one = len(held) == 1 or len({base.digest(name) for name in held}) == 1
+        names_of_group = group.held.values()
+        is_one = len(names_of_group) == 1 or len({base.digest(name) for name in names_of_group}) == 1
         if is_one:
             tied_groups.append(group)
-        elif len(held) < len(group.ends) and not on_disk.isdisjoint(held):
+        elif len(names_of_group) < len(group.ends) and not on_disk.isdisjoint(names_of_group):
             what = f"some of these tied weights differ on disk: {enumerated([*group.ends])}"
             raise InvalidInput(what, str(base.checkpoint.root), "load it with transformers and save it again")
     return tied_groups

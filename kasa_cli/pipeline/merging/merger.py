@@ -96,8 +96,8 @@ class Merger:
     def _are_floats(self, source: str, edits: TensorEdits) -> bool:
         dtypes = {self.checkpoint.tensors[source].dtype}
         if edits.replacement is not None:
-            adapter, one = edits.replacement
-            dtypes.add(adapter.container.tensors[one.value.tensor].dtype)
+            adapter, replacement = edits.replacement
+            dtypes.add(adapter.container.tensors[replacement.value.tensor].dtype)
         return dtypes <= TORCH_DTYPES.keys()
 
     def _streamed(
@@ -107,9 +107,9 @@ class Merger:
         before = Stored(self.checkpoint.shards[self.checkpoint.shard_of(source)], source)
         value = None
         if edits.replacement is not None:
-            adapter, one = edits.replacement
-            require_fit(adapter, one, entry.shape, name)
-            value = Stored(adapter.container, one.value.tensor)
+            adapter, replacement = edits.replacement
+            require_fit(adapter, replacement, entry.shape, name)
+            value = Stored(adapter.container, replacement.value.tensor)
         num_matrices = prod(entry.shape[:-2]) if any(index is not None for index in edits.by_matrix()) else 1
         return StreamedTensor(name, before, num_matrices, value, self._trained(edits), changes)
 
@@ -144,8 +144,8 @@ class Merger:
         return (stored.T if value.is_turned else stored).contiguous()
 
     def _with_rows(self, X: Tensor, edits: TensorEdits) -> Tensor:
-        for one in self._trained(edits):
-            X = one.put_into(X, 0)
+        for source in self._trained(edits):
+            X = source.put_into(X, 0)
         return X
 
     def _trained(self, edits: TensorEdits) -> list[TrainedRows]:
@@ -190,9 +190,9 @@ def require_fit(adapter: Adapter, value: PlacedValue, before: Sequence[int], nam
             raise InvalidInput(f"differs from {entry.name}, which it should repeat", copy)
 
 
-def _are_equal(adapter: Adapter, one: TensorEntry, other: TensorEntry) -> bool:
+def _are_equal(adapter: Adapter, source: TensorEntry, other: TensorEntry) -> bool:
     with Reader(adapter.container) as first, Reader(adapter.container) as second:
-        pairs = zip(first.chunks(one.name), second.chunks(other.name), strict=True)
+        pairs = zip(first.chunks(source.name), second.chunks(other.name), strict=True)
         return all(bytes(a) == bytes(b) for a, b in pairs)
 
 

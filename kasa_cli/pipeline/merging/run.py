@@ -48,7 +48,7 @@ def plan(
         for name, order in case.edits.items()
     )
     num_bytes = sum(sheet.layout.size for sheet in sheets)
-    held = [
+    num_held = [
         order.bytes_held(prod(entries[name].shape), options.rounding) for name, order in case.edits.items()
     ]
     return MergePlan(
@@ -60,7 +60,7 @@ def plan(
             "tensors_merged": len(tensors),
             "tensors_copied": len(entries) - len(tensors),
             "bytes_to_write": num_bytes,
-            **streaming_cost(num_bytes, max(held, default=0), running.num_workers),
+            **streaming_cost(num_bytes, max(num_held, default=0), running.num_workers),
         },
         notes=case.notes,
     )
@@ -148,6 +148,6 @@ def _totals(written: Sequence[WrittenTensor[Merged]], sheets: Sequence[Sheet]) -
         "tensors_merged": len(merged),
         "tensors_copied": len(written) - len(merged),
         "files": len(sheets),
-        "max_abs_change": max((one.max_abs_change for one in merged), default=None),
-        "max_rounding_error": max((one.rounding_error for one in merged), default=None),
+        "max_abs_change": max((check.max_abs_change for check in merged), default=None),
+        "max_rounding_error": max((check.rounding_error for check in merged), default=None),
     }

@@ -45,13 +45,17 @@ class WholeTensor:
 
     def pieces(self, dtype: str) -> Iterator[Tensor]:
         """The new value, rounded once, in the layout of the file."""
-        wanted = TORCH_DTYPES[dtype]
+        target_dtype = TORCH_DTYPES[dtype]
         if self.biases:
-            Q = apply_bias(self.X, self.biases, wanted)
+            Q = apply_bias(self.X, self.biases, target_dtype)
         else:
-            Q = rounded(self.X.to(torch.float64), wanted) if self.X.dtype != wanted else self.X.clone()
+            Q = (
+                rounded(self.X.to(torch.float64), target_dtype)
+                if self.X.dtype != target_dtype
+                else self.X.clone()
+            )
             for view in self.views:
-                view.of(Q).copy_(_rounded(view.of(self.X), view.changes, wanted, self.round_off))
+                view.of(Q).copy_(_rounded(view.of(self.X), view.changes, target_dtype, self.round_off))
         require_finite(Q, self.name, dtype)
         yield Q
 
@@ -80,9 +84,9 @@ class WholeTensor:
                 yield Q[start:stop], rows(W, view.changes, start, stop)
 
 
-def _in_parts(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_parts(first: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Two tensors of one shape, a part of each at a time, whose float64 is small."""
-    return zip(*(torch.split(X.reshape(-1), PART) for X in (one, other)), strict=True)
+    return zip(*(torch.split(X.reshape(-1), PART) for X in (first, other)), strict=True)
 
 
 def _largest(Q: Tensor, W: Tensor) -> float:

@@ -65,12 +65,12 @@ class Scored:
 
     def each(self, criterion: str) -> tuple[float, ...]:
         """The scores of its matrices."""
-        return tuple(one.scores[criterion] for one in self.judged)
+        return tuple(candidate.scores[criterion] for candidate in self.judged)
 
     @property
     def expected(self) -> float | None:
         """The mean score of random matrices of the same shape."""
-        scores = [one.expected for one in self.judged if one.expected is not None]
+        scores = [candidate.expected for candidate in self.judged if candidate.expected is not None]
         return fmean(scores) if scores else None
 
     def decisive(self, criterion: str) -> float:
@@ -141,8 +141,8 @@ def without_nan(
         for name in criteria
         if candidate.score(name) != candidate.score(name)
     }
-    kept = [candidate for candidate in scored if candidate.candidate.module not in silent]
-    return kept, tuple(Skipped(module, f"{name} gives it no score") for module, name in silent.items())
+    ranked = [candidate for candidate in scored if candidate.candidate.module not in silent]
+    return ranked, tuple(Skipped(module, f"{name} gives it no score") for module, name in silent.items())
 
 
 def _compared(
@@ -171,19 +171,19 @@ def _compared(
     }
 
 
-def _row(one: Scored, place: int, selected: set[str], ranking: Ranking) -> CandidateRow:
-    candidate = one.candidate
+def _row(scored: Scored, place: int, selected: set[str], ranking: Ranking) -> CandidateRow:
+    candidate = scored.candidate
     return CandidateRow(
         module=candidate.module,
         kind=candidate.kind,
         module_type=module_type(candidate.module),
         shape=candidate.shape,
-        score=one.score(ranking.criterion),
+        score=scored.score(ranking.criterion),
         rank_in_order=place,
         selected=candidate.module in selected,
-        expected=one.expected,
-        experts=one.each(ranking.criterion) if candidate.kind == "parameter" else None,
-        others={name: one.score(name) for name in ranking.compare} or None,
+        expected=scored.expected,
+        experts=scored.each(ranking.criterion) if candidate.kind == "parameter" else None,
+        others={name: scored.score(name) for name in ranking.compare} or None,
     )
 
 
@@ -192,12 +192,12 @@ def _places(scored: Sequence[Scored], ranking: Ranking) -> dict[str, int]:
     places: dict[str, int] = {}
     for members in _by_kind(scored):
         labels = _types(members) if ranking.by_type else [""] * len(members)
-        seen: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for index in selection.order(
             [member.decisive(ranking.criterion) for member in members], ranking.prefer
         ):
-            seen[labels[index]] = seen.get(labels[index], 0) + 1
-            places[members[index].candidate.module] = seen[labels[index]]
+            counts[labels[index]] = counts.get(labels[index], 0) + 1
+            places[members[index].candidate.module] = counts[labels[index]]
     return places
 
 

@@ -59,8 +59,8 @@ def plan(
     """
     options, running = options or Choice(), running or Running()
     check_running(running)
-    checkpoint, names, found, skipped = _survey(where, options, check(options), patterns)
-    return measure_plan(COMMAND, where, (checkpoint, names), found, skipped, running)
+    checkpoint, names, chosen, skipped = _survey(where, options, check(options), patterns)
+    return measure_plan(COMMAND, where, (checkpoint, names), chosen, skipped, running)
 
 
 def select_targets(
@@ -79,10 +79,10 @@ def select_targets(
     rank_by = check(options)
     check_running(running)
     facts = open_facts(running)
-    checkpoint, names, found, skipped = _survey(where, options, rank_by, patterns, facts)
-    weights = [matrix for one in found for matrix in one.matrices]
-    asked = ask(checkpoint, weights, lambda bench: ranking.judge(bench, rank_by), facts, running, watcher)
-    scored, mute = ranking.without_nan(_scored(found, asked), list(rank_by.scores))
+    checkpoint, names, chosen, skipped = _survey(where, options, rank_by, patterns, facts)
+    weights = [matrix for target in chosen for matrix in target.matrices]
+    answers = ask(checkpoint, weights, lambda bench: ranking.judge(bench, rank_by), facts, running, watcher)
+    scored, mute = ranking.without_nan(_scored(chosen, answers), list(rank_by.scores))
     best = ranking.chosen(scored, rank_by)
     rank = _matched(options, scored, best)
     modules = tuple(candidate.candidate.module for candidate in best if candidate.candidate.kind == "module")
@@ -102,12 +102,12 @@ def select_targets(
         target_parameters=parameters if has_parameters else None,
         matched_rank=rank,
         comparison=ranking.comparison(scored, best, rank_by),
-        skipped=(*skipped, *asked.skipped, *mute),
+        skipped=(*skipped, *answers.skipped, *mute),
         totals={
             "candidates": len(scored),
             "selected": len(best),
-            "unmeasured": len(asked.skipped),
-            **asked.totals,
+            "unmeasured": len(answers.skipped),
+            **answers.totals,
         },
         emission=export(
             options.emit, [candidate.candidate for candidate in best], checkpoint, names, rank or RANK
@@ -128,9 +128,9 @@ def _survey(
     """The model, its candidates under the rule, and the weights that are none."""
     _, checkpoint, names = survey(where, facts.store if facts else None)
     as_in: AsIn = "peft" if rank_by.rule == "peft" else "kasa"
-    found, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), as_in, options.max_dim)
-    require_some(found)
-    return checkpoint, names, found, skipped
+    chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), as_in, options.max_dim)
+    require_some(chosen)
+    return checkpoint, names, chosen, skipped
 
 
 def check(options: Choice) -> Ranking:
@@ -169,8 +169,8 @@ def _check_name(name: str | None, known: Iterable[str], what: str) -> None:
 
 
 def _check_amount(amount: Amount) -> None:
-    given = [value for value in (amount.top_p, amount.num_modules, amount.threshold) if value is not None]
-    if len(given) > 1:
+    amounts = [value for value in (amount.top_p, amount.num_modules, amount.threshold) if value is not None]
+    if len(amounts) > 1:
         raise UsageError("--top-p, --num-modules and --threshold exclude each other", "", "give one of them")
     if amount.top_p is not None and not 0 < amount.top_p <= 1:
         raise UsageError(f"--top-p {amount.top_p} is not a fraction", "", "give more than 0 and at most 1")
@@ -180,13 +180,13 @@ def _check_amount(amount: Amount) -> None:
         raise UsageError("--threshold is not a number", "", "give a score")
 
 
-def _scored(found: Sequence[Candidate], asked: Asked[Judged]) -> list[Scored]:
+def _scored(chosen: Sequence[Candidate], answers: Asked[Judged]) -> list[Scored]:
     """The candidates whose matrices are all measured."""
     scored = []
-    for one in found:
-        names = [matrix.name for matrix in one.matrices]
-        if all(name in asked.answers for name in names):
-            scored.append(Scored(one, tuple(asked.answers[name] for name in names)))
+    for candidate in chosen:
+        names = [matrix.name for matrix in candidate.matrices]
+        if all(name in answers.answers for name in names):
+            scored.append(Scored(candidate, tuple(answers.answers[name] for name in names)))
     return scored
 
 

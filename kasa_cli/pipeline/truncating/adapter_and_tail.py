@@ -38,7 +38,7 @@ class Member:
 
 
 def write_adapter(
-    made: Plan, options: Options, staging: Staging, measured: list[Measured], watcher: Watcher
+    plan: Plan, options: Options, staging: Staging, measured: list[Measured], watcher: Watcher
 ) -> None:
     """The fresh KaSA adapter, as PEFT stores one; no file where all targets are experts."""
     modules = [measurement for measurement in measured if measurement.target.expert is None]
@@ -49,12 +49,14 @@ def write_adapter(
         rank, kasa.scaling(float(options.lora_alpha), rank, options.use_rslora), options.seed
     )
 
-    def make(one: Measured) -> dict[str, Tensor]:
-        names = peft.tensor_names(one.target.module)
-        begun = kasa.initialise(read_factors(staging, one), recipe, options.diag_init, one.target.module)
-        return {names[field]: getattr(begun, field) for field in names}
+    def make(measurement: Measured) -> dict[str, Tensor]:
+        names = peft.tensor_names(measurement.target.module)
+        initial = kasa.initialise(
+            read_factors(staging, measurement), recipe, options.diag_init, measurement.target.module
+        )
+        return {names[field]: getattr(initial, field) for field in names}
 
-    lora = _lora_config(made, [module.target for module in modules], rank, options.lora_alpha)
+    lora = _lora_config(plan, [module.target for module in modules], rank, options.lora_alpha)
     config = peft.kasa_config(lora, beta=options.beta, gamma=options.gamma, use_rslora=options.use_rslora)
     members = [
         Member(module.target.name, _forms(module.target, rank, with_diag=True), partial(make, module))
@@ -63,29 +65,29 @@ def write_adapter(
     _write_peft(staging.out / "adapter", config, members, watcher)
 
 
-def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: Watcher) -> None:
+def write_tail(plan: Plan, staging: Staging, measured: list[Measured], watcher: Watcher) -> None:
     """The dropped components as a plain LoRA of scaling 1; no file when none are dropped."""
     cut = [measurement for measurement in measured if measurement.target.dropped]
     if not cut:
         return
-    rank = max(one.target.dropped for one in cut)  # one rank for all modules: servers know no other
+    rank = max(item.target.dropped for item in cut)  # one rank for all modules: servers know no other
 
-    def make(one: Measured) -> dict[str, Tensor]:
-        names = peft.tensor_names(one.target.module)
-        A, B = kasa.tail(read_factors(staging, one))
+    def make(item: Measured) -> dict[str, Tensor]:
+        names = peft.tensor_names(item.target.module)
+        A, B = kasa.tail(read_factors(staging, item))
         pad, missing = torch.nn.functional.pad, rank - len(A)
         return {names["A"]: pad(A, (0, 0, 0, missing)), names["B"]: pad(B, (0, missing))}
 
-    modules = [one for one in cut if one.target.expert is None]
+    modules = [item for item in cut if item.target.expert is None]
     members = [
         Member(module.target.name, _forms(module.target, rank, with_diag=False), partial(make, module))
         for module in modules
     ]
-    stacks = _stacks(made, cut)
+    stacks = _stacks(plan, cut)
     members += [_stack_member(stack, rank, staging, cut) for stack in stacks]
-    config = _lora_config(made, [module.target for module in modules], rank, rank)
+    config = _lora_config(plan, [module.target for module in modules], rank, rank)
     config = peft.by_parameter(
-        config, peft.taken_for_experts([module.target.module for module in modules], made.checkpoint.config)
+        config, peft.taken_for_experts([module.target.module for module in modules], plan.checkpoint.config)
     )
     if stacks:
         named = config["target_parameters"] or []
@@ -93,14 +95,14 @@ def write_tail(made: Plan, staging: Staging, measured: list[Measured], watcher: 
     _write_peft(staging.out / "tail", config, members, watcher)
 
 
-def _stacks(made: Plan, measured: list[Measured]) -> list[Entry]:
+def _stacks(plan: Plan, measured: list[Measured]) -> list[Entry]:
     """The tensors of every parameter of fused experts."""
     counts = Counter(
         measurement.target.module for measurement in measured if measurement.target.expert is not None
     )
     shapes = {measurement.target.module: measurement.target.shape for measurement in measured}
     wrappers = wrapper_names(list(counts))
-    model_class = made.names.model_class
+    model_class = plan.names.model_class
     return [
         stack_entry(name, wrappers[name], count, shapes[name], model_class) for name, count in counts.items()
     ]
@@ -118,15 +120,15 @@ def _stack_member(stack: Entry, rank: int, staging: Staging, measured: list[Meas
     return Member(stack.target, stack.shapes(rank), make)
 
 
-def _lora_config(made: Plan, targets: list[Target], rank: int, alpha: float) -> dict[str, Any]:
-    modules = {slot.module for slot in made.names.slots.values()}
+def _lora_config(plan: Plan, targets: list[Target], rank: int, alpha: float) -> dict[str, Any]:
+    modules = {slot.module for slot in plan.names.slots.values()}
     config = peft.lora_config(
         [target.module for target in targets],
         rank=rank,
         alpha=alpha,
-        modules=modules.union(made.names.linear_modules),
-        base=(made.source.repo, made.source.commit),
-        model_class=made.names.model_class,
+        modules=modules.union(plan.names.linear_modules),
+        base=(plan.source.repo, plan.source.commit),
+        model_class=plan.names.model_class,
     )
     return {**config, "fan_in_fan_out": any(target.matrix.is_transposed for target in targets)}
 

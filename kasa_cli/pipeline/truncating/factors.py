@@ -64,19 +64,19 @@ def read_factors(staging: Staging, measured: Measured) -> Ends:
     return unpack(Ends, path.read_bytes())
 
 
-def spectral_facts(found: Ends) -> SpectralFacts:
+def spectral_facts(ends: Ends) -> SpectralFacts:
     """The figures of a decomposition, as plain data."""
     return SpectralFacts(
-        sigma_max=found.sigma_max,
-        sigma_min=found.sigma_min,
-        kappa=found.kappa,
-        sigma_cut=found.sigma_cut,
-        sigma_next=found.sigma_next,
-        dropped_energy=found.dropped_energy,
-        solver=found.solver,
-        residual=found.residual,
-        angle=found.angle,
-        is_tied=found.is_tied,
+        sigma_max=ends.sigma_max,
+        sigma_min=ends.sigma_min,
+        kappa=ends.kappa,
+        sigma_cut=ends.sigma_cut,
+        sigma_next=ends.sigma_next,
+        dropped_energy=ends.dropped_energy,
+        solver=ends.solver,
+        residual=ends.residual,
+        angle=ends.angle,
+        is_tied=ends.is_tied,
     )
 
 

@@ -119,14 +119,14 @@ def recorded(options: Options) -> TruncateOptions:
 
 
 def _check_names(options: Options) -> None:
-    for given, known, what in (
+    for values, known, what in (
         (options.emit, PARTS, "part to emit"),
         ((options.dtype,), DTYPES, "dtype"),
         ((options.rounding,), ROUNDINGS, "rounding"),
         ((options.diag_init,), kasa.DIAG_INITS, "diag init"),
         ((options.compat,), kasa.COMPATS, "compat"),
     ):
-        for name in given:
+        for name in values:
             if name not in known:
                 raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
     if options.diag_init == "residual" and options.dropped < options.rank:

@@ -42,29 +42,29 @@ def plan(where: Where, options: Options) -> PlanReport:
         KasaError: whatever `truncate` would refuse before it reads a weight.
     """
     check(options)
-    made = _plan(where, options)
-    targets = made.selection.targets
-    sheets = _sheets(made, options)
+    whole_plan = _plan(where, options)
+    targets = whole_plan.selection.targets
+    sheets = _sheets(whole_plan, options)
     return PlanReport(
         command="truncate",
         model=where.model,
         rank=options.rank,
         truncation_rank=options.dropped,
         tensors=tuple(_planned(target) for target in targets),
-        skipped=made.selection.skipped,
+        skipped=whole_plan.selection.skipped,
         totals={
             "tensors_operated": len(targets),
-            "tensors_skipped": len(made.selection.skipped),
-            "bytes_to_write": _bytes_to_write(made, options, sheets),
+            "tensors_skipped": len(whole_plan.selection.skipped),
+            "bytes_to_write": _bytes_to_write(whole_plan, options, sheets),
             "memory_bytes": memory_needed(targets, options.num_workers),
             "seconds": round(seconds_needed(targets, options.num_workers), 1),
         },
         output=PlannedParts(
             base="base" in options.emit,
-            adapter="adapter" in options.emit and bool(made.selection.modules),
+            adapter="adapter" in options.emit and bool(whole_plan.selection.modules),
             tail="tail" in options.emit,
         ),
-        notes=_notes(made, options),
+        notes=_notes(whole_plan, options),
     )
 
 
@@ -80,77 +80,77 @@ def truncate(
     check(options)
     device = pick_device(options.device)
     facts = open_facts(options.running)
-    made = _plan(where, options, facts)
-    sheets = _sheets(made, options)
-    check_apart(output, [made.source.root])
-    require_space(output.parent, _bytes_to_write(made, options, sheets))
+    whole_plan = _plan(where, options, facts)
+    sheets = _sheets(whole_plan, options)
+    check_apart(output, [whole_plan.source.root])
+    require_space(output.parent, _bytes_to_write(whole_plan, options, sheets))
     environment = manifest.numeric_environment(options.threads_per_worker, device.type)
-    job = _job(made, options, environment)
+    job = _job(whole_plan, options, environment)
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(options.threads_per_worker):
-        measurer = Measurer(made.checkpoint, staging, facts, device)
-        measured = measure(measurer, made.selection.targets, options.num_workers, watcher)
-        done = Truncated(measured, _write_parts(made, options, sheets, staging, measured, watcher))
-        sealed = write_records(made, options, staging, environment, done)
+        measurer = Measurer(whole_plan.checkpoint, staging, facts, device)
+        measured = measure(measurer, whole_plan.selection.targets, options.num_workers, watcher)
+        done = Truncated(measured, _write_parts(whole_plan, options, sheets, staging, measured, watcher))
+        sealed = write_records(whole_plan, options, staging, environment, done)
         staging.publish()
-    report = _report(where, output, options, made, done, sealed)
+    report = _report(where, output, options, whole_plan, done, sealed)
     return replace(report, notes=(*report.notes, *store_notes(facts)))
 
 
 def _plan(where: Where, options: Options, facts: Facts | None = None) -> Plan:
     rule = kasa.COMPATS[options.compat]
-    made = make_plan(
+    whole_plan = make_plan(
         where,
         options.patterns,
         options.targets_from,
         lambda outs, ins: rule(options.dropped, outs, ins),
         facts,
     )
-    require_rank(made.selection.targets, options.dropped, "the truncation rank")
+    require_rank(whole_plan.selection.targets, options.dropped, "the truncation rank")
     if "adapter" in options.emit:
-        require_rank(made.selection.modules, options.rank, "the rank")
-    return made
+        require_rank(whole_plan.selection.modules, options.rank, "the rank")
+    return whole_plan
 
 
-def _sheets(made: Plan, options: Options) -> list[Sheet]:
+def _sheets(whole_plan: Plan, options: Options) -> list[Sheet]:
     """The files of the base; none when no base is emitted."""
     if "base" not in options.emit:
         return []
     dtype = DTYPES[options.dtype]
-    tensors = made.checkpoint.tensors
-    names = {piece.name for target in made.selection.targets for piece in target.matrix.pieces}
+    tensors = whole_plan.checkpoint.tensors
+    names = {piece.name for target in whole_plan.selection.targets for piece in target.matrix.pieces}
     changing = {name: dtype for name in sorted(names) if dtype and tensors[name].dtype != dtype}
-    return base_sheets(made.checkpoint, changing, options.max_shard_size)
+    return base_sheets(whole_plan.checkpoint, changing, options.max_shard_size)
 
 
-def _bytes_to_write(made: Plan, options: Options, sheets: Sequence[Sheet]) -> int:
+def _bytes_to_write(whole_plan: Plan, options: Options, sheets: Sequence[Sheet]) -> int:
     """Bytes of the output, and of the parts in staging."""
-    root, targets = made.checkpoint.root, made.selection.targets
+    root, targets = whole_plan.checkpoint.root, whole_plan.selection.targets
     sides = sum(sum(target.shape) for target in targets)
-    module_sides = sum(sum(target.shape) for target in made.selection.modules)
+    module_sides = sum(sum(target.shape) for target in whole_plan.selection.modules)
     parts = sum(8 * target.dropped * sum(target.shape) for target in targets)
     base = sum(sheet.layout.size for sheet in sheets)
-    base += sum((root / name).stat().st_size for name in made.checkpoint.companions) if sheets else 0
+    base += sum((root / name).stat().st_size for name in whole_plan.checkpoint.companions) if sheets else 0
     adapter = 4 * options.rank * module_sides * ("adapter" in options.emit)
     tail = 4 * options.dropped * sides * ("tail" in options.emit)
     return parts + base + adapter + tail
 
 
-def _job(made: Plan, options: Options, environment: manifest.Environment) -> dict[str, Any]:
+def _job(whole_plan: Plan, options: Options, environment: manifest.Environment) -> dict[str, Any]:
     """Everything that the bytes of the output depend on: a run continues only the same job."""
-    headers = [[file, shard.identity.size] for file, shard in made.checkpoint.shards.items()]
+    headers = [[file, shard.identity.size] for file, shard in whole_plan.checkpoint.shards.items()]
     return {
         "command": "truncate",
         "environment": asdict(environment),
         "inputs": headers,
         "options": asdict(recorded(options)),
-        "source": {"commit": made.source.commit, "repo": made.source.repo},
-        "targets": [asdict(target) for target in made.selection.targets],
+        "source": {"commit": whole_plan.source.commit, "repo": whole_plan.source.repo},
+        "targets": [asdict(target) for target in whole_plan.selection.targets],
     }
 
 
 def _write_parts(
-    made: Plan,
+    whole_plan: Plan,
     options: Options,
     sheets: list[Sheet],
     staging: Staging,
@@ -162,29 +162,29 @@ def _write_parts(
     if sheets:
         folder = staging.out / "base"
         make_folder(folder)
-        shares = shares_of(made.checkpoint, measured)
-        rewriter = Truncation(made.checkpoint, staging, shares, ROUNDINGS[options.rounding])
-        written = write_base(made.checkpoint, rewriter, sheets, folder, options.num_workers, watcher)
-        copy_companions(made.checkpoint, folder, options.dtype)
-        write_index(made.checkpoint, sheets, folder)
+        shares = shares_of(whole_plan.checkpoint, measured)
+        rewriter = Truncation(whole_plan.checkpoint, staging, shares, ROUNDINGS[options.rounding])
+        written = write_base(whole_plan.checkpoint, rewriter, sheets, folder, options.num_workers, watcher)
+        copy_companions(whole_plan.checkpoint, folder, options.dtype)
+        write_index(whole_plan.checkpoint, sheets, folder)
     if "adapter" in options.emit:
-        write_adapter(made, options, staging, measured, watcher)
+        write_adapter(whole_plan, options, staging, measured, watcher)
     if "tail" in options.emit:
-        write_tail(made, staging, measured, watcher)
+        write_tail(whole_plan, staging, measured, watcher)
     return written
 
 
-def _notes(made: Plan, options: Options) -> tuple[str, ...]:
+def _notes(whole_plan: Plan, options: Options) -> tuple[str, ...]:
     """Notes on how other tools read the output."""
-    notes = [made.names.note] if made.names.note else []
-    modules, config = [target.module for target in made.selection.modules], made.checkpoint.config
-    has_conv1d = any(target.matrix.is_transposed for target in made.selection.modules)
+    notes = [whole_plan.names.note] if whole_plan.names.note else []
+    modules, config = [target.module for target in whole_plan.selection.modules], whole_plan.checkpoint.config
+    has_conv1d = any(target.matrix.is_transposed for target in whole_plan.selection.modules)
     if {"adapter", "tail"} & set(options.emit):
         notes += peft.refusals(modules, config)
     if "adapter" in options.emit:
         notes += peft.difficulties(modules, config, has_conv1d=has_conv1d)
-    if "adapter" in options.emit and made.selection.experts:
-        num_experts = len(made.selection.experts)
+    if "adapter" in options.emit and whole_plan.selection.experts:
+        num_experts = len(whole_plan.selection.experts)
         without = (
             f"adapter/ does not hold these {num_experts} matrices" if modules else "there is no adapter/"
         )
@@ -202,7 +202,7 @@ def _notes(made: Plan, options: Options) -> tuple[str, ...]:
         notes.append(
             "compat reference: the published code's in_features - r rule; wide layers lose less or nothing"
         )
-    if "tail" in options.emit and not any(target.dropped for target in made.selection.targets):
+    if "tail" in options.emit and not any(target.dropped for target in whole_plan.selection.targets):
         notes.append("nothing is dropped, so there is no tail/")
     return tuple(notes)
 
@@ -211,13 +211,13 @@ def _report(
     where: Where,
     output: Path,
     options: Options,
-    made: Plan,
+    whole_plan: Plan,
     done: Truncated,
     sealed: bytes,
 ) -> TruncateReport:
     rows = tuple(_row(measurement, done) for measurement in done.measured)
     tied = [row.name for row in rows if row.is_tied]
-    notes = [*_notes(made, options)]
+    notes = [*_notes(whole_plan, options)]
     if tied:
         notes.append(
             f"the cut falls on a tie in {len(tied)} tensors ({tied[0]}, …): another cut would be as good"
@@ -225,7 +225,7 @@ def _report(
     return TruncateReport(
         command="truncate",
         model=where.model,
-        model_class=made.names.model_class,
+        model_class=whole_plan.names.model_class,
         rank=options.rank,
         truncation_rank=options.dropped,
         alpha=options.lora_alpha,
@@ -233,7 +233,7 @@ def _report(
         rounding=options.rounding,
         compat=options.compat,
         tensors=rows,
-        skipped=made.selection.skipped,
+        skipped=whole_plan.selection.skipped,
         totals=_totals(rows, done, options),
         output=_output(output, sealed),
         notes=tuple(notes),
@@ -246,17 +246,17 @@ def _planned(target: Target) -> ToTruncate:
     return ToTruncate(target.name, target.module, target.shape, matrix.dtype, is_transposed, target.dropped)
 
 
-def _row(one: Measured, done: Truncated) -> TensorRow:
-    found = {name: value for name, value in asdict(one.facts).items() if name != "angle"}
-    outcome, matrix = done.outcomes.get(one.target.name), one.target.matrix
+def _row(measurement: Measured, done: Truncated) -> TensorRow:
+    spectral = {name: value for name, value in asdict(measurement.facts).items() if name != "angle"}
+    outcome, matrix = done.outcomes.get(measurement.target.name), measurement.target.matrix
     return TensorRow(
-        name=one.target.name,
-        module=one.target.module,
-        shape=one.target.shape,
+        name=measurement.target.name,
+        module=measurement.target.module,
+        shape=measurement.target.shape,
         dtype=matrix.dtype,
         stored_dtype=done.dtypes.get(matrix.pieces[0].name, matrix.dtype),
-        truncation_rank=one.target.dropped,
-        **found,
+        truncation_rank=measurement.target.dropped,
+        **spectral,
         **(asdict(outcome) if outcome else {name.name: None for name in fields(Outcome)}),
     )
 

@@ -42,15 +42,15 @@ def check_files(output: Path, manifest: Manifest) -> None:
         IntegrityError: a file is missing, extra, resized or not a regular file; all are named.
     """
     expected = manifest.files
-    found = {
+    present = {
         path.relative_to(output).as_posix(): path.lstat()
         for path in sorted(output.rglob("*"))
         if path.is_symlink() or not path.is_dir()
     }
-    found.pop(MANIFEST, None)
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"extra {name}" for name in found if name not in expected]
-    for name, state in found.items():
+    present.pop(MANIFEST, None)
+    problems = [f"missing {name}" for name in expected if name not in present]
+    problems += [f"extra {name}" for name in present if name not in expected]
+    for name, state in present.items():
         if name in expected and not _fits(state, expected[name].size):
             problems.append(f"{'resized' if stat.S_ISREG(state.st_mode) else 'not a regular file'} {name}")
     if problems:

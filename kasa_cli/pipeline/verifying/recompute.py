@@ -83,8 +83,8 @@ class _Output:
         entry, container = self.stacks.get(target.module), self.small.get("tail")
         if entry is None or container is None:
             return None
-        held = {name: container.tensor(name) for name in (entry.A, entry.B)}
-        return expert_factors(entry, held, target.expert)
+        factor_tensors = {name: container.tensor(name) for name in (entry.A, entry.B)}
+        return expert_factors(entry, factor_tensors, target.expert)
 
     def small_tensors(self, folder: str, module: str) -> dict[str, Tensor]:
         """The tensors of one module in `adapter` or `tail`; {} if there is none."""
@@ -178,11 +178,11 @@ def _check_initialisation(output: _Output, bottom: Ends, target: Target) -> None
     scaling = kasa.scaling(float(options.alpha), options.rank, options.use_rslora)
     recipe = kasa.Recipe(options.rank, scaling, options.seed)
     start = kasa.initialise(bottom, recipe, options.diag_init, target.module)
-    given = (tensors["B"] * tensors["diag"]) @ tensors["A"]
-    wanted = (start.B * start.diag) @ start.A
+    stored = (tensors["B"] * tensors["diag"]) @ tensors["A"]
+    expected = (start.B * start.diag) @ start.A
     is_random = options.diag_init != "residual"
     is_same = torch.equal(tensors["A"], start.A) and torch.equal(tensors["diag"], start.diag)
-    is_close = bool(((given - wanted).abs() <= TAIL_TOLERANCE * (bottom.sigma_max or 1.0)).all())
+    is_close = bool(((stored - expected).abs() <= TAIL_TOLERANCE * (bottom.sigma_max or 1.0)).all())
     if not is_close or (is_random and not is_same):
         raise IntegrityError("the adapter differs from the fresh one of its options and seed", target.module)
 

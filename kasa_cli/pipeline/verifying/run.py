@@ -30,23 +30,23 @@ def verify(
     if not output.is_dir():
         raise InvalidInput("no such directory", str(output))
     watcher, num_workers = watcher or Silent(), workers or num_cores()
-    found = manifest.load(output)
-    if against and not isinstance(found, TruncateManifest):
+    record = manifest.load(output)
+    if against and not isinstance(record, TruncateManifest):
         raise UsageError("--against recomputes truncations only", str(output), "use --read-data")
-    integrity.check_files(output, found)
-    num_bytes = integrity.check_hashes(output, found, num_workers, watcher) if read_data else 0
-    integrity.check_structure(output, found)
+    integrity.check_files(output, record)
+    num_bytes = integrity.check_hashes(output, record, num_workers, watcher) if read_data else 0
+    integrity.check_structure(output, record)
     compared: list[Compared] = []
-    if against and isinstance(found, TruncateManifest):
-        with blas_threads(found.environment.threads_per_worker):
+    if against and isinstance(record, TruncateManifest):
+        with blas_threads(record.environment.threads_per_worker):
             _, base = find(against)
-            compared = recompute.compare(output, found, base, num_workers, watcher)
+            compared = recompute.compare(output, record, base, num_workers, watcher)
     return VerifyReport(
         command="verify",
         output=str(output),
         depth=("manifest", "files", "structure", *["data"] * read_data, *["base"] * bool(against)),
-        files=len(found.files) + 1,
-        tensors=len(found.tensors),
+        files=len(record.files) + 1,
+        tensors=len(record.tensors),
         bytes_hashed=num_bytes,
         compared=tuple(compared),
     )
