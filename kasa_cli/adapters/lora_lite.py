@@ -60,7 +60,7 @@ def patches_of(container: Container, config: Mapping[str, Any], kind: Kind) -> l
 
 def settings_of(config: Mapping[str, Any], kind: Kind) -> Mapping[str, Any]:
     """The settings of every module: lora-lite has no patterns."""
-    settings = {field: config.get(field) for field in (*kind.config.kept, "variant", "r", "alpha")}
+    settings = {field: config.get(field) for field in (*kind.config.settings, "variant", "r", "alpha")}
     return MappingProxyType({**settings, "scaling": kind.scaling(settings) if kind.scaling else None})
 
 

@@ -96,7 +96,7 @@ class Resolver:
     def settings(self, name: str) -> dict[str, Any]:
         """Plain data: the kept fields of the config, rank, alpha and scaling."""
         type_ = self.kind.config
-        fields = {key: self.config.get(key) for key in (*type_.kept, "peft_version")}
+        fields = {key: self.config.get(key) for key in (*type_.settings, "peft_version")}
         settings = {key: value for key, value in fields.items() if value is not None}
         if type_.rank:
             settings["r"] = int(self.ranks.value(name, self.config[type_.rank]))

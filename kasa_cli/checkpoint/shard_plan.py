@@ -66,7 +66,7 @@ def base_sheets(
         for new, old in sources.items():
             files[checkpoint.shard_of(old)].append(new)
     return [
-        _kept(checkpoint, file)
+        _unchanged(checkpoint, file)
         if max_shard_size is None and changed.isdisjoint(names)
         else Sheet(file, lay_out(triples[name] for name in names), sources)
         for file, names in files.items()
@@ -84,7 +84,7 @@ def _triple(
     return name, dtypes.get(name, entry.dtype), shapes.get(name, entry.shape)
 
 
-def _kept(checkpoint: Checkpoint, file: str) -> Sheet:
+def _unchanged(checkpoint: Checkpoint, file: str) -> Sheet:
     shard = checkpoint.shards[file]
     return Sheet(file, FileLayout(_header(shard.path, shard.data_start), shard.tensors, shard.identity.size))
 

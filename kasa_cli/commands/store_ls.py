@@ -1,7 +1,7 @@
 """`kasa store ls`."""
 
 from kasa_cli.commands.arguments import PathLike, optional_path
-from kasa_cli.pipeline import kept_facts
+from kasa_cli.pipeline import store_contents
 from kasa_cli.report import StoreReport
 
 
@@ -11,4 +11,4 @@ def store_ls(*, store: PathLike | None = None) -> StoreReport:
     Raises:
         KasaError: one of its subclasses, by the kind of trouble.
     """
-    return kept_facts.ls(optional_path(store))
+    return store_contents.ls(optional_path(store))

@@ -4,7 +4,7 @@ import re
 
 from kasa_cli.commands.arguments import PathLike, optional_path
 from kasa_cli.errors import UsageError
-from kasa_cli.pipeline import kept_facts
+from kasa_cli.pipeline import store_contents
 from kasa_cli.report import StoreReport
 
 SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -24,7 +24,7 @@ def store_prune(
     Raises:
         UsageError: none of the three is given, or one is not a size or a time span.
     """
-    return kept_facts.prune(
+    return store_contents.prune(
         optional_path(store),
         max_bytes=num_bytes(max_size),
         max_days=num_days(older_than),

@@ -27,7 +27,7 @@ ROOM = 4 << 20
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenFile:
     """A new file: its descriptor, and a second one with direct access if the filesystem has that."""
 
     descriptor: int
@@ -35,11 +35,11 @@ class Opened:
 
 
 @contextmanager
-def opened_directly(descriptor: int, mode: int = os.O_RDWR) -> Iterator[Opened]:
+def opened_directly(descriptor: int, mode: int = os.O_RDWR) -> Iterator[OpenFile]:
     """An open file, with direct access to it until the block ends."""
     direct = _directly(descriptor, mode)
     try:
-        yield Opened(descriptor, direct)
+        yield OpenFile(descriptor, direct)
     except Exception:
         _close(direct)
         raise
@@ -69,7 +69,7 @@ class Lanes:
     idle: list[Lane] = field(default_factory=list)
 
     @contextmanager
-    def stretch(self, file: Opened, begin: int, end: int, where: str) -> Iterator["Stretch"]:
+    def stretch(self, file: OpenFile, begin: int, end: int, where: str) -> Iterator["Stretch"]:
         """Write bytes [begin, end) of a file in order; all of them are on the disk when the block ends.
 
         Raises:
@@ -87,7 +87,7 @@ class Lanes:
 class Stretch:
     """A range of a file that is being written. `at` is the offset of the next byte."""
 
-    def __init__(self, file: Opened, begin: int, end: int, where: str, lane: Lane) -> None:
+    def __init__(self, file: OpenFile, begin: int, end: int, where: str, lane: Lane) -> None:
         self.file, self.at, self.end, self.where, self.lane = file, begin, end, where, lane
         first, last = -(-begin // BLOCK) * BLOCK, end // BLOCK * BLOCK
         self._whole = range(first, last) if file.direct is not None and last - first >= ROOM else range(0)
@@ -141,7 +141,7 @@ class Stretch:
             )
 
 
-def _either(file: Opened, work: Callable[[int], None]) -> None:
+def _either(file: OpenFile, work: Callable[[int], None]) -> None:
     """Do the work by direct access, or through the page cache where the filesystem refuses."""
     if file.direct is not None:
         try:

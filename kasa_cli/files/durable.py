@@ -75,7 +75,7 @@ def new_file(path: Path, size: int) -> Iterator[int]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
+def open_for_reading(path: Path) -> Iterator[int]:
     """A descriptor of a regular file for reading, until the block ends."""
     with disk_errors(path):
         # O_NONBLOCK: opening a pipe would wait for a writer.
@@ -91,7 +91,7 @@ def opened(path: Path) -> Iterator[int]:
 def copy_file(source: Path, target: Path) -> str:
     """Copy bytes, sharing them on filesystems that can; return the SHA-256 of what was written."""
     digest = hashlib.sha256()
-    with opened(source) as origin:
+    with open_for_reading(source) as origin:
         size = os.fstat(origin).st_size
         buffer = memoryview(bytearray(min(CHUNK, size)))
         with new_file(target, size) as file:
@@ -125,7 +125,7 @@ def pread_all(fd: int, room: memoryview, offset: int, where: str = "") -> None:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of the content of a file."""
-    with opened(path) as file, open(file, "rb", buffering=0, closefd=False) as content:
+    with open_for_reading(path) as file, open(file, "rb", buffering=0, closefd=False) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 

@@ -86,7 +86,7 @@ class Staging:
         self._lock = RunLock(self._folder / ".lock")
         self.out = self._folder / "out"
         self.resumed = False
-        self._kept: dict[str, Path] = {}
+        self._finished: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -99,7 +99,7 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, HOPELESS) and not self._kept:
+        if kind is not None and issubclass(kind, HOPELESS) and not self._finished:
             with suppress(OSError):
                 self._discard()
                 self._remove_folder()
@@ -107,13 +107,13 @@ class Staging:
 
     def part(self, key: str) -> Path | None:
         """The finished part of that key, if its content is intact."""
-        path = self._kept.get(_checked(key))
+        path = self._finished.get(_checked(key))
         if path is None:
             return None
         with disk_errors(path):
             if _is_intact(path):
                 return path
-            self._kept.pop(key, None)
+            self._finished.pop(key, None)
             path.unlink(missing_ok=True)
         return None
 
@@ -122,7 +122,7 @@ class Staging:
         digest = hashlib.sha256(payload).hexdigest()
         path = self._parts / f"{_checked(key)}.{digest}.safetensors"
         write_file(path, [payload], size=len(payload))
-        self._kept[key] = path
+        self._finished[key] = path
 
     def publish(self) -> None:
         """Publish the tree in `out` as the output by one rename, and remove the staging."""
@@ -167,7 +167,9 @@ class Staging:
         sweep(self._folder)
         make_folder(self._parts)
         sweep(self._parts)
-        self._kept = {path.name.split(".")[0]: path for path in sorted(self._parts.glob("*.*.safetensors"))}
+        self._finished = {
+            path.name.split(".")[0]: path for path in sorted(self._parts.glob("*.*.safetensors"))
+        }
         make_folder(self.out)
 
     def _swap(self, replaces: bool) -> None:

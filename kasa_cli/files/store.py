@@ -162,7 +162,7 @@ def default_root() -> Path:
         raise ResourceError("no home directory for the store", "", f"set {VARIABLE}") from error
 
 
-def opened(root: Path | None) -> Store:
+def open_store(root: Path | None) -> Store:
     """The store for a run: in the folder that the user named, which must be writable, or in the default one.
 
     Raises:

@@ -75,8 +75,8 @@ class Group:
     ends: Mapping[str, str | None]
 
     @property
-    def held(self) -> dict[str, str]:
-        """The parameters that have a tensor on disk."""
+    def tensors(self) -> dict[str, str]:
+        """The tensor on disk of each parameter that has one."""
         return {end: name for end, name in self.ends.items() if name is not None}
 
 

@@ -49,7 +49,7 @@ def taken_apart(config: Mapping[str, Any], shapes: Shapes, touched: Iterable[Gro
     groups, sources = [], {}
     for group in _groups(before, shapes):
         if still.isdisjoint(group.ends):
-            source = next(iter(group.held.values()))
+            source = next(iter(group.tensors.values()))
             ends = {end: name or name_on_disk(after, end) for end, name in group.ends.items()}
             sources.update({name: source for name in ends.values() if name not in shapes})
             groups.append(Group(ends))
@@ -62,7 +62,7 @@ def _groups(model: PreTrainedModel, shapes: Shapes) -> tuple[Group, ...]:
     on_disk = {tensor.name: name for name, tensor in loaded_tensors(model, shapes).items() if tensor.whole}
     names = dict.fromkeys(aliases(model).values())
     groups = [Group({end: on_disk.get(end) for end in ends}) for ends in names]
-    return tuple(group for group in groups if group.held)
+    return tuple(group for group in groups if group.tensors)
 
 
 def _require_filled(

@@ -23,7 +23,7 @@ from kasa_cli.checkpoint.safetensors_file import TensorEntry
 from kasa_cli.checkpoint.safetensors_writer import raw_bytes
 from kasa_cli.checkpoint.shard_plan import Sheet
 from kasa_cli.errors import NumericalError
-from kasa_cli.files.direct_io import Lanes, Opened, opened_directly
+from kasa_cli.files.direct_io import Lanes, OpenFile, opened_directly
 from kasa_cli.files.durable import new_file, pread_all, pwrite_all
 from kasa_cli.pipeline.workers import Watcher, run
 
@@ -77,7 +77,7 @@ class Destination:
     """The place of one tensor in the new base, and the tensor of the old base that it is copied from."""
 
     file: str
-    opened: Opened
+    target: OpenFile
     entry: TensorEntry
     source: str
 
@@ -129,7 +129,7 @@ def write_base(
     return WrittenBase(written, headers)
 
 
-def _destinations(sheet: Sheet, file: Opened) -> list[Destination]:
+def _destinations(sheet: Sheet, file: OpenFile) -> list[Destination]:
     """The tensors of a file, in the order of their bytes."""
     entries = sorted(sheet.layout.tensors.values(), key=lambda entry: entry.begin)
     return [
@@ -154,7 +154,7 @@ class _BaseWriter(Generic[Checks]):
     lanes: Lanes = field(default_factory=Lanes)
 
     @contextmanager
-    def new_file(self, sheet: Sheet) -> Iterator[Opened]:
+    def new_file(self, sheet: Sheet) -> Iterator[OpenFile]:
         """A new file of the base that holds its header and awaits its tensors."""
         with new_file(self.folder / sheet.name, sheet.layout.size) as descriptor:
             pwrite_all(descriptor, memoryview(sheet.layout.header), 0)
@@ -169,14 +169,14 @@ class _BaseWriter(Generic[Checks]):
             return WrittenTensor(entry.name, destination.file, entry.dtype, digest, None)
         rewrite = self.rewriter.prepare(entry.name)
         digest = self.put(destination, map(raw_bytes, rewrite.pieces(entry.dtype)))
-        checks = rewrite.check(lambda start, stop: _rows(destination.opened, entry, start, stop))
+        checks = rewrite.check(lambda start, stop: _rows(destination.target, entry, start, stop))
         return WrittenTensor(entry.name, destination.file, entry.dtype, digest, checks)
 
     def put(self, destination: Destination, buffers: Iterable[memoryview]) -> str:
         """Write a tensor and read every byte of it back; returns its hash."""
         digest, entry = blake3(), destination.entry
         where = f"{destination.file}: {destination.name}"
-        with self.lanes.stretch(destination.opened, entry.begin, entry.end, where) as out:
+        with self.lanes.stretch(destination.target, entry.begin, entry.end, where) as out:
             for buffer in buffers:
                 for start in range(0, len(buffer), CHUNK):
                     chunk = buffer[start : start + CHUNK]
@@ -203,7 +203,7 @@ def too_large(name: str, dtype: str) -> NumericalError:
     return NumericalError(f"does not fit {dtype}", name, "choose a wider --dtype" if is_half else "")
 
 
-def _rows(file: Opened, entry: TensorEntry, start: int, stop: int) -> Tensor:
+def _rows(file: OpenFile, entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a tensor in a file."""
     width = entry.num_bytes // entry.shape[0]
     raw = bytearray((stop - start) * width)

@@ -51,7 +51,7 @@ class ConvertPlan(Report):
     """Plan of `kasa convert`: nothing is written.
 
     Only headers of the base are read, and weights that have to be compared with a manifest. Memory and time are
-    those of decomposing what may have to be; the store and a tail spare it. Bytes are not foretold: ranks are not.
+    those of decomposing what may have to be; the store and a tail spare it. Bytes are not predicted: ranks are not.
     """
 
     command: str

@@ -11,7 +11,7 @@ import pytest
 
 from kasa_cli.errors import IntegrityError, ResourceError
 from kasa_cli.files import direct_io
-from kasa_cli.files.direct_io import BLOCK, Lanes, Opened, opened_directly
+from kasa_cli.files.direct_io import BLOCK, Lanes, OpenFile, opened_directly
 from kasa_cli.files.durable import new_file
 
 ROOM = 4 * BLOCK
@@ -174,6 +174,6 @@ def test_a_stretch_reads_what_lies_around_it_never(tmp_path):
 def test_without_direct_access_there_is_only_the_usual_way(tmp_path):
     with (tmp_path / "file").open("wb+") as file:
         lanes = Lanes()
-        with lanes.stretch(Opened(file.fileno(), None), 0, 3 * ROOM, "x") as out:
+        with lanes.stretch(OpenFile(file.fileno(), None), 0, 3 * ROOM, "x") as out:
             out.put(memoryview(bytes(3 * ROOM)))
         assert "thread" not in vars(lanes.idle[0])

@@ -17,8 +17,8 @@ from kasa_cli.errors import ResourceError, UnsafeInput, UsageError
 from kasa_cli.files import durable
 from kasa_cli.files import store as storing
 from kasa_cli.files.durable import TEMPORARY
-from kasa_cli.files.store import FACTS, STALE_SECONDS, Store, default_root, existing, opened
-from kasa_cli.pipeline import kept_facts as verb
+from kasa_cli.files.store import FACTS, STALE_SECONDS, Store, default_root, existing, open_store
+from kasa_cli.pipeline import store_contents as verb
 from tests.builders.runs import forks
 
 KEY, OTHER_KEY = "0" * 16, "f" * 16
@@ -549,20 +549,20 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("homeless")
 def test_a_user_without_a_home_has_a_store_that_knows_nothing(tmp_path: Path) -> None:
-    kept = opened(None)
+    kept = open_store(None)
     assert kept.get(A, "ends-16", KEY) is None
     kept.put(A, "ends-16", KEY, PAYLOAD)
     assert kept.trouble and "KASA_STORE" in str(kept.trouble)
     with pytest.raises(ResourceError, match="KASA_STORE"):
         verb.ls()
-    named = opened(tmp_path / "named")
+    named = open_store(tmp_path / "named")
     named.put(A, "ends-16", KEY, PAYLOAD)
     assert named.trouble is None
 
 
 def test_the_default_store_is_made_when_it_has_something_to_keep(store: Path) -> None:
     store.rmdir()
-    kept = opened(None)
+    kept = open_store(None)
     assert not store.exists()
     kept.put(A, "ends-16", KEY, PAYLOAD)
     assert Store(store).get(A, "ends-16", KEY) == PAYLOAD
@@ -573,22 +573,22 @@ def test_a_named_store_must_be_usable(tmp_path: Path, monkeypatch: pytest.Monkey
     for place in (tmp_path / "file", tmp_path / "link-to-file"):
         if place.name.startswith("link"):
             place.symlink_to(tmp_path / "file")
-        for how in (opened, existing, verb.ls):
+        for how in (open_store, existing, verb.ls):
             with pytest.raises(UnsafeInput, match="not a folder"):
                 how(place)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for place in (tmp_path / "file" / "below", tmp_path / "dangling"):
         with pytest.raises(ResourceError):
-            opened(place)
+            open_store(place)
     monkeypatch.setattr(storing.os, "access", lambda *_: False)
     with pytest.raises(ResourceError, match="--no-store"):
-        opened(tmp_path)
+        open_store(tmp_path)
 
 
 def test_a_link_to_a_folder_is_a_store(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    opened(tmp_path / "link").put(A, "ends-16", KEY, PAYLOAD)
+    open_store(tmp_path / "link").put(A, "ends-16", KEY, PAYLOAD)
     assert Store(tmp_path / "real").get(A, "ends-16", KEY) == PAYLOAD
     assert len(verb.ls(tmp_path / "link").tensors) == 1
 

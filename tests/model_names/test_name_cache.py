@@ -12,7 +12,7 @@ from kasa_cli.errors import InvalidInput
 from kasa_cli.files.store import NAMES, Store
 from kasa_cli.model_names import name_cache, name_map
 from kasa_cli.model_names.name_cache import QUESTION, names_of, packed, unpacked
-from kasa_cli.pipeline import kept_facts as verb
+from kasa_cli.pipeline import store_contents as verb
 from tests.builders import tiny_models
 from tests.builders.adapters import saved
 from tests.builders.folders import tree_hash

@@ -18,7 +18,7 @@ from kasa_cli.errors import ExitCode, ResourceError
 from kasa_cli.files import store as storing
 from kasa_cli.files.durable import TEMPORARY
 from kasa_cli.files.store import Store
-from kasa_cli.pipeline import kept_facts as verb
+from kasa_cli.pipeline import store_contents as verb
 from kasa_cli.pipeline.measuring.facts import Extremes, pack
 from tests.builders.checkpoints import changed, plain_model, save_plain
 from tests.builders.folders import tree_hash

@@ -101,7 +101,7 @@ def alpha_over_rank(settings: Settings) -> float:
 
 
 @dataclass(frozen=True)
-class Given:
+class Inputs:
     """The input of a formula: the tensors by letter, the module, its settings, the weight under the adapter."""
 
     kind: "Kind"
@@ -142,7 +142,7 @@ class Initialisation:
     values: str
     base: BaseChange = BaseChange.NONE
     kind: str = ""
-    subtracted: Callable[[Given], tuple[Term, ...]] | None = None
+    subtracted: Callable[[Inputs], tuple[Term, ...]] | None = None
     refusal: str = ""
     remedy: str = ""
 
@@ -151,8 +151,8 @@ class Initialisation:
 class ConfigType:
     """The configs of one type: values of PEFT's `peft_type` or lora-lite's `variant`, and the rules for the fields.
 
-    `rank` and `alpha` name fields, "" where there is none. Both are `required`, beside those listed. `kept` fields
-    become settings as they are. `has_patterns`: PEFT's patterns give modules other ranks and alphas.
+    `rank` and `alpha` name fields, "" where there is none. Both are `required`, beside those listed. `settings`
+    fields become settings as they are. `has_patterns`: PEFT's patterns give modules other ranks and alphas.
     """
 
     names: tuple[str, ...]
@@ -160,7 +160,7 @@ class ConfigType:
     rank: str = "r"
     alpha: str = ""
     required: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     has_patterns: bool = True
     initialisations: tuple[Initialisation, ...] = ()
 
@@ -201,7 +201,7 @@ class Kind:
     name: str
     config: ConfigType
     tensors: Mapping[str, Spec]
-    change: Callable[[Given], Change]
+    change: Callable[[Inputs], Change]
     settings: Mapping[str, Setting] = field(default_factory=dict)
     needs_weight: bool = False
     scaling: Callable[[Settings], float] | None = None

@@ -22,8 +22,8 @@ from kasa_cli.methods.adapter_kinds.kind import (
     SCALING,
     BaseChange,
     ConfigType,
-    Given,
     Initialisation,
+    Inputs,
     Kind,
     Setting,
     Settings,
@@ -42,13 +42,13 @@ def scaling(settings: Settings) -> float:
     return kasa.scaling(settings["alpha"], settings["r"], bool(settings.get("use_rslora")))
 
 
-def lora(x: Given) -> Change:
+def lora(x: Inputs) -> Change:
     """LoRA, arXiv 2106.09685:  W' = W + s B A,  b' = b + s b_B."""
     bias = x.get("bias")
     return Change(terms=(Term(x.scaling * x["B"], x["A"]),), shift=None if bias is None else x.scaling * bias)
 
 
-def with_diagonal(x: Given) -> Change:
+def with_diagonal(x: Inputs) -> Change:
     """KaSA's adapter, arXiv 2412.06071: + s B diag(d) A. The first files held diag(d) whole, as an r x r core.
 
     The truncation of the base is not part of it: see `truncation`.
@@ -66,7 +66,7 @@ def truncation(bottom: Ends) -> Change:
 # --- initialisations ---
 
 
-def _largest(x: Given) -> tuple[Term, ...]:
+def _largest(x: Inputs) -> tuple[Term, ...]:
     """PiSSA, arXiv 2404.02948: s B_0 A_0 = U_r S_r V_r^T, the r largest components."""
     r = x.settings["r"]
     if r > min(x.W.shape):
@@ -79,7 +79,7 @@ def _largest(x: Given) -> tuple[Term, ...]:
     return (Term(top.U[:, :r] * -top.S[:r], top.V[:, :r].T),)
 
 
-def _first_columns(x: Given) -> tuple[Term, ...]:
+def _first_columns(x: Inputs) -> tuple[Term, ...]:
     """OLoRA, arXiv 2406.01775: s Q_r R_r of W = Q R. Q_r spans the first r columns: their decomposition is enough."""
     if x.module.is_transposed:
         raise InvalidInput("PEFT's OLoRA decomposes the transpose of a Conv1D weight, which does not fit it")
@@ -120,10 +120,10 @@ INITIALISATIONS = (
     ),
 )
 """What the values of `init_lora_weights` do to the base; an unknown value is refused."""
-SUBTRACTED = {one.values: one.subtracted for one in INITIALISATIONS if one.subtracted}
+SUBTRACTED = {row.values: row.subtracted for row in INITIALISATIONS if row.subtracted}
 
 
-def _initialised(init: object, x: Given) -> Change:
+def _initialised(init: object, x: Inputs) -> Change:
     """LoRA after PEFT has subtracted its initialisation: from linear weights only, never from embeddings."""
     plain, subtracted = lora(x), SUBTRACTED.get(str(init))
     return (
@@ -133,7 +133,7 @@ def _initialised(init: object, x: Given) -> Change:
     )
 
 
-def dora(x: Given) -> Change:
+def dora(x: Inputs) -> Change:
     """DoRA, arXiv 2402.09353:  W' = diag(m / ‖V‖) V,  V = W + s B A, ‖V‖ the norms of the rows of V.
 
     With other adapters before it the norms are still those of W + s B A, as in PEFT. Embeddings alike, by transposes.
@@ -149,7 +149,7 @@ LORA_CONFIG = ConfigType(
     ("LORA",),
     LORA_FIELDS,
     alpha="lora_alpha",
-    kept=("use_rslora", "fan_in_fan_out", "lora_bias"),
+    settings=("use_rslora", "fan_in_fan_out", "lora_bias"),
     initialisations=INITIALISATIONS,
 )
 FACTORS = {"A": spec("r i", "lora_A", "lora_embedding_A"), "B": spec("o r", "lora_B", "lora_embedding_B")}

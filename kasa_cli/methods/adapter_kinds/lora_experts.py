@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapter_kinds.change import Change, transposed
-from kasa_cli.methods.adapter_kinds.given import given
+from kasa_cli.methods.adapter_kinds.inputs import inputs_of
 from kasa_cli.methods.adapter_kinds.kind import Module, Spec, spec
 from kasa_cli.methods.adapter_kinds.lora import LORA, lora
 
@@ -27,7 +27,7 @@ def experts(
     is_swapped = are_sides_swapped(sides, module, peft_version)
     if is_swapped:
         module = replace(module, out_features=module.in_features, in_features=module.out_features)
-    x = given(STACKED, tensors, module, None)
+    x = inputs_of(STACKED, tensors, module, None)
     r = x.settings["r"]
     if len(x.tensors["A"]) != num_experts * r:
         raise InvalidInput(f"{len(x.tensors['A'])} rows for {num_experts} experts of rank {r}", A_name)

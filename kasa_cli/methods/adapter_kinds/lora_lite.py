@@ -19,7 +19,7 @@ from kasa_cli.methods.adapter_kinds.kind import (
     ALPHA,
     BaseChange,
     ConfigType,
-    Given,
+    Inputs,
     Kind,
     Setting,
     Settings,
@@ -56,11 +56,11 @@ def lite_config(*variants: str, fields: Mapping[str, Field] = NONE, ignored: str
     }
     own = tuple(fields)
     return ConfigType(
-        variants, {**common, **fields}, alpha="alpha", required=own, kept=(*own, *ignored.split())
+        variants, {**common, **fields}, alpha="alpha", required=own, settings=(*own, *ignored.split())
     )
 
 
-def pissa(x: Given) -> Change:
+def pissa(x: Inputs) -> Change:
     """PiSSA, arXiv 2404.02948:  W' = W - s B_0 A_0 + s B A, B_0 A_0 the initial product in the dtype of the file.
 
     The initialisation is not in the file. It was rounded before it was subtracted, so it is recomputed by the same
@@ -75,13 +75,13 @@ def pissa(x: Given) -> Change:
     return Change(terms=(subtracted, *lora(x).terms))
 
 
-def hra(x: Given) -> Change:
+def hra(x: Inputs) -> Change:
     """HRA, arXiv 2405.17484, on rows u_n:  W' = W Π_n (I - 2 u_n u_n^T / max(‖u_n‖², 1e-12))."""
     U = x["U"].T
     return reflected(U, 2 / U.square().sum(0).clamp_min(SMALLEST_SQUARE))
 
 
-def antipasto(x: Given) -> Change:
+def antipasto(x: Inputs) -> Change:
     """AntiPaSTO, arXiv 2601.07473:  W' = W - U diag(S) V^T + U diag(S + δ) R V^T, or with U R^T and V^T.
 
     All of it from the file's own tensors: the directions may have been chosen by data.
@@ -109,7 +109,7 @@ ROTATED: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = 
 }
 
 
-def _rotations(angles: Float64[Tensor, "c n"], x: Given) -> Float64[Tensor, "c b b"]:
+def _rotations(angles: Float64[Tensor, "c n"], x: Inputs) -> Float64[Tensor, "c b b"]:
     """Cayley rotations (I - X)^-1 (I + X), X = A / 2, of skew-symmetric A that tanh keeps below an angle."""
     b = x.settings["block_size"]
     limit = 2 * math.tan(x.settings["max_rotation_angle"] / 2)
@@ -132,7 +132,7 @@ def _has_rotation(config: Settings) -> bool:
     return config.get("rotate_basis") != "none"
 
 
-def lite_road(x: Given) -> Change:
+def lite_road(x: Inputs) -> Change:
     """RoAd under lora-lite's name of its variant."""
     return road(replace(x, settings={**x.settings, "variant": x.settings["road_variant"]}))
 

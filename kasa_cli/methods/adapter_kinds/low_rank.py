@@ -27,7 +27,7 @@ from kasa_cli.methods.adapter_kinds.config_fields import (
 from kasa_cli.methods.adapter_kinds.kind import (
     ALPHA,
     ConfigType,
-    Given,
+    Inputs,
     Kind,
     Setting,
     Settings,
@@ -43,7 +43,7 @@ ADALORA_EPSILON = 1e-5
 # --- AdaLoRA ---
 
 
-def adalora(x: Given) -> Change:
+def adalora(x: Inputs) -> Change:
     """AdaLoRA, arXiv 2303.10512:  W' = W + alpha / (r + 1e-5) B diag(E) A, r the rank it began with."""
     return Change(terms=(Term(x.scaling * x["B"] * x["E"].T, x["A"]),))
 
@@ -72,7 +72,7 @@ ADALORA = Kind(
         },
         rank="init_r",
         alpha="lora_alpha",
-        kept=("fan_in_fan_out",),
+        settings=("fan_in_fan_out",),
         has_patterns=False,
     ),
     {"A": spec("n i", "lora_A"), "B": spec("o n", "lora_B"), "E": spec("n 1", "lora_E")},
@@ -87,7 +87,7 @@ ADALORA = Kind(
 # --- DeLoRA ---
 
 
-def delora(x: Given) -> Change:
+def delora(x: Inputs) -> Change:
     """DeLoRA, arXiv 2503.18225:  W' = W + λ/r B diag(1 / (‖a‖ ‖b‖)) A diag(w), w the norms of the columns of W."""
     A, B = x["A"], x["B"]
     lengths = A.norm(dim=1).clamp_min(SMALLEST_NORM) * B.norm(dim=0).clamp_min(SMALLEST_NORM)
@@ -122,7 +122,7 @@ DELORA = Kind(
 # --- VeRA ---
 
 
-def vera(x: Given) -> Change:
+def vera(x: Inputs) -> Change:
     """VeRA, arXiv 2310.11454:  W' = W + diag(b) B diag(d) A, A and B cut from what all modules share."""
     o, i = x.module.out_features, x.module.in_features
     A, B = x.tensors["A"][:, :i].to(torch.float64), x.tensors["B"][:o].to(torch.float64)
@@ -149,7 +149,7 @@ VERA = Kind(
             "fan_in_fan_out": FLAG,
             "save_projection": SAVED,
         },
-        kept=("fan_in_fan_out",),
+        settings=("fan_in_fan_out",),
     ),
     {
         "b": spec("o", "vera_lambda_b"),
@@ -167,7 +167,7 @@ VERA = Kind(
 # --- RandLoRA ---
 
 
-def randlora(x: Given) -> Change:
+def randlora(x: Inputs) -> Change:
     """RandLoRA, arXiv 2502.00987: W' = W + s B A with n bases of rank r side by side, A scaled by Λ and Γ.
 
     A belongs to the shorter side of W, which is the output for a wide one: then both are transposed.
@@ -208,7 +208,7 @@ RANDLORA = Kind(
             "save_projection": SAVED,
         },
         alpha="randlora_alpha",
-        kept=("fan_in_fan_out",),
+        settings=("fan_in_fan_out",),
     ),
     {
         "lambda": spec("r n", "randlora_lambda"),
@@ -230,7 +230,7 @@ RANDLORA = Kind(
 # --- OSF ---
 
 
-def osf(x: Given) -> Change:
+def osf(x: Inputs) -> Change:
     """OSF, arXiv 2504.07097: the n smallest components of W are replaced by U diag(S) V."""
     n = x.tensors["S"].shape[0]
     if n >= min(x.W.shape):

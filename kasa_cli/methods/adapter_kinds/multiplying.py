@@ -27,7 +27,7 @@ from kasa_cli.methods.adapter_kinds.config_fields import (
 )
 from kasa_cli.methods.adapter_kinds.kind import (
     ConfigType,
-    Given,
+    Inputs,
     Kind,
     Setting,
     Settings,
@@ -45,7 +45,7 @@ FIRST_NEUMANN = (0, 18)
 # --- (IA)³ ---
 
 
-def ia3(x: Given) -> Change:
+def ia3(x: Inputs) -> Change:
     """(IA)³, arXiv 2205.05638:  W' = diag(l) W, b' = l b; of a feed-forward layer W' = W diag(l), b' = b."""
     gate = x["l"]
     is_output = gate.shape[1:] == (1,) and len(gate) == x.module.out_features
@@ -84,7 +84,7 @@ IA3 = Kind(
         ("IA3",),
         {**COMMON, "fan_in_fan_out": FLAG, "feedforward_modules": NAMES, "init_ia3_weights": ANY},
         rank="",
-        kept=("fan_in_fan_out",),
+        settings=("fan_in_fan_out",),
     ),
     {"l": spec("o 1|1 i", "ia3_l")},
     ia3,
@@ -97,7 +97,7 @@ IA3 = Kind(
 # --- HRA ---
 
 
-def hra(x: Given) -> Change:
+def hra(x: Inputs) -> Change:
     """HRA, arXiv 2405.17484:  W' = W Π_n (I - 2 u_n u_n^T / ‖u_n‖²), or W (I - 2 Q Q^T) with Gram-Schmidt."""
     U = x["U"]
     if x.settings["apply_GS"]:
@@ -120,7 +120,7 @@ def reflected(U: Float64[Tensor, "i r"], tau: Float64[Tensor, " r"]) -> Change:
 
 HRA = Kind(
     "hra",
-    ConfigType(("HRA",), {**COMMON, "r": COUNT, "bias": BIAS, "apply_GS": FLAG}, kept=("apply_GS",)),
+    ConfigType(("HRA",), {**COMMON, "r": COUNT, "bias": BIAS, "apply_GS": FLAG}, settings=("apply_GS",)),
     {"U": spec("i r", "hra_u")},
     hra,
     {"r": Setting(int), "apply_GS": Setting(bool, False)},
@@ -129,7 +129,7 @@ HRA = Kind(
 # --- OFT ---
 
 
-def oft(x: Given) -> Change:
+def oft(x: Inputs) -> Change:
     """OFT, arXiv 2306.07280 and 2506.19847:  W' = W R^T, R of orthogonal blocks from skew-symmetric ones.
 
     In an embedding it turns the embedding, which is W's output: W' = R^T W.
@@ -246,7 +246,7 @@ OFT = Kind(
         },
         rank="",
         required=("oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms"),
-        kept=(
+        settings=(
             "fan_in_fan_out",
             "coft",
             "eps",
@@ -276,7 +276,7 @@ OFT = Kind(
 # --- RoAd ---
 
 
-def road(x: Given) -> Change:
+def road(x: Inputs) -> Change:
     """RoAd, arXiv 2409.00119:  W' = R W, b' = R b, R turning and stretching pairs of outputs of one group."""
     group, variant = x.settings["group_size"], x.settings["variant"]
     along, across = ROAD_COLUMNS[variant](x["theta"], x["alpha"], group)
@@ -332,7 +332,7 @@ ROAD = Kind(
         {**COMMON, "group_size": COUNT, "variant": one_of(*ROAD_COLUMNS)},
         rank="",
         required=("group_size", "variant"),
-        kept=("group_size", "variant"),
+        settings=("group_size", "variant"),
     ),
     {"theta": spec("s", "road_theta"), "alpha": spec("s", "road_alpha")},
     road,

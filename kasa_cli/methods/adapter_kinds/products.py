@@ -24,7 +24,7 @@ from kasa_cli.methods.adapter_kinds.config_fields import (
 from kasa_cli.methods.adapter_kinds.kind import (
     ALPHA,
     ConfigType,
-    Given,
+    Inputs,
     Kind,
     Setting,
     Settings,
@@ -37,7 +37,7 @@ from kasa_cli.methods.adapter_kinds.kind import (
 # --- HiRA ---
 
 
-def hira(x: Given) -> Change:
+def hira(x: Inputs) -> Change:
     """HiRA (ICLR 2025):  W' = W + W ⊙ (B A), W as it was before any adapter. No scaling."""
     A, B, W = x["A"], x["B"], x.W
     return Change(dense=lambda start, stop: W[start:stop].to(torch.float64) * (B[start:stop] @ A))
@@ -48,7 +48,7 @@ HIRA = Kind(
     ConfigType(
         ("HIRA",),
         {**COMMON, "r": COUNT, "hira_dropout": ANY, "fan_in_fan_out": FLAG, "rank_pattern": RANKS},
-        kept=("fan_in_fan_out",),
+        settings=("fan_in_fan_out",),
     ),
     {"A": spec("r i", "hira_A", "hira_embedding_A"), "B": spec("o r", "hira_B", "hira_embedding_B")},
     hira,
@@ -61,7 +61,7 @@ HIRA = Kind(
 # --- LoHa ---
 
 
-def loha(x: Given) -> Change:
+def loha(x: Inputs) -> Change:
     """LoHa, arXiv 2108.06098:  W' = W + alpha/r (B_1 A_1) ⊙ (B_2 A_2)."""
     B1, A1, B2, A2 = x.scaling * x["B1"], x["A1"], x["B2"], x["A2"]
     return Change(dense=lambda start, stop: (B1[start:stop] @ A1) * (B2[start:stop] @ A2))
@@ -85,7 +85,7 @@ LOHA = Kind(
 # --- LoKr ---
 
 
-def lokr(x: Given) -> Change:
+def lokr(x: Inputs) -> Change:
     """LoKr, arXiv 2309.14859:  W' = W + alpha/r C ⊗ D, each of them whole or a product of two."""
     C = _whole_or_product(x, "C") * x.scaling
     D = _whole_or_product(x, "D")
@@ -99,7 +99,7 @@ def lokr(x: Given) -> Change:
     return Change(dense=product)
 
 
-def _whole_or_product(x: Given, letter: str) -> Tensor:
+def _whole_or_product(x: Inputs, letter: str) -> Tensor:
     """A factor of LoKr, from one tensor or from two."""
     whole = x.get(letter)
     return torch.mm(x[f"{letter}_a"], x[f"{letter}_b"]) if whole is None else whole
@@ -144,7 +144,7 @@ LOKR = Kind(
 # --- MiSS ---
 
 
-def miss(x: Given) -> Change:
+def miss(x: Inputs) -> Change:
     """MiSS, arXiv 2409.15371:  W'[:, q] = W[:, q] + D[q mod r], D (r x o); in "mini" D repeats along the outputs."""
     D = x["D"]
     if D.ndim == 3:
@@ -155,7 +155,7 @@ def miss(x: Given) -> Change:
     return Change(terms=(Term(D.repeat(1, o // width).T, eyes[:, :i]),))
 
 
-def _bat(D: Float64[Tensor, "c r r"], x: Given) -> Change:
+def _bat(D: Float64[Tensor, "c r r"], x: Inputs) -> Change:
     """MiSS "bat":  X' = X + X D_c + D_c for each r x r block X of W in the c-th row of blocks."""
     r = D.shape[1]
 
@@ -195,7 +195,7 @@ MISS = Kind(
             "bias": BIAS,
             "init_weights": one_of(True, False, "bat", "mini"),
         },
-        kept=("mini_r", "init_weights"),
+        settings=("mini_r", "init_weights"),
     ),
     {"D": spec(_miss_shape, "miss_block")},
     miss,

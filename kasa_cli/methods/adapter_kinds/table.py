@@ -12,7 +12,7 @@ from torch import Tensor
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapter_kinds.change import Change
 from kasa_cli.methods.adapter_kinds.config_fields import COMMON, INDICES
-from kasa_cli.methods.adapter_kinds.given import given
+from kasa_cli.methods.adapter_kinds.inputs import inputs_of
 from kasa_cli.methods.adapter_kinds.kind import ConfigType, Initialisation, Kind, Module, Settings
 from kasa_cli.methods.adapter_kinds.lora import DORA, KASA, LORA, OLORA, PISSA
 from kasa_cli.methods.adapter_kinds.lora_lite import (
@@ -113,4 +113,4 @@ def change(
     if name not in KINDS:
         raise InvalidInput(f"unknown kind of adapter {name!r}", "", f"known: {', '.join(KINDS)}")
     kind = KINDS[name]
-    return kind.change(given(kind, tensors, module, weight))
+    return kind.change(inputs_of(kind, tensors, module, weight))

@@ -134,12 +134,12 @@ def _convert(converter: Converter, place: Placed) -> Converted:
     hashes = {name: hash_tensor(converter.checkpoint, name) for name in names}
     key = _part_key(place, hashes)
     if converter.staging.part(key) is None:
-        converter.staging.keep_part(key, _made(converter, place))
+        converter.staging.keep_part(key, _convert_one(converter, place))
     payload = _payload(converter.staging, key, place)
     return Converted(place, key, hashes, **header(payload))
 
 
-def _made(converter: Converter, place: Placed) -> bytes:
+def _convert_one(converter: Converter, place: Placed) -> bytes:
     """The factors of a patch, packed, with their measurements."""
     weight = cache(partial(weight_under, converter.checkpoint, place))
     try:

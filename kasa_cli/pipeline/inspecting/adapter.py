@@ -116,7 +116,7 @@ class OpenAdapter:
 class PatchTensors:
     """One patch with its tensors, while it is measured."""
 
-    opened: OpenAdapter
+    source: OpenAdapter
     item: Item
     tensors: Mapping[str, Tensor]
 
@@ -142,7 +142,7 @@ class PatchTensors:
         if not self.item.is_stack:
             return 1
         num_rows, r = len(self.tensors["lora_A"]), self.patch.settings["r"]
-        return None if self.opened.has_patterns or num_rows % r else num_rows // r
+        return None if self.source.has_patterns or num_rows % r else num_rows // r
 
     def pairs(self) -> Iterable[Factors | None]:
         """The two factors of each matrix, for kinds with two."""
@@ -170,12 +170,12 @@ class PatchTensors:
     def _update(self, module: Module) -> Update | str:
         """The update of a single weight, which is read only where the update depends on it."""
         needs = needs_weight(self.patch)
-        W = self.opened.weight(self.item) if needs else None
+        W = self.source.weight(self.item) if needs else None
         if needs and W is None:
             return NEEDS_BASE
         change = kinds.change(self.patch.kind, self.tensors, module, W)
         if change.map is not None and W is None:
-            W = self.opened.weight(self.item)
+            W = self.source.weight(self.item)
             if W is None:
                 return NEEDS_BASE
         return learned.update(change, W, (module.out_features, module.in_features))

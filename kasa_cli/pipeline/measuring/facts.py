@@ -25,7 +25,7 @@ from torch import Tensor
 from kasa_cli.checkpoint.manifest import numeric_environment
 from kasa_cli.errors import NumericalError, UsageError
 from kasa_cli.files.durable import canonical_json
-from kasa_cli.files.store import Store, opened
+from kasa_cli.files.store import Store, open_store
 from kasa_cli.linalg.bottom import ANGLE_TOLERANCE, Ends, ends_of, level
 from kasa_cli.linalg.frame import StreamedWeight, frame
 from kasa_cli.linalg.gram import Gram
@@ -150,11 +150,11 @@ class Bench:
     def _ask(self, question: str, kind: type[Fact], find: Callable[[], Fact]) -> Fact:
         """The previous answer, the stored fact, or a new one."""
         if question not in self._answers:
-            self._answers[question] = self._known(question, kind) or self._found(question, find)
+            self._answers[question] = self._known(question, kind) or self._measure(question, find)
         answer: Fact = self._answers[question]
         return answer
 
-    def _found(self, question: str, find: Callable[[], Fact]) -> Fact:
+    def _measure(self, question: str, find: Callable[[], Fact]) -> Fact:
         """Compute a fact and store it."""
         try:
             fact = find()
@@ -226,7 +226,7 @@ def pick_device(name: str) -> torch.device:
 
 def open_facts(running: Running) -> Facts:
     """The facts of earlier runs in the same numerical environment; none without a store."""
-    store = opened(running.store) if running.use_store else None
+    store = open_store(running.store) if running.use_store else None
     environment = numeric_environment(running.threads_per_worker, pick_device(running.device).type)
     return Facts(store, asdict(environment))
 

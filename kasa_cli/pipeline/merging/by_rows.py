@@ -38,7 +38,7 @@ class Stored:
         return (prod(sides), width) if sides else (width, 1)
 
     @contextmanager
-    def opened(self, step: int) -> Iterator[RowReader]:
+    def open(self, step: int) -> Iterator[RowReader]:
         """Its rows, up to `step` at a time, always in the same memory."""
         flat = replace(self.container.tensors[self.name], shape=self.shape)
         room = torch.empty(min(step, self.shape[0]), self.shape[1], dtype=TORCH_DTYPES[flat.dtype])
@@ -93,8 +93,8 @@ class StreamedTensor:
         num_rows, width = (self.value or self.before).shape
         each, step = num_rows // self.num_matrices, self._step(width)
         with ExitStack() as files:
-            before = files.enter_context(self.before.opened(step))
-            value = files.enter_context(self.value.opened(step)) if self.value else None
+            before = files.enter_context(self.before.open(step))
+            value = files.enter_context(self.value.open(step)) if self.value else None
             for number in range(self.num_matrices):
                 total = _sum(self.changes.get(number, ()), width, TORCH_DTYPES[dtype], min(step, each))
                 self._sums.append(total)

@@ -74,7 +74,7 @@ def _untied(
 def _placed_at(
     mergings: Sequence[Merging], tied: Sequence[TiedItems], groups: Iterable[Group]
 ) -> list[Merging]:
-    names = {end: name for group in groups for end, name in group.held.items()}
+    names = {end: name for group in groups for end, name in group.tensors.items()}
     placed = [item.placed_at(names) for item in tied]
     return [replace(item, placed=p, values=v) for item, (p, v) in zip(mergings, placed, strict=True)]
 
@@ -98,7 +98,7 @@ def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> l
 
     tied_groups = []
     for group in tied_weights.groups_of(base.checkpoint.config, _shapes(base.checkpoint)):
-        names_of_group = group.held.values()
+        names_of_group = group.tensors.values()
         is_one = len(names_of_group) == 1 or len({base.digest(name) for name in names_of_group}) == 1
         if is_one:
             tied_groups.append(group)

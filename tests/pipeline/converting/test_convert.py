@@ -721,7 +721,7 @@ def test_an_interrupted_run_goes_on_with_the_factors_it_has(tmp_path, monkeypatc
     assert not (tmp_path / "OUT").exists()
     with pytest.raises(IntegrityError, match="another job"):
         converted(adapter, base, tmp_path / "OUT", rank=2)
-    monkeypatch.setattr(factors_file, "_made", stopped)
+    monkeypatch.setattr(factors_file, "_convert_one", stopped)
     converted(adapter, base, tmp_path / "OUT")
     monkeypatch.undo()
     converted(adapter, base, tmp_path / "whole")

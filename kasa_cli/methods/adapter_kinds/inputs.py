@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapter_kinds.kind import (
-    Given,
+    Inputs,
     Kind,
     Module,
     Settings,
@@ -19,9 +19,9 @@ from kasa_cli.methods.adapter_kinds.kind import (
 from kasa_cli.methods.adapter_kinds.shapes import sizes_of
 
 
-def given(
+def inputs_of(
     kind: Kind, tensors: Mapping[str, Tensor], module: Module, weight: Float[Tensor, "o i"] | None
-) -> Given:
+) -> Inputs:
     """The input of the formula, from tensors by their short names.
 
     Raises:
@@ -41,7 +41,7 @@ def given(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     sizes_of(kind, {**module.settings, **settings}, shapes, known, {name: name for name in tensors})
     by_name = {letter: tensors[name] for letter, name in by_letter.items() if name}
-    return Given(kind, by_name, module, settings, weight, is_of_embedding(tensors))
+    return Inputs(kind, by_name, module, settings, weight, is_of_embedding(tensors))
 
 
 def _rank(settings: Settings) -> dict[str, int]:

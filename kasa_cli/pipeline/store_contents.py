@@ -13,14 +13,14 @@ from kasa_cli.report.totals import StoreRow
 
 DAY = 24 * 3600
 UNKNOWN: dict[str, Any] = {"name": "?", "dtype": "?", "shape": [0, 0]}
-Held = tuple[Store, Entry]
+ShelfEntry = tuple[Store, Entry]
 """An entry, and the store that holds it."""
 
 
 def ls(store: Path | None = None) -> StoreReport:
     """Every measured tensor, the one used last first, and the number of models whose names are known."""
     facts_store = existing(store)
-    entries = _held(facts_store)
+    entries = _entries(facts_store)
     tensors, models = _parted(entries)
     return StoreReport(
         command="store ls",
@@ -46,7 +46,7 @@ def prune(
     if max_bytes is None and max_days is None and not everything:
         raise UsageError("nothing is chosen for removal", "", "give --max-size, --older-than or --all")
     facts_store = existing(store)
-    entries = _held(facts_store)
+    entries = _entries(facts_store)
     doomed = entries if everything else _doomed(entries, max_bytes, max_days)
     tensors, models = _parted(doomed)
     rows = tuple(_row(facts_store, entry) for entry in tensors)
@@ -76,13 +76,13 @@ def _shelves(facts_store: Store) -> tuple[Store, Store]:
     return facts_store.shelf(FACTS), facts_store.shelf(NAMES)
 
 
-def _held(facts_store: Store) -> list[Held]:
+def _entries(facts_store: Store) -> list[ShelfEntry]:
     """All entries, the last used first."""
     entries = [(shelf, entry) for shelf in _shelves(facts_store) for entry in shelf.entries()]
     return sorted(entries, key=lambda pair: (-pair[1].last_used, pair[1].content))
 
 
-def _parted(entries: Iterable[Held]) -> tuple[list[Entry], list[Entry]]:
+def _parted(entries: Iterable[ShelfEntry]) -> tuple[list[Entry], list[Entry]]:
     """The measured tensors, and the models whose names are known."""
     parts: dict[str, list[Entry]] = {FACTS: [], NAMES: []}
     for shelf, entry in entries:
@@ -90,11 +90,11 @@ def _parted(entries: Iterable[Held]) -> tuple[list[Entry], list[Entry]]:
     return parts[FACTS], parts[NAMES]
 
 
-def _num_bytes(entries: Iterable[Held]) -> int:
+def _num_bytes(entries: Iterable[ShelfEntry]) -> int:
     return sum(entry.num_bytes for _, entry in entries)
 
 
-def _doomed(entries: list[Held], max_bytes: int | None, max_days: float | None) -> list[Held]:
+def _doomed(entries: list[ShelfEntry], max_bytes: int | None, max_days: float | None) -> list[ShelfEntry]:
     """The entries that are too old or no longer fit; `held` has the last used first."""
     doomed, room, now = [], max_bytes, time.time()
     for pair in entries:
