@@ -1,4 +1,4 @@
-"""Every test runs offline, on one BLAS thread, and keeps the user's cache and store out of it."""
+"""Every test runs offline and on one BLAS thread, and does not touch the user's cache or store."""
 
 import atexit
 import os
@@ -30,7 +30,7 @@ def shared_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def store(tmp_path_factory, monkeypatch):
-    """A store of its own for each test, so that none knows what another measured."""
+    """An empty store for each test, so that no test depends on measurements of another."""
     folder = tmp_path_factory.mktemp("store")
     monkeypatch.setenv("KASA_STORE", str(folder))
     return folder
@@ -45,6 +45,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A checkpoint of eight small weights that the tests of a file share; nothing lies beside it."""
-    from tests.builders.checkpoints import plain_model  # torch, which not every test needs
+    from tests.builders.checkpoints import plain_model  # imports torch, which not every test needs
 
     return plain_model(tmp_path_factory.mktemp("plain") / "model")

@@ -1,4 +1,4 @@
-"""Adapters that lie, through the command line: each fault, each verb, the exit code, one line, nothing written."""
+"""Faulty adapters through the command line: every fault and every command; exit code, one line, nothing written."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def no_store(monkeypatch, tmp_path_factory):
 
 
 def commands(adapter: Path, base: Path, out: Path, *more: object) -> dict[str, tuple[object, ...]]:
-    """Every verb that reads an adapter. One worker: of a conversion, what others have finished is kept."""
+    """The arguments of every command that reads an adapter; one worker, as more would leave finished parts."""
     return {
         "merge": ("merge", adapter, "--into", base, "-o", out, *more),
         "convert": ("convert", adapter, "--to", "lora", "--base", base, "-o", out, "--workers", 1, *more),
@@ -49,7 +49,7 @@ def commands(adapter: Path, base: Path, out: Path, *more: object) -> dict[str, t
 
 
 def assert_refused(capsys, arguments: tuple[object, ...], code: int, said: str, place: Path) -> None:
-    """One line for a person, nothing on stdout, nothing in the place where the output would be."""
+    """The command prints one line, nothing on stdout, and leaves no output."""
     before = sorted(place.iterdir())
     done = inside(capsys, *arguments)
     assert (done.code, done.out) == (code, ""), done
@@ -61,7 +61,7 @@ def assert_refused(capsys, arguments: tuple[object, ...], code: int, said: str, 
 
 @dataclass(frozen=True)
 class Fault:
-    """How an adapter is damaged, and what must be said of it; `alone` is whether its own files show it."""
+    """How an adapter is damaged, and the error; `alone` says whether its own files show the damage."""
 
     case: str
     change: Callable[[Path], Any]
@@ -74,7 +74,7 @@ class Fault:
 
 
 def field(name: str, text: str, said: str, code: int = INVALID, case: str = "lora") -> Fault:
-    """A field whose value is spelled so, which may be no JSON that Python would write."""
+    """A field of the config with this text as its value, valid JSON or not."""
 
     def write(adapter: Path) -> None:
         fields = {key: json.dumps(value) for key, value in json.loads((adapter / CONFIG).read_text()).items()}
@@ -231,7 +231,7 @@ def header(content: object, said: str, code: int = INVALID, body: bytes = b"\0" 
 
 
 def file(name: str, make: Callable[[Path], Any], said: str, code: int = UNSAFE) -> Fault:
-    """Something else in the place of a file."""
+    """Something else takes the place of a file."""
 
     def write(adapter: Path) -> None:
         (adapter / name).unlink()

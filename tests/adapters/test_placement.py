@@ -1,4 +1,4 @@
-"""Where the patches of an adapter go on disk: merged by hand piece by piece, against PEFT's own merge in memory."""
+"""Placement of an adapter's patches on disk: merged by hand, piece by piece, against PEFT's own merge in memory."""
 
 import copy
 import re
@@ -60,7 +60,7 @@ def base_of(family: str) -> Base:
 
 
 def product(one: Placed, adapter: Tensors, expert: int) -> torch.Tensor:
-    """s B A of one matrix, the way round that memory has it."""
+    """s B A of one matrix, oriented as in memory."""
     short = "lora_embedding_" if "lora_embedding_A" in one.patch.tensors else "lora_"
     A, B = (adapter[one.patch.tensors[f"{short}{letter}"]] for letter in "AB")
     r = one.patch.settings["r"]
@@ -71,7 +71,7 @@ def product(one: Placed, adapter: Tensors, expert: int) -> torch.Tensor:
 
 
 def merge(base: Tensors, found: tuple[Placed, ...], adapter: Tensors) -> None:
-    """Add every patch to the tensors on disk that it was led to."""
+    """Add every patch to the tensors on disk that it is placed on."""
     for one in found:
         for expert, parts in enumerate(one.matrices):
             delta = product(one, adapter, expert)
@@ -97,7 +97,7 @@ def put_values(base: Tensors, found: tuple[PlacedValue, ...], adapter: Tensors) 
 
 
 def merged_by_peft(base: Base, adapter: Path) -> Tensors:
-    """What transformers saves after PEFT merged."""
+    """The tensors that transformers saves after PEFT's merge."""
     config = base.checkpoint.config
     model = getattr(transformers, config["architectures"][0]).from_pretrained(base.checkpoint.root)
     assert isinstance(model, PreTrainedModel)
@@ -176,7 +176,7 @@ def test_classes_that_store_experts_in_out_are_those_of_transformers():
     assert all(any(name.startswith(start) for name in found) for start in TURNED_CLASSES)
 
 
-# --- experts of square matrices, where no shape tells the way round ---
+# --- experts of square matrices, where no shape tells the orientation ---
 
 
 def square(family: str) -> PreTrainedModel:
@@ -218,7 +218,7 @@ def test_square_experts_go_the_way_that_the_release_says(family, tmp_path):
 
 
 def test_files_of_an_older_peft_have_the_sides_of_experts_the_other_way_round(tmp_path):
-    """Before 0.19, A had the outputs and B the inputs: made here from a file of today by a transposition."""
+    """Before PEFT 0.19, A had the outputs and B the inputs; a transposition makes such a file from a current one."""
     r, experts = 4, 4
 
     def swap(tensors: Tensors) -> None:
@@ -262,7 +262,7 @@ def test_adapters_of_transformers_4_name_experts_as_the_files_do(tmp_path):
 
 
 def test_a_module_named_as_on_disk_is_the_one_in_memory(tmp_path):
-    """GPT-2 on the Hub has no `transformer.`; an adapter made on the model without a head has none either."""
+    """GPT-2 on the Hub has names without `transformer.`, and so has an adapter of the model without a head."""
     base = base_of("gpt2")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in base.tensors().items()}
     (tmp_path / "hub").mkdir()

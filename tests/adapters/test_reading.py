@@ -1,4 +1,4 @@
-"""What an adapter's files alone say, against the live layers of PEFT that saved them; then tampered files."""
+"""Reading an adapter's files, against the live layers of PEFT that saved them; then tampered files."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ Change = Callable[[Tensors], Any]
 
 
 def consumed(adapter: Adapter) -> list[str]:
-    """Every tensor that the reader says something about, once; what modules share is one tensor."""
+    """Every tensor that the reader assigns, once; a tensor that modules share counts once."""
     patched = {
         name for patch in adapter.patches for name in (*patch.tensors.values(), *patch.copies.values())
     }
@@ -143,7 +143,7 @@ def test_what_the_file_holds_anew_has_its_reason(name, expected):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
 def test_a_head_that_lies_in_the_file_has_its_start_off_already(init, tmp_path):
-    """PEFT saves a targeted head whole, as the start left it: on that, the adapter is a plain LoRA."""
+    """PEFT saves a targeted head whole, as the initialisation left it; the adapter is a plain LoRA on it."""
     base = live("lora").unload()
     config = peft.LoraConfig(**{**LORA, "target_modules": ["lm_head"]}, init_lora_weights=init)
     model = peft.get_peft_model(copy.deepcopy(base), config)
@@ -205,7 +205,7 @@ def facts(patches: tuple[Patch, ...]) -> list[Any]:
 
 
 def test_old_files_say_less(tmp_path):
-    """A minimal config is enough, and fields of old releases that are unset do not disturb."""
+    """A minimal config is enough, and unset fields of old releases are accepted."""
     old = dict.fromkeys(json.loads((saved("lora") / CONFIG).read_text()), ...)
     old |= {
         "peft_type": "LORA",
@@ -461,7 +461,7 @@ def test_what_is_no_adapter_says_so(tmp_path):
 
 
 def test_every_field_of_peft_has_a_row():
-    """A release of PEFT with a new field must not pass unseen."""
+    """This fails when a release of PEFT has a new field."""
     from dataclasses import fields
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

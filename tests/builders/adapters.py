@@ -25,7 +25,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of adapter as PEFT makes it, and how many patches and other values a reader must find."""
+    """A kind of adapter as PEFT makes it, and how many patches and other values it holds."""
 
     family: str
     make: Callable[..., Any]
@@ -150,7 +150,7 @@ CASES: dict[str, Case] = {
 
 
 def live(name: str) -> PeftModel:
-    """PEFT's own model of a case, every tensor of the adapter random."""
+    """PEFT's own model of a case, with its adapter as initialised."""
     case = CASES[name]
     torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"):
@@ -159,7 +159,7 @@ def live(name: str) -> PeftModel:
 
 @torch.no_grad()
 def disturb(model: nn.Module) -> None:
-    """Add noise to all that is trainable, as if it had been trained."""
+    """Add noise to every trainable parameter, as if it had been trained."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(0.1 * torch.randn(parameter.shape))

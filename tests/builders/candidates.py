@@ -1,4 +1,4 @@
-"""Checkpoints with the names of their tensors in memory, and what any choice of candidates in them must satisfy."""
+"""Checkpoints with the names of their tensors in memory, and assertions on any choice of candidates in them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Saved:
         return {one.name: one.reason for one in self.chosen(*targets, **options)[1]}
 
     def model(self) -> PreTrainedModel:
-        """The oracle."""
+        """The model that transformers loads: the oracle."""
         return load(self.directory)
 
 
@@ -61,7 +61,7 @@ def saved(family: str, directory: Path, **kwargs: Any) -> Saved:
 
 
 def rewritten(family: str, directory: Path, change: Callable[[Tensors], Tensors]) -> Saved:
-    """A family's checkpoint as some other program left it."""
+    """A family's checkpoint as another program would write it."""
     return surveyed(checkpoints.rewritten(tiny_models.saved(family), directory, change))
 
 
@@ -117,7 +117,7 @@ def assert_same_spectra(case: Saved, found: tuple[Candidate, ...]) -> None:
 
 
 def assert_accounted(case: Saved, chosen: Chosen) -> None:
-    """Every tensor on disk is a piece or skipped, never both, never twice."""
+    """Every tensor on disk is either a piece of a candidate or skipped, exactly once."""
     found, skipped = chosen
     pieces = {piece.name for one in found for piece in chain(*pieces_of(one))}
     left = [one.name for one in skipped]

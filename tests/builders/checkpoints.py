@@ -25,7 +25,7 @@ Tensors = dict[str, torch.Tensor]
 def plain_model(
     folder: Path, layers: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Path:
-    """One shard of square linear weights, of no family that transformers knows: nothing but kasa reads it."""
+    """One shard of square linear weights of a family that transformers does not know: only kasa reads it."""
     generator = torch.Generator().manual_seed(seed)
     weights = {
         f"model.layers.{layer}.{module}.weight": torch.randn(dim, dim, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""Files that lie: raw safetensors with any header, and small checkpoints to damage."""
+"""Faulty files: raw safetensors with any header, and small checkpoints to damage."""
 
 import json
 import struct

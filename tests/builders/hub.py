@@ -1,6 +1,6 @@
 """A Hugging Face Hub of a hundred lines on 127.0.0.1, which serves one directory as one model, and can misbehave.
 
-Run what asks it in a subprocess, with `FakeHub.environment`: huggingface_hub reads its variables when imported.
+Run its clients in a subprocess, with `FakeHub.environment`: huggingface_hub reads its variables when imported.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class FakeHub:
         return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in paths}
 
     def environment(self, home: Path, **extra: str) -> dict[str, str]:
-        """The variables of a child that knows this Hub and nothing else."""
+        """The environment of a child process that can reach only this Hub."""
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
         own = {"HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "HF_HOME": str(home), "HOME": str(home)}
         return kept | own | {"HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1"} | extra

@@ -1,4 +1,4 @@
-"""Matrices whose spectra are known, and what is right for them by an independent road (numpy, float64)."""
+"""Matrices of known spectra, and reference results by an independent method (numpy, float64)."""
 
 import math
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ SPECTRA = {"log": log, "linear": linear, "clustered": clustered}
 
 @dataclass(frozen=True)
 class Truth:
-    """The full decomposition by numpy, in units of σ_max where a tolerance is."""
+    """The full decomposition by numpy; tolerances are relative to σ_max."""
 
     U: np.ndarray
     S: np.ndarray
@@ -87,7 +87,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 def kept(W: torch.Tensor, components: int) -> np.ndarray:
-    """What the largest components make, by numpy's SVD in float64."""
+    """The sum of the largest components, by numpy's SVD in float64."""
     U, S, Vh = np.linalg.svd(W.double().numpy(), full_matrices=False)
     return (U[:, :components] * S[:components]) @ Vh[:components]
 

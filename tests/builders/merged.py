@@ -1,4 +1,4 @@
-"""Merges by kasa, and what holds of every one of them."""
+"""Merges by kasa, and assertions that hold for every merge."""
 
 import json
 import logging

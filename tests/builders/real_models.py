@@ -1,4 +1,4 @@
-"""Real weights and real text that packages carry, where no hub can be reached.
+"""Real weights and real text from Python packages, for machines that cannot reach a hub.
 
 KASA_REQUIRE_MODELS=1 makes it a failure that one of them is missing; otherwise its tests are skipped.
 """

@@ -1,4 +1,4 @@
-"""What a command says when it refuses."""
+"""The errors of a command that refuses its input."""
 
 from pathlib import Path
 from typing import Any

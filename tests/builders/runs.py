@@ -1,6 +1,6 @@
-"""Ways to run kasa from a test: in this process, in one of its own, or in a forked one that may be killed.
+"""Ways to run kasa from a test: in this process, in a new process, or in a fork that may be killed.
 
-A process of its own costs seconds, for torch and transformers; a fork of a server that has them costs nothing.
+A new process spends seconds on importing torch and transformers; a fork of a server that holds them starts at once.
 """
 
 import json
@@ -29,7 +29,7 @@ forks.set_forkserver_preload(
 
 
 class Ran(NamedTuple):
-    """What came of a run."""
+    """Exit code and output of a run."""
 
     code: int
     out: str
@@ -45,7 +45,7 @@ def forbidden(constant: str) -> None:
 
 
 def inside(capsys, *arguments: object) -> Ran:
-    """Run here: everything but signals, the environment and the way out."""
+    """Run in this process: everything but signals, the environment and the exit of the process."""
     capsys.readouterr()
     code = app._guarded([str(argument) for argument in arguments])
     return Ran(int(code), *capsys.readouterr())
@@ -56,14 +56,14 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The test's own, with a token in it that must turn up nowhere."""
+    """The environment of the test, with a token that must not appear in any output."""
     return {**os.environ, "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), **changes}
 
 
 def outside(
     *arguments: object, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None, **more
 ) -> Ran:
-    """Run in a process of its own, as a user does."""
+    """Run in a new process, as a user does."""
     done = subprocess.run(
         [*prefix, *command(*arguments)],
         env=environment(**(env or {})),
@@ -86,7 +86,7 @@ def forked(log: Path, *arguments: object, pause: float = 0.0):
 
 
 def finished(log: Path, *arguments: object, pause: float = 0.0) -> Ran:
-    """A fork's run, to its end."""
+    """Run in a fork and wait for its end."""
     process = forked(log, *arguments, pause=pause)
     process.join(120)
     assert process.exitcode is not None
@@ -94,7 +94,7 @@ def finished(log: Path, *arguments: object, pause: float = 0.0) -> Ran:
 
 
 def _slowed(log: str, pause: float, arguments: list[str], store: str) -> None:
-    """The child: the real command line, its output in files; its environment is the server's but for the store."""
+    """The child process: the command line with its output in files; only its store differs from the server's."""
     os.environ["KASA_STORE"] = store
     for stream, name in ((1, log), (2, str(Path(log).with_suffix(".err")))):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)

@@ -1,4 +1,4 @@
-"""Checkpoints that `truncate` worked on, loaded by transformers and adapted by PEFT."""
+"""Truncated checkpoints, loaded by transformers and adapted by PEFT."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ def made(family: str, folder: Path, **options: Any) -> Truncated:
 
 
 def cut(model: Path, out: Path, *targets: str, excludes: tuple[str, ...] = (), **options: Any) -> Truncated:
-    """A model truncated, by the patterns given."""
+    """Truncate a model at the modules that the patterns match."""
     patterns = Patterns(targets, excludes)
     report = truncate(Where(str(model)), out, Options(**{"rank": RANK, "patterns": patterns, **options}))
     return Truncated("", model, out, report)
@@ -61,7 +61,7 @@ def chosen(model: Path, *targets: str, excludes: tuple[str, ...] = (), **options
 
 
 def refused(model: Path, *targets: str, **options: Any) -> str:
-    """Why neither a plan nor a truncation is made."""
+    """The error of both the plan and the truncation."""
     with pytest.raises(UsageError) as caught:
         chosen(model, *targets, **options)
     with pytest.raises(UsageError) as again:

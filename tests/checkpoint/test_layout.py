@@ -64,7 +64,7 @@ def test_config_may_name_the_weights(tmp_path, shards):
 
 
 def remap(folder: Path, **changes: object) -> None:
-    """Change the index: a tensor's shard, or (None) a tensor away."""
+    """Change the index: name another shard for a tensor, or (None) remove the tensor."""
     changed = {**weight_map(folder), **{name.replace("__", "."): shard for name, shard in changes.items()}}
     write_index(folder, {name: shard for name, shard in changed.items() if shard is not None})
 
@@ -80,7 +80,7 @@ def move_out(folder: Path, name: str) -> None:
 
 
 def copy_tensor(folder: Path) -> None:
-    """The second shard holds what the index gives to the first."""
+    """The index names the first shard for tensors of the second."""
     st(folder / SECOND, {Q0: tensor(0, 16)}, b"\0" * 16)
     write_index(folder, {name: FIRST for name, file in weight_map(folder).items() if file == FIRST})
     write_index(folder, {**weight_map(folder), "other": SECOND})

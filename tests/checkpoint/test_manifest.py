@@ -1,4 +1,4 @@
-"""Manifests as types: the same bytes again, a question to each, and no malformed field gets in."""
+"""Manifests as types: they are written back byte for byte, answer questions, and refuse malformed fields."""
 
 import hashlib
 import json
@@ -86,7 +86,7 @@ def test_the_checkpoint_of_a_merge_is_the_output_itself(outputs):
 
 
 def forged(outputs, name, edit, place):
-    """A manifest with an edit, sealed anew as a forger would."""
+    """An edited manifest with a new seal, as a forger would make it."""
     content = json.loads((outputs[name] / MANIFEST).read_text())
     content.pop("digest")
     edit(content)

@@ -1,4 +1,4 @@
-"""Model cards: what a stranger's front matter may carry over, and what no name can break."""
+"""Model cards: which fields of an untrusted front matter are carried over, and names that must not break the card."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""An adapter's file is opened once, however many patches are in it: each time its whole header is read anew."""
+"""An adapter's file is opened once, however many patches it holds: each opening reads its whole header."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +21,7 @@ HERE = Running(2, use_store=False)
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The files that safetensors opens."""
+    """The paths that safetensors opens."""
     paths, safe_open = [], safetensors_file.safe_open
 
     def counted(path, *args, **kwargs):

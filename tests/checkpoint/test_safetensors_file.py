@@ -1,4 +1,4 @@
-"""One safetensors file: what the format forbids is refused, what it allows is read, and a change is noticed."""
+"""One safetensors file: malformed files are refused, valid files are read, and a change during a run is noticed."""
 
 import os
 import socket
@@ -231,7 +231,7 @@ print(int(peak.split()[1]) >> 10)
 
 
 def measured(path: Path) -> tuple[str, int]:
-    """What reading a file in a process of its own comes to, and the MiB it took."""
+    """The outcome of reading a file in a new process, and the memory it takes in MiB."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MEASURED, str(path)]
     child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)

@@ -1,4 +1,4 @@
-"""Tensors of a checked file: what is stored is what is read, and a change of the file is noticed."""
+"""Reading tensors of a checked file: the stored values, and an error if the file changes."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""From what the user typed to a folder: directories, Hub ids, and every way the Hub can fail."""
+"""From the argument to a folder: directories, Hub ids, and every way the Hub can fail."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def ask(
     env: dict[str, str] | None = None,
     **options: object,
 ):
-    """Resolve a model in a process of its own; what it printed must never hold the token."""
+    """Resolve a model in a new process; its output must not hold the token."""
     environment = hub.environment(home, HF_TOKEN=CANARY, PYTHONPATH=str(ROOT), **(env or {}))
     command = [sys.executable, "-W", "error::UserWarning", "-c", CHILD, model, json.dumps(options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -102,7 +102,7 @@ def test_what_exists_but_is_no_directory_is_invalid(tmp_path, kind):
     ],
 )
 def test_what_is_neither_directory_nor_hub_id_is_a_usage_error(model, capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # so that nobody's folder is two levels up
+    monkeypatch.chdir(tmp_path)  # a relative path of two levels must not lead to an existing folder
     with pytest.raises(UsageError, match="no such directory, and not a Hub id") as caught:
         resolve(model)
     assert str(caught.value).isprintable()

@@ -1,4 +1,4 @@
-"""The command line as a contract: exit codes, one line an error, what goes to which stream, what --help lists."""
+"""The contract of the command line: exit codes, one line per error, stdout and stderr, and --help."""
 
 import os
 import re
@@ -50,18 +50,18 @@ MORE_OPTIONS = {
 
 
 def poison(model):
-    """A NaN at the end of the weight that is the last of its file."""
+    """Write a NaN at the end of the last weight of the file."""
     with (model / "model.safetensors").open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\x00\x00\xc0\x7f")
 
 
-# --- exit codes, in processes of their own ---
+# --- exit codes, in new processes ---
 
 
 def unwritable(model, place):
     place.mkdir(mode=0o555)
-    if os.getuid() == 0:  # root may write anywhere, unless it gives that up
+    if os.getuid() == 0:  # root may write anywhere unless it drops that capability
         if not shutil.which("setpriv"):
             pytest.skip("setpriv is not installed")
         bounds = (
@@ -131,7 +131,7 @@ def test_exit_codes_of_a_refused_run(copy, tmp_path, prepare, code, said):
     assert tree_hash(copy) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == beside
     assert not (place / "OUT" / "kasa.manifest.json").exists()
-    if code == ExitCode.RESOURCE and prepare is small_files:  # what was done is kept
+    if code == ExitCode.RESOURCE and prepare is small_files:  # finished parts are kept
         assert outside("truncate", copy, "-o", place / "OUT", "-r", 2, "--json").json["totals"]
 
 

@@ -1,4 +1,4 @@
-"""What comes out: JSON to the contract's letter, nothing a terminal obeys, progress only for who watches."""
+"""Output: JSON as documented, no control characters, and progress only on a terminal."""
 
 import io
 import os
@@ -142,7 +142,7 @@ def on_a_terminal(*arguments, **env):
         try:
             while part := os.read(ours, 65536):
                 parts.append(part)
-        except OSError:  # the other end is closed
+        except OSError:  # the reader has closed the terminal
             pass
 
     reader = threading.Thread(target=drain)
@@ -252,7 +252,7 @@ def test_a_token_turns_up_nowhere(copy, tmp_path, capsys, monkeypatch):
 
 
 def test_a_header_is_all_that_a_plan_reads(tmp_path, capsys):
-    """64 GiB of holes: to read them would take longer than the test may."""
+    """64 GiB of holes: reading them would exceed the time limit of the test."""
     side = 1 << 17
     model = tmp_path / "model"
     model.mkdir()

@@ -1,4 +1,4 @@
-"""Presets: those that come with kasa work, flags win over them, and what is wrong in one is said at once."""
+"""Presets: kasa's own presets work, flags take precedence, and an invalid preset is refused before anything runs."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ KNOWN = {"rank": Option("rank", False), "target": Option("target", True), "emit"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The family that each preset is for, tiny, with sides above its rank."""
+    """A tiny model of the family that each preset is made for, with sides above the preset's rank."""
     folder = tmp_path_factory.mktemp("presets")
     sides = {"hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.random.fork_rng():
@@ -63,7 +63,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch, capsys):
-    """What the verb is asked for by a command line; nothing is done."""
+    """The arguments with which a command line calls its command; nothing runs."""
     heard = {}
 
     def listen(where, options, *_):
@@ -82,7 +82,7 @@ def asked(monkeypatch, capsys):
     return ask
 
 
-# --- those that come with kasa ---
+# --- presets that come with kasa ---
 
 
 def test_every_preset_is_tested(models):
@@ -135,7 +135,7 @@ def test_the_defaults_spelled_out_are_complete_and_explained():
     assert [line for line in lines if "#" not in line] == ["emit: [base, adapter, tail]"]
 
 
-# --- what holds for any ---
+# --- any preset ---
 
 
 def test_flags_win(asked, preset):

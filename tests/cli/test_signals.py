@@ -1,4 +1,4 @@
-"""Signals, and streams that nobody reads: an answer within a second, one line at most, nothing lost."""
+"""Signals and closed streams: the process ends within a second, prints one line at most, and keeps finished work."""
 
 import os
 import re

@@ -75,7 +75,7 @@ def test_paths_come_first_and_all_else_is_a_keyword(verb):
 
 
 def test_the_names_of_flags_are_those_of_the_keywords():
-    """Where a flag repeats the keyword is a plural; a few flags are longer than their keyword."""
+    """A repeatable flag has a plural keyword, and a few keywords are shorter than their flags."""
     renamed = {"output_dir": "output", "target": "targets", "exclude": "excludes", "weight": "weights"}
     for verb in kasa.VERBS:
         _, command = function_and_command(verb)

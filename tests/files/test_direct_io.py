@@ -1,4 +1,4 @@
-"""Stretches of a file written straight to the disk: every byte in its place, whatever the edges and whoever helps."""
+"""Ranges of a file written by direct I/O: every byte is in its place, at any alignment and number of threads."""
 
 import errno
 import fcntl
@@ -24,7 +24,7 @@ def little_room(monkeypatch):
 
 @pytest.fixture(params=["past the cache", "the usual way", "refused late"])
 def way(request, monkeypatch):
-    """A filesystem that knows direct access, one that does not, and one that says so only when it is written to."""
+    """A file system with direct I/O, one without, and one that refuses only the first write."""
     if request.param == "the usual way":
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
     if request.param == "refused late":
@@ -53,7 +53,7 @@ def is_direct(folder):
 
 
 def pieces(data, size):
-    """Always in the same memory, as those of a reader are."""
+    """Pieces in one reused buffer, as a reader yields them."""
     room = bytearray(size)
     for start in range(0, len(data), size):
         piece = data[start : start + size]
@@ -116,7 +116,7 @@ def test_whole_blocks_do_go_past_the_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", [3, BLOCK + 9, ROOM + BLOCK, 3 * ROOM - 1])
 def test_a_byte_that_comes_back_other_than_written_is_found(place, way, tmp_path, monkeypatch):
     def slip(descriptor, data, offset, pwrite=direct_io.pwrite_all):
-        bad = mmap.mmap(-1, len(data))  # where a page begins, as direct access wants it
+        bad = mmap.mmap(-1, len(data))  # at a page boundary, as direct I/O requires
         bad[:] = bytes(data)
         if offset <= place < offset + len(data):
             bad[place - offset] ^= 1
@@ -145,7 +145,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(calls, way, tmp_path, monkeypatc
 
 
 def test_nothing_is_under_way_when_a_stretch_ends_in_an_error(tmp_path):
-    """The file is closed next, and its number may soon be another's."""
+    """The file is closed next, and its descriptor may soon belong to another file."""
     lanes = Lanes()
     with (tmp_path / "file").open("wb+") as file:
         file.truncate(4 * ROOM)
@@ -160,7 +160,7 @@ def test_nothing_is_under_way_when_a_stretch_ends_in_an_error(tmp_path):
 
 
 def test_a_stretch_reads_what_lies_around_it_never(tmp_path):
-    """Neighbours are written by other threads at the same time: their bytes are theirs."""
+    """Other threads write the neighbouring ranges at the same time; their bytes must not change."""
     path = tmp_path / "file"
     before = os.urandom(4 * ROOM)
     path.write_bytes(before)

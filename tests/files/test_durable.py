@@ -60,7 +60,7 @@ def umask(mask):
 
 @contextmanager
 def unprivileged():
-    """Be nobody for a while, if this is root; the folder is one that nobody can reach."""
+    """Become the user `nobody` if this is root, in a folder that `nobody` can reach."""
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)

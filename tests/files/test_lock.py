@@ -1,4 +1,4 @@
-"""One run at a time builds an output, and the others learn which."""
+"""One run at a time builds an output, and others report which process holds it."""
 
 import os
 import subprocess

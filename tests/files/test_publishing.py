@@ -1,4 +1,4 @@
-"""An output takes its name in one step, and never the place of what kasa did not write."""
+"""An output takes its name in one step, and never replaces anything that kasa did not write."""
 
 import os
 from pathlib import Path

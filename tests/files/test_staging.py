@@ -1,4 +1,4 @@
-"""An output grows beside its name, continues after a stop, and appears whole."""
+"""An output is built beside its final name, is continued after a stop, and appears complete."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""The store of facts is safe from several processes, trusts nothing it cannot check, and can be bounded."""
+"""The store of facts serves several processes at once, checks what it reads, and can be pruned to a size."""
 
 import errno
 import hashlib
@@ -60,12 +60,12 @@ def only(kept: Store) -> Path:
 
 
 def state(root: Path) -> dict[str, tuple[int, bytes]]:
-    """What is in a folder and when it was last written, to the nanosecond."""
+    """Content and modification time of every file, to the nanosecond."""
     return {str(path): (path.lstat().st_mtime_ns, path.read_bytes()) for path in files(root)}
 
 
 def fill(kept: Store, ages: dict[int, float], num_bytes: int = 100) -> None:
-    """Facts of so many bytes, each last used so many days ago."""
+    """Put facts of `num_bytes` bytes, each last used the given number of days ago."""
     for number, age in ages.items():
         kept.put(content(number), "values", KEY, bytes([number]) * num_bytes)
         then = time.time() - age * DAY
@@ -131,7 +131,7 @@ def test_a_fact_that_was_cut_or_grew_is_not_trusted(kept: Store, fact: Path, dam
 
 
 def _socket(path: Path) -> None:
-    short = os.open(path.parent, os.O_RDONLY)  # the path of a socket has a hundred letters at most
+    short = os.open(path.parent, os.O_RDONLY)  # the path of a socket may have about a hundred characters
     try:
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(f"/proc/self/fd/{short}/s")
@@ -202,14 +202,14 @@ def test_a_fact_that_cannot_be_read_just_now_is_not_thrown_away(
 
 
 def test_a_whole_fact_answers_beside_an_altered_one(kept: Store, fact: Path) -> None:
-    """Two names of the same tensor, put at once, are two files."""
+    """Two names of the same tensor that are put at once are two files."""
     fact.with_name(f"ends-16.{KEY}.{'0' * 64}").write_bytes(b"altered")
     fact.with_name(f"ends-16.{KEY}.{'f' * 64}").write_bytes(b"altered")
     assert kept.any_fact(A, "ends-16") == PAYLOAD
     assert kept.get(A, "ends-16", KEY) == PAYLOAD
 
 
-# --- strangers' files ---
+# --- untrusted files ---
 
 
 def test_files_of_others_are_left_alone(kept: Store, fact: Path) -> None:
@@ -238,7 +238,7 @@ def test_files_of_others_are_left_alone(kept: Store, fact: Path) -> None:
     assert files(kept.root) == sorted(strangers)
 
 
-# --- what was used last ---
+# --- time of last use ---
 
 
 def test_a_fact_that_is_used_becomes_recent_and_one_that_is_looked_at_does_not(kept: Store) -> None:
@@ -432,7 +432,7 @@ def test_threads_keep_read_and_prune_at_once(kept: Store) -> None:
 
 
 def _hammer(root: str, seed: int, rounds: int) -> None:
-    """A process that keeps, reads and forgets; its exit code tells what went wrong."""
+    """A process that puts, reads and prunes facts; its exit code names the failure."""
     kept, dice = Store(Path(root)), random.Random(seed)
     for _ in range(rounds):
         number = dice.randrange(3)
@@ -459,15 +459,15 @@ def test_processes_keep_read_and_prune_at_once_and_a_kill_leaves_whole_facts(kep
     facts = [path for path in files(kept.root) if not path.name.endswith(TEMPORARY)]
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name.split(".")[2] for path in facts)
     for litter in (path for path in kept.root.rglob("*") if path.is_dir() or path.name.endswith(TEMPORARY)):
-        os.utime(litter, (0, 0))  # what a killed run leaves, folders too, is swept when it is old
+        os.utime(litter, (0, 0))  # files and folders of a killed run are removed once they are old
     verb.prune(kept.root, everything=True)
     for folder in (path for path in kept.root.rglob("*") if path.is_dir() and path.name != FACTS):
-        os.utime(folder, (0, 0))  # emptied just now
+        os.utime(folder, (0, 0))  # emptied a moment ago
     verb.prune(kept.root, everything=True)
     assert list((kept.root / FACTS).iterdir()) == []
 
 
-# --- disks that will not ---
+# --- disks that fail ---
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "mkdir"])
@@ -536,7 +536,7 @@ def test_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's user of whom the system knows only a number."""
+    """A user of a container for whom the system has a number and no name."""
     import pwd
 
     def unknown(number: int) -> None:
@@ -593,7 +593,7 @@ def test_a_link_to_a_folder_is_a_store(tmp_path: Path) -> None:
     assert len(verb.ls(tmp_path / "link").tensors) == 1
 
 
-# --- what a person sees ---
+# --- tables ---
 
 
 def test_a_tensor_whose_facts_cannot_be_read_is_listed_without_a_name(kept: Store) -> None:

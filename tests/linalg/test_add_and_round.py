@@ -1,4 +1,4 @@
-"""Sums of a weight and a low-rank term, block by block, against numpy in float64; and what is measured on the way."""
+"""Sums of a weight and a low-rank term, block by block, and the measured errors, against numpy in float64."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def problem(dtype, scale=1.0):
 @pytest.mark.parametrize("scale", [1.0, 2.0**-60, 2.0**60])
 def test_blocks_make_the_rounded_sum_and_its_figures(stored, dtype, scale):
     if torch.float16 in (stored, dtype):
-        scale = 2.0 ** (np.log2(scale) / 12)  # float16 goes no further
+        scale = 2.0 ** (np.log2(scale) / 12)  # beyond the range of float16
     W, L, R = problem(stored, scale)
     total = Sum(L, R, dtype, 16)
     Q = torch.cat([total.block(W[start : start + 16], start).clone() for start in range(0, 50, 16)])
@@ -52,7 +52,7 @@ def test_what_does_not_fit_shows_in_the_error(dtype):
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 1024), (4, 4096), (0, 8), (1,)])
 def test_a_look_at_the_few_that_are_halfway_is_as_good_as_rounding_all_to_odd(shape):
-    """Numbers right beside, and right on, the middle between two neighbours; and any others."""
+    """Numbers at and next to the midpoint of two neighbours, and arbitrary ones."""
     generator = torch.Generator().manual_seed(11)
     X = torch.randn(*shape, generator=generator, dtype=torch.float64)
     low = X.to(torch.float32).view(torch.int32) & ~0xFFFF

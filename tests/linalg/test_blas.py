@@ -1,4 +1,4 @@
-"""BLAS by address: other threads run meanwhile, and nothing but the announced memory is touched."""
+"""BLAS by address: other threads run meanwhile, and only the passed memory is written."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Both ends of a spectrum against numpy's full decomposition in float64: every solver, shape, dtype and extreme."""
+"""The smallest and largest singular values against numpy's in float64: every solver, shape, dtype and scale."""
 
 import math
 
@@ -29,7 +29,7 @@ from tests.builders.matrices import (
 )
 
 VALUE = 1e-12
-"""Of σ_max. The largest value itself is read in directions found in float32: TOP."""
+"""Relative to σ_max. The largest value itself is read in directions computed in float32: TOP."""
 TOP = 1e-10
 ANGLE = 1e-6
 
@@ -39,7 +39,7 @@ def product(found: Ends) -> torch.Tensor:
 
 
 def check(W: torch.Tensor, t: int, found: Ends | None = None) -> Ends:
-    """Everything that is promised of any answer; the spaces too, where they are unique."""
+    """Assert every property of a result; subspaces too, where they are unique."""
     found = found or ends(W, t)
     right, k = truth(W), min(W.shape)
     sigma, cut, following = right.sigma(), k - t, max(k - t - 1, 0) if t else k - 1
@@ -62,7 +62,7 @@ def check(W: torch.Tensor, t: int, found: Ends | None = None) -> Ends:
         if W.shape[0] > W.shape[1]:
             short, long = long, short
         assert distance(short[0], short[1][:, cut:]) <= min(max(10 * found.angle, 1e-10), ANGLE)
-        if right.S[-1] > 0.9e-8 * sigma:  # the long side of a zero is anything, and blurred on the way there
+        if right.S[-1] > 0.9e-8 * sigma:  # the long side is arbitrary at zero and inaccurate near it
             assert distance(long[0], long[1][:, cut:]) <= ANGLE
     return found
 
@@ -214,7 +214,7 @@ def never_right(error):
 
 
 def once_then_right(real):
-    """Divide and conquer that does not converge the first time it is asked."""
+    """A divide-and-conquer driver that does not converge at its first call."""
     asked = []
 
     def svd(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""A weight read by rows answers every question as the same weight in memory does, to the last bit."""
+"""A weight that is read by rows gives the same results as in memory, to the last bit."""
 
 import math
 
@@ -17,7 +17,7 @@ from tests.builders.matrices import FLOATS, cliff, gaussian, linear, log, same_b
 
 
 def by_rows(W: torch.Tensor, asked: list[tuple[int, int]] | None = None) -> StreamedWeight:
-    """A weight that gives away copies of some of its rows, and tells which were asked for."""
+    """A weight that returns copies of its rows and notes which rows are read."""
 
     def read(start: int, stop: int) -> torch.Tensor:
         if asked is not None:

@@ -1,4 +1,4 @@
-"""The Gram matrix that solvers share: the same bits each time it is lent, and nobody waits for another's."""
+"""The Gram matrix that solvers share: every solver gets the same bits, and no weight waits for that of another."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ def test_it_is_lent_again_as_it_was(shape):
 
 @pytest.mark.parametrize("asked", [lambda g: g.lend(), lambda g: g.trace, lambda g: g.leading])
 def test_two_are_summed_at_the_same_time(asked, monkeypatch):
-    """Each sum waits until the other has begun: a lock between them would keep it waiting until it gives up."""
+    """Each sum waits until the other has started; a lock between them would make the wait time out."""
     both, real = threading.Barrier(2, timeout=20), module.gram
 
     def summed(M):

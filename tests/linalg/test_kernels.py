@@ -11,7 +11,7 @@ from tests.builders.matrices import cliff, distance, gaussian, log, positive, wi
 
 @pytest.fixture(params=["scipy", "torch"])
 def road(request, monkeypatch):
-    """Both branches of every kernel: on a tensor that says it is elsewhere, torch does the work."""
+    """Both branches of every kernel: torch computes when a tensor is not on the CPU."""
     if request.param == "torch":
         monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
     return request.param

@@ -13,7 +13,7 @@ SHAPES = [(128, 128), (60, 240), (240, 60), (96, 100), (30, 600), (2, 2), (1, 9)
 
 
 def medians(shape: tuple[int, int], num: int = 31) -> tuple[np.ndarray, float]:
-    """Of each singular value, and of the condition number, over samples."""
+    """Mean of each singular value and median of the condition number over samples."""
     samples = np.stack([gaussian(*shape, seed=seed).numpy() for seed in range(num)])
     S = np.linalg.svd(samples, compute_uv=False)
     return np.median(S, axis=0), float(np.median(S[:, 0] / S[:, -1]))

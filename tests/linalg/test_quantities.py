@@ -123,7 +123,7 @@ def test_pure_noise_is_recognised_with_its_std(shape: tuple[int, int], std: floa
 def test_spikes_above_noise_are_counted_and_leave_its_std_alone(
     shape: tuple[int, int], num_spikes: int
 ) -> None:
-    """The largest value of the noise is above its own edge one time in six: by one, and not in the median."""
+    """The largest value of pure noise is above the edge in one of six samples, and the median count is 0."""
     k = min(shape)
     signal = torch.cat([torch.linspace(9, 4, num_spikes), torch.zeros(k - num_spikes)]).to(torch.float64)
     spikes = math.sqrt(max(shape)) * with_spectrum(*shape, signal)
@@ -134,7 +134,7 @@ def test_spikes_above_noise_are_counted_and_leave_its_std_alone(
 
 
 def test_a_median_that_the_spikes_have_moved_is_matched_anew_without_them() -> None:
-    """The quantiles themselves as the noise, so that only the fit can err."""
+    """The noise is the exact quantiles, so that only the fit contributes an error."""
     shape, num_spikes = (200, 300), 40
     noise = expected_spectrum((200 - num_spikes, 300 - num_spikes))
     S = torch.cat([torch.full([num_spikes], 200, dtype=torch.float64), noise])
@@ -165,7 +165,7 @@ def fitted(S: Tensor, **options: object) -> powerlaw.Fit:
 
 
 def pareto(alpha: float, n: int) -> Tensor:
-    """Singular values whose squares are a sample of the law, by inversion."""
+    """Singular values whose squares are samples of the power law, by inversion."""
     uniform = np.random.default_rng(int(alpha * 10)).random(n)
     return torch.from_numpy(np.sort((1 - uniform) ** (-0.5 / (alpha - 1)))[::-1].copy())
 
@@ -188,7 +188,7 @@ TAILS = {
 
 @pytest.mark.parametrize("S", TAILS.values(), ids=TAILS)
 def test_the_tail_is_the_packages(S: Tensor) -> None:
-    """Past 3 the package fits numerically, to 1e-4 at worst, and only when its default bound is lifted."""
+    """Beyond 3 the package fits numerically, to 1e-4 at worst, and only if its default bound is lifted."""
     fit, theirs = power_law(S), fitted(S, parameter_ranges={"alpha": [1, 1000]})
     assert fit is not None
     assert fit.alpha == pytest.approx(theirs.alpha, rel=1e-4)

@@ -1,4 +1,4 @@
-"""What an operation came to, where it is known in closed form."""
+"""The realised truncation, in cases where it is known in closed form."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rounding against tables of every representable number, and what `preserve` promises of the dropped directions."""
+"""Rounding against tables of every representable number, and the bound of `preserve` on dropped directions."""
 
 import math
 
@@ -49,7 +49,7 @@ def exact(W: torch.Tensor, t: int = 0) -> ExactSum:
 
 
 def left(Q: torch.Tensor, T: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """What each row of Q leaves in the directions V."""
+    """The component of each row of Q in the directions V."""
     return torch.linalg.vector_norm((Q.to(FP64) - T) @ V, dim=1)
 
 
@@ -58,7 +58,7 @@ LARGEST = {BF16: 3.3e38, FP16: 65504.0, FP32: 3.4e38}
 
 @st.composite
 def problems(draw):
-    """A target, directions and a dtype: numbers of every size, exact ones, zeros and midpoints among them."""
+    """A target, directions and a dtype: numbers of every magnitude, also representable ones, zeros and midpoints."""
     dtype = draw(st.sampled_from([BF16, FP16, FP32]))
     o, i = draw(st.integers(1, 5)), draw(st.integers(2, 24))
     t = draw(st.integers(0, min(4, i)))
@@ -93,7 +93,7 @@ def test_nearest_is_nearest(problem):
     Q = nearest(exact(T), V, dtype).to(FP64).numpy()
     low, high = neighbours(T.numpy(), dtype)
     best = np.minimum(T.numpy() - low, high - T.numpy())
-    doubt = 2.0**-24 * np.abs(T.numpy()) if dtype in HALVES else 0.0  # the cast goes through float32
+    doubt = 2.0**-24 * np.abs(T.numpy()) if dtype in HALVES else 0.0  # the conversion goes through float32
     assert (np.abs(Q - T.numpy()) <= best + doubt).all()
 
 
@@ -214,7 +214,7 @@ def test_the_carried_error_passes_from_block_to_block(shape, monkeypatch):
     monkeypatch.setattr(rounding, "BLOCK_BYTES", 1)
     pieces = preserve(target, found.V, BF16)
     assert len(list(rounding.blocks(*shape))) > 1
-    assert (whole != pieces).sum() <= 2  # where a sum of another order tips the balance
+    assert (whole != pieces).sum() <= 2  # where the order of the summation decides
     T = target.rows(0, shape[0])
     assert left(pieces, T, found.V).norm() <= 1.1 * left(whole, T, found.V).norm()
 

@@ -23,10 +23,10 @@ from tests.builders.matrices import (
 )
 
 ABSOLUTE = 1e-11
-"""Of σ_max, for every value but σ_max itself, which the ends read in directions found in float32: TOP."""
+"""Relative to σ_max, for all values except σ_max itself, which is read in directions computed in float32: TOP."""
 TOP = 1e-10
 RELATIVE = 1e-6
-"""Of the value itself, for those above RESOLVED."""
+"""Relative to the value itself, for values above RESOLVED."""
 RESOLVED = 1e-8
 SIDES = {
     **SHAPES,
@@ -43,7 +43,7 @@ def measured(W: torch.Tensor) -> tuple[Values, Ends]:
 
 
 def check(W: torch.Tensor) -> Values:
-    """Everything that is promised of any answer."""
+    """Assert every property of a result."""
     values, found = measured(W)
     S, right = values.S.numpy(), truth(W).S
     sigma = float(right[0]) or 1.0

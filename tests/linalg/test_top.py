@@ -1,4 +1,4 @@
-"""The large end of a spectrum against numpy's full decomposition in float64, by Lanczos and by LAPACK."""
+"""The largest singular values and vectors, by Lanczos and by LAPACK, against numpy's decomposition in float64."""
 
 import numpy as np
 import pytest
@@ -24,13 +24,13 @@ from tests.builders.matrices import (
 )
 
 VALUE = 1e-12
-"""Of σ_max."""
+"""Relative to σ_max."""
 ORTHONORMAL = 1e-12
 SPACE = 1e-7
 
 
 def check(W: torch.Tensor, t: int) -> Tops:
-    """Everything that is promised of any answer; the spaces too, where they are unique."""
+    """Assert every property of a result; subspaces too, where they are unique."""
     found, right = tops_of(Gram(frame(W)), t), truth(W)
     sigma = right.sigma()
     assert found.U.shape == (W.shape[0], t)
@@ -56,7 +56,7 @@ def check(W: torch.Tensor, t: int) -> Tops:
 
 @pytest.fixture
 def roads(monkeypatch):
-    """Which way each answer took."""
+    """The method that computed each result."""
     taken = []
     real, lapack = top.dominant, top.kernels.top_pairs
 

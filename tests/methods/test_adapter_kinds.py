@@ -1,4 +1,4 @@
-"""Every kind of adapter against PEFT's own merge, run here, or against its formula written out once more."""
+"""Every kind of adapter against PEFT's own merge, or against an independent implementation of its formula."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ pytestmark = [
 
 R = 4
 EXACT = 1e-6
-"""Of the largest entry, against PEFT in float32."""
+"""Relative to the largest entry, against PEFT in float32."""
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "tall": lambda: nn.Linear(24, 40),
     "wide": lambda: nn.Linear(40, 24, bias=False),
@@ -165,7 +165,7 @@ ROWS: dict[str, Row] = {
     "miss-bat": Row("miss", peft.MissConfig, {"r": R, "init_weights": "bat"}, LINEAR),
 }
 FROM_WEIGHT = re.compile(r"base_layer|_osf_")
-"""What PEFT holds of the weight itself."""
+"""Parameters of PEFT's layer that come from the weight itself."""
 CASES = [
     pytest.param(name, layer, id=f"{name}-{layer}") for name, row in ROWS.items() for layer in row.layers
 ]
@@ -214,7 +214,7 @@ def base_of(layer: str, dtype: torch.dtype) -> nn.Module:
 
 
 def own(model: nn.Module) -> dict[str, Tensor]:
-    """What the adapter trains."""
+    """The trainable parameters of the adapter, by name."""
     return {
         name: value
         for name, value in model.named_parameters()
@@ -223,7 +223,7 @@ def own(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module) -> None:
-    """Nothing zero, nothing as it was initialised."""
+    """Give every parameter of the adapter nonzero values that differ from its initialisation."""
     for number, value in enumerate(own(model).values()):
         value.data = 0.4 * torch.randn(value.shape, generator=torch.Generator().manual_seed(100 + number)).to(
             value
@@ -231,7 +231,7 @@ def fill(model: nn.Module) -> None:
 
 
 def saved(model: nn.Module, module: str = "x", **options: Any) -> dict[str, Tensor]:
-    """The tensors of the module by their short names, and what all modules share."""
+    """The tensors of the module by their short names, and those that all modules share."""
     prefix = f"base_model.model.{module}."
     state = peft.get_peft_model_state_dict(model, **options)
     names = {name: name.removeprefix(prefix).removeprefix("base_model.") for name in state}
@@ -242,7 +242,7 @@ def saved(model: nn.Module, module: str = "x", **options: Any) -> dict[str, Tens
 
 
 def resolved(config: peft.PeftConfig, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as the one who reads configurations hands them over."""
+    """Settings in the form in which the reader of configurations passes them."""
     settings = config.to_dict()
     alpha = next((settings[name] for name in ("lora_alpha", "randlora_alpha") if name in settings), None)
     return {**settings, **({} if alpha is None else {"alpha": alpha}), **more}
@@ -274,13 +274,13 @@ def changes_of(name: str, done: Run) -> list[Change]:
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
-    """The largest error, of the largest entry."""
+    """The largest error, relative to the largest entry."""
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of as few rows as there can be."""
+    """Blocks of as few rows as possible."""
     monkeypatch.setattr(rounding, "BLOCK_BYTES", 1)
     monkeypatch.setattr(change_file, "LEAST_ROWS", 1)
 
@@ -299,10 +299,10 @@ def test_a_merge_is_that_of_peft(name, layer):
 
 
 def in_double(name: str, layer: str, state: Mapping[str, Tensor]) -> Tensor | None:
-    """What PEFT makes of the same numbers in float64, where it does."""
+    """PEFT's merge of the same numbers in float64, for kinds that PEFT computes in float64."""
     try:
         return run(name, layer, torch.float64, state).merged
-    except TypeError:  # PiSSA, OLoRA and MiCA take no float64
+    except TypeError:  # PiSSA, OLoRA and MiCA do not accept float64
         return None
 
 
@@ -394,7 +394,7 @@ def test_where_the_start_is_not_unique_it_is_not_guessed(init):
 
 
 class Experts(nn.Module):
-    """Fused experts as transformers holds them."""
+    """Fused experts as transformers has them in memory."""
 
     def __init__(self, shape: tuple[int, int, int], *, is_transposed: bool) -> None:
         super().__init__()
@@ -585,7 +585,7 @@ def lite_lora(W: Tensor, t: Tensors) -> Tensor:
 
 
 def lite_pissa(dtype: torch.dtype) -> Callable[[Tensor, Tensors], Tensor]:
-    """The start is rounded to the dtype of the file before it is taken off."""
+    """The initialisation is rounded to the dtype of the file before it is subtracted from the base."""
 
     def merged(W: Tensor, t: Tensors) -> Tensor:
         U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
@@ -635,7 +635,7 @@ def lite_antipasto(basis: str) -> Callable[[Tensor, Tensors], Tensor]:
 
 
 def lite_road(variant: int) -> Callable[[Tensor, Tensors], Tensor]:
-    """R entry by entry, in groups of 8: each output goes with the one 4 away in its group."""
+    """R entry by entry, in groups of 8: each output is paired with the output 4 places away in its group."""
 
     def merged(W: Tensor, t: Tensors) -> Tensor:
         theta, alpha = t["lora_road_theta"], t["lora_road_alpha"]
@@ -744,7 +744,7 @@ def test_a_configuration_of_peft_names_its_kind(name, tmp_path):
 
 
 def test_every_type_of_peft_is_merged_or_refused_with_a_reason():
-    """A release of PEFT with a new type of adapter must not pass unseen."""
+    """This fails when a release of PEFT has a new type of adapter."""
     known = PEFT_TYPES.keys() | REFUSED.keys()
     assert {one.value for one in peft.PeftType} - known == set()
     assert not PEFT_TYPES.keys() & REFUSED.keys()
@@ -762,7 +762,7 @@ def test_an_unknown_kind_is_told_the_known_ones():
 
 
 FREE = {"miss_block": (1, 2), "vera_A": (1,), "vera_B": (0,), "randlora_A": (1, 2), "randlora_B": (0, 1)}
-"""Sides of tensors that may be longer than the module needs, or that are looked at as a whole."""
+"""Sides of tensors that may be longer than the module needs, or of which only the whole tensor is checked."""
 OWN_CASES = [pytest.param(name, ROWS[name].layers[0], id=name) for name in ROWS]
 
 

@@ -1,4 +1,4 @@
-"""Criteria against numpy, Spectrum's published formula written out anew, and PEFT's rule."""
+"""Criteria against numpy, an independent implementation of Spectrum's published formula, and PEFT's rule."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_kappa_by_the_strict_rule_is_infinite_for_a_singular_and_a_zero_weight()
 
 
 def published(S: np.ndarray, shape: tuple[int, int]) -> float:
-    """Spectrum's formula from its description: numpy, in the dtype of the values."""
+    """Spectrum's formula, implemented from its description in numpy and in the dtype of the values."""
     q25, q75 = (np.quantile(S, q, method="linear") for q in (0.25, 0.75))
     beta = min(shape) / max(shape)
     threshold = (q75 - q25) / S.dtype.type(1.349) * S.dtype.type(1 + np.sqrt(beta))

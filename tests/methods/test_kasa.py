@@ -1,4 +1,4 @@
-"""KaSA's own algebra: the cut, the start of an adapter, the tail, and PEFT's and the published code's rules."""
+"""KaSA's algebra: truncation, initialisation of the adapter, tail, and the rules of PEFT and the published code."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Orders, cuts and comparisons of them against Python's own sort, PEFT's rule and scipy."""
+"""Rankings, selections from them and comparisons, against Python's sort, PEFT's rule and scipy."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""How `model_names.experts` puts weights together, against the conversions of transformers themselves."""
+"""How `model_names.experts` assembles weights, against the conversions of transformers."""
 
 import re
 from collections.abc import Mapping
@@ -74,7 +74,7 @@ RECIPES: dict[int, list[tuple[list[ConversionOps], dict[str, list[tuple[int, ...
 
 
 def disk_names(pattern: str, count: int) -> list[str]:
-    """Names that a pattern matches, out of the loader's order."""
+    """Names that a pattern matches, not in the order of the loader."""
     return [pattern.replace("*", str(number)) for number in range(count)]
 
 
@@ -86,7 +86,7 @@ def disk_names(pattern: str, count: int) -> list[str]:
 def test_a_followed_conversion_keeps_the_singular_values(
     dimensions: int, operations: list[ConversionOps], shapes: Mapping[str, list[tuple[int, ...]]]
 ) -> None:
-    """transformers converts tensors of noise; the pieces, stacked, have the spectra of what it makes."""
+    """transformers converts tensors of noise; the stacked pieces have the same spectra as the result."""
     torch.manual_seed(0)
     converter = WeightConverter(list(shapes), "fused", operations)
     assert (dimensions, tuple(map(described, operations))) in FOLLOWED
@@ -113,7 +113,7 @@ def test_every_followed_conversion_is_checked_against_transformers() -> None:
 
 
 def test_transformers_makes_fused_experts_in_no_other_way() -> None:
-    """If this fails, a new transformers has a conversion to follow, or to leave to the skipped with its name."""
+    """If this fails, a new transformers has a conversion: follow it, or skip its tensors by name."""
     ways: dict[tuple[str, ...], set[str]] = {}
     for family, conversions in conversion_mapping._build_checkpoint_conversion_mapping().items():
         for one in conversions:
@@ -163,7 +163,7 @@ def test_experts_are_ordered_by_number_not_by_name(tmp_path: Path) -> None:
 
 
 def test_experts_of_the_hub_may_lie_transposed(tmp_path: Path) -> None:
-    """Qwen3-VL-MoE: the name is the same, the sides are not."""
+    """Qwen3-VL-MoE has the same name and other sides."""
     text = {**tiny_models.TEXT, **tiny_models.MOE, "head_dim": 8}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     vision = {"depth": 1, "hidden_size": 24, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 32}
@@ -198,7 +198,7 @@ def test_a_matrix_that_transformers_splits_is_named(tmp_path: Path) -> None:
     assert {f"{module}.weight" for module in missed} - absent == {"layers.0.self_attn.q_proj.weight"}
 
 
-# --- checkpoints with something amiss ---
+# --- inconsistent checkpoints ---
 
 AMISS = {
     "an expert": (
@@ -250,7 +250,7 @@ def test_an_expert_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_layouts_at_once_are_accounted_for(tmp_path: Path) -> None:
-    """transformers cannot load this; kasa takes the layout that it would meet first."""
+    """transformers cannot load this; kasa takes the layout that the loader would meet first."""
 
     def both(tensors: Tensors) -> Tensors:
         return {**tensors, DOWN: torch.ones(4, 32, 48)}
@@ -262,7 +262,7 @@ def test_two_layouts_at_once_are_accounted_for(tmp_path: Path) -> None:
 
 
 def test_the_first_tensor_to_arrive_decides_for_all() -> None:
-    """As in the loader: a tensor that arrives whole leaves no room for parts that come later."""
+    """As in the loader, a tensor that is stored whole takes precedence over its parts."""
     merge = WeightConverter("e.*.w", "fused", [MergeModulelist(dim=0)])
     whole, part = LoadedTensor("fused", True), LoadedTensor("fused", False, "e.*.w", merge)
     assert compositions({"a": whole, "e.0.w": part}) == {"fused": Composition((("a",),))}

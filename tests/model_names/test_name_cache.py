@@ -1,4 +1,4 @@
-"""Names from the store are those that transformers gives, and whoever finds them there need not import it."""
+"""Names from the store are those of transformers, and a command that reads them from there does not import it."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from tests.builders.runs import environment, inside
 
 
 def asked(folder: Path):
-    """A config, and shapes by name."""
+    """The config of a checkpoint, and the shapes of its tensors by name."""
     checkpoint = open_checkpoint(folder)
     return checkpoint.config, {name: entry.shape for name, entry in checkpoint.tensors.items()}
 
@@ -37,7 +37,7 @@ def kept(tmp_path):
 
 @pytest.fixture
 def count(monkeypatch):
-    """How often transformers was asked."""
+    """How often transformers is used for names."""
     calls = []
     real = name_map.map_names
     monkeypatch.setattr(name_map, "map_names", lambda *args: calls.append(args) or real(*args))
@@ -109,7 +109,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_second_command_on_a_model_does_without_transformers(name, tmp_path, store):
-    """The whole of a command in a process of its own, and the same results."""
+    """The whole command runs in a new process and gives the same results."""
     places = {"BASE": tiny_models.save("llama", tmp_path / "base"), "ADAPTER": saved("lora")}
     said = []
     for number, has_it in enumerate((True, False)):

@@ -300,7 +300,7 @@ def test_kinds_are_guessed_from_names_and_shapes() -> None:
     ]
 
 
-# --- configs that mean harm ---
+# --- hostile configs ---
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -407,7 +407,7 @@ def test_a_matrix_that_is_split_on_its_way_belongs_to_no_module(tmp_path: Path) 
 
 
 def test_no_command_imports_transformers_before_it_has_a_question_for_it() -> None:
-    """It takes half of the start of a command, and who asks for help or verifies an output needs nothing of it."""
+    """Importing it takes half of a command's start, and --help and verify do not need it."""
     commands = sorted(path.stem for path in Path(commands_package.__path__[0]).glob("[!_]*.py"))
     imports = "; ".join(f"import kasa_cli.commands.{name}" for name in commands if name != "demo")
     code = f"{imports}; import sys; print([name for name in sys.modules if name.split('.')[0] == 'transformers'])"

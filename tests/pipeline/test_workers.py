@@ -1,4 +1,4 @@
-"""Several items at once, never more bytes of them than the budget; results in order; one failure stops the rest."""
+"""Several items at once within the memory budget; results in order; one failure stops the rest."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ BUDGETS = {
 
 @dataclass
 class Gauge:
-    """A task that notes what runs beside it."""
+    """A task that notes how many others run at the same time."""
 
     sizes: Sequence[int]
     pause: float = 0.004
@@ -50,7 +50,7 @@ class Gauge:
 
 
 def ignore(_: object) -> None:
-    """Nobody counts."""
+    """Progress is not counted."""
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_what_runs_at_once_never_exceeds_the_budget_unless_it_runs_alone(case: s
 
 @pytest.mark.usefixtures("hundred")
 def test_what_fits_the_budget_runs_at_once() -> None:
-    """Each waits for the other: alone, one would wait for ever."""
+    """Each task waits for the other; alone, a task would wait for ever."""
     meeting = threading.Barrier(2, timeout=20)
     assert run(lambda _: meeting.wait() >= 0, [50, 50], 2, ignore, lambda size: size) == [True, True]
 
@@ -144,7 +144,7 @@ def test_the_first_failure_stops_the_rest(num_workers: int) -> None:
 
 
 def test_a_failure_waits_for_what_is_still_written() -> None:
-    """Whoever hears of it may close what the others write to."""
+    """The caller may then close the files that other tasks write to."""
     begun, ended = threading.Event(), []
 
     def task(item: str) -> None:
@@ -189,7 +189,7 @@ def refused() -> None:
 
 @dataclass(frozen=True)
 class Named:
-    """An item that has a name."""
+    """An item with a name."""
 
     name: str
 
@@ -239,7 +239,7 @@ def test_the_number_of_blas_threads_is_put_back() -> None:
 
 @dataclass
 class Notes:
-    """A watcher that writes down what it hears."""
+    """A watcher that notes its calls."""
 
     heard: list[tuple[object, ...]] = field(default_factory=list)
 

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import scipy.linalg  # noqa: F401 - its BLAS is one that bytes depend on
+import scipy.linalg  # noqa: F401 - bytes depend on its BLAS
 import threadpoolctl
 import torch
 from safetensors.torch import load_file, save_file
@@ -182,7 +182,7 @@ CASES: dict[str, str] = {
 
 
 def kind() -> str:
-    """All but inputs and code that bytes depend on: processor, the kernels chosen for it, versions."""
+    """Everything that bytes depend on besides inputs and code: processor, kernels chosen for it, versions."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", cpu, re.MULTILINE))
     kernels = {info["architecture"] for info in threadpoolctl.threadpool_info() if info["user_api"] == "blas"}
@@ -241,7 +241,7 @@ def tune() -> None:
 
 
 def start(number: int, arguments: list[str]) -> int:
-    """Start one command in a fork, the process of which is returned."""
+    """Start one command in a fork, and return its process."""
     child = os.fork()
     if not child:
         os.environ["KASA_STORE"] = f"stores/{number}"
@@ -269,7 +269,7 @@ def bare(data: Any) -> Any:
 
 
 def outputs(arguments: list[str]) -> set[Path]:
-    """What a command writes, apart from a store."""
+    """The files that a command writes outside the store."""
     pairs = itertools.pairwise(arguments)
     return {Path(path) for flag, path in pairs if flag in ("-o", "--values")}
 
@@ -279,7 +279,7 @@ def parts(number: int, code: int, arguments: list[str]) -> dict[str, str | int]:
     hashes: dict[str, str | int] = {"exit code": code}
     if out := Path(f"{number}.out").read_text():
         shown = bare(json.loads(out))
-        if arguments[0] == "store":  # in the order of times
+        if arguments[0] == "store":  # listed by time of last use
             shown["tensors"].sort(key=json.dumps)
         hashes |= {f"stdout: {key}": digest(value) for key, value in shown.items()}
     for top in outputs(arguments):

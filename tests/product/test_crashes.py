@@ -139,14 +139,14 @@ def complete(tmp_path):
 
 
 def sample(points):
-    """All the renames, where one state becomes another, and some of the rest."""
+    """All renames, at which the state changes, and some of the other calls."""
     others = [point for point in points if point[0] != "rename"]
     step = max(1, len(others) // BUDGET)
     return [point for point in points if point[0] == "rename"] + others[step // 2 :: step]
 
 
 def finish_undisturbed(output, overwrite):
-    """Run once more, with no fault; a run that had published already is refused, as it should be."""
+    """Run once more without a fault; the run is refused if the output was already published."""
     try:
         build(output, overwrite)
     except OutputExists:

@@ -1,4 +1,4 @@
-"""What the pages say is so: verbs, exit codes, presets, pins; and what the code never does."""
+"""The documentation agrees with the code: verbs, exit codes, presets, pins; and things that the code never does."""
 
 import ast
 import re
@@ -77,7 +77,7 @@ LOADERS = {"from_pretrained"}
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_no_code_or_pickle_of_a_stranger_is_run(path):
-    """Only the demo loads a model, its own; nothing evaluates, unpickles or trusts remote code."""
+    """Only the demo loads a model; no code evaluates, unpickles or trusts remote code."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     called = {
         node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -94,7 +94,7 @@ def test_no_code_or_pickle_of_a_stranger_is_run(path):
 
 @pytest.mark.parametrize("script", ["select", "truncate", "realised"])
 def test_every_benchmark_of_the_readme_starts(script):
-    """One of them has the name of a module of the standard library, which all of them need."""
+    """One of them has the same name as a module of the standard library that all of them import."""
     assert f"python benchmarks/{script}.py" in README
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""Real weights, MiniLM-L6: what is realised is measured, not meant; sentences hardly move; training starts."""
+"""Real weights, MiniLM-L6: the report is that of the written weights, sentence vectors hardly change, PEFT trains."""
 
 import importlib.util
 import json
@@ -54,7 +54,7 @@ def preserve(folder: Path, halved: Path) -> Run:
 
 @cache
 def dropped(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """The right vectors and the values to be dropped of a weight, and its largest value, by numpy."""
+    """Right singular vectors and values of a weight's dropped part, and its largest value, by numpy."""
     W = load_file(folder / "model.safetensors")[name].double().numpy()
     with threadpool_limits(1):
         _, S, Vh = np.linalg.svd(W, full_matrices=False)
@@ -62,7 +62,7 @@ def dropped(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def check_figures(model: Path, run: Run) -> None:
-    """The report against the files alone."""
+    """Compare the report with the written files."""
     out, report = run
     before, after = (load_file(path / "model.safetensors") for path in (model, out / "base"))
     for row in report.tensors:
@@ -144,7 +144,7 @@ def test_peft_trains_from_the_output(wide: Run) -> None:
     model = PeftModel.from_pretrained(base, out / "adapter", is_trainable=True)
     batch = AutoTokenizer.from_pretrained(MODEL)(SENTENCES, padding=True, return_tensors="pt")
     written = load_file(out / "base/model.safetensors")
-    for row in report.tensors:  # PEFT's own cut of the base finds nothing more to take
+    for row in report.tensors:  # PEFT's own truncation of the base changes nothing
         change = base.get_submodule(row.module).base_layer.weight - written[row.name]
         assert change.abs().max() <= 1e-5 * row.sigma_max
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

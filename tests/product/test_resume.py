@@ -1,4 +1,4 @@
-"""A run that is killed is finished by the same command, with the same bytes, and nothing is left beside it."""
+"""The same command finishes a killed run, with the same bytes and without leftovers beside the output."""
 
 import json
 import os
@@ -20,7 +20,7 @@ STORED = RUN[:-1]
 
 @pytest.fixture(scope="module")
 def undisturbed(model):
-    """The tree of a run that nobody stopped, and how long a slowed one takes."""
+    """The hashes of an undisturbed run, and the duration of a slowed one."""
     output = model.parent / "undisturbed" / "OUT"
     log = model.parent / "log"
     assert finished(log, "truncate", model, "-o", output, *RUN).code == 0
@@ -41,7 +41,7 @@ def kill_after(seconds, log, *arguments):
 
 
 def test_a_run_killed_at_any_time_is_finished_by_the_same_command(model, undisturbed, tmp_path, monkeypatch):
-    """With a store, which is killed with it, and without."""
+    """With a store, whose writes are killed too, and without."""
     complete, whole = undisturbed
     dice = random.Random(20260)
     stages = []
@@ -50,7 +50,7 @@ def test_a_run_killed_at_any_time_is_finished_by_the_same_command(model, undistu
         output.parent.mkdir()
         monkeypatch.setenv("KASA_STORE", str(tmp_path / f"store-{number}"))
         command = ("truncate", model, "-o", output, *(STORED if number % 4 < 2 else RUN))
-        for _ in range(1 + number % 2):  # every other time the run that goes on is killed as well
+        for _ in range(1 + number % 2):  # every other time, the continued run is killed as well
             kill_after(dice.uniform(0, whole), tmp_path / "log", *command)
             assert not output.exists() or tree_hash(output) == complete
         done = finished(tmp_path / "log", *command)
@@ -65,7 +65,7 @@ def test_a_run_killed_at_any_time_is_finished_by_the_same_command(model, undistu
 
 @pytest.fixture
 def stopped(model, undisturbed, tmp_path):
-    """A staging with some decompositions done and no output."""
+    """The staging folder of a killed run: some decompositions are done, and there is no output."""
     output = tmp_path / "work" / "OUT"
     output.parent.mkdir()
     process = forked(tmp_path / "log", "truncate", model, "-o", output, *RUN, pause=0.2)

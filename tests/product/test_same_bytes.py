@@ -1,4 +1,4 @@
-"""The same command gives the same bytes, however it is run; and nothing of the machine gets into them."""
+"""The same command writes the same bytes in any environment, and nothing of the machine is in them."""
 
 import getpass
 import json

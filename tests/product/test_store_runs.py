@@ -1,4 +1,4 @@
-"""Measured once, with the same bytes in any order of questions, killed or crowded: through the command line."""
+"""The store through the command line: weights are measured once, and bytes do not depend on order or other runs."""
 
 import csv
 import io
@@ -36,13 +36,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(place: Path) -> Path:
-    """Eight weights of 24 x 24, which take no time."""
+    """Eight weights of 24 x 24."""
     return plain_model(place / "small", dim=24)
 
 
 @pytest.fixture(scope="module")
 def linear(place: Path) -> Path:
-    """Sides on both sides of what LAPACK does whole, in half precision."""
+    """Weights smaller and larger than those that LAPACK decomposes completely, in half precision."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         f"model.layers.0.mlp.{module}.weight": torch.randn(shape, generator=generator).bfloat16()
@@ -53,7 +53,7 @@ def linear(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def conv(place: Path) -> Path:
-    """A GPT-2, whose maps are stored as (in, out)."""
+    """A GPT-2, whose weights are stored as (in, out)."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=96, n_positions=8, n_embd=96, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(place / "conv")
@@ -83,7 +83,7 @@ def state(root: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.lstat().st_mtime_ns, path.read_bytes()) for path in facts(root)}
 
 
-# --- what decomposes and what does not ---
+# --- which commands decompose ---
 
 
 def test_a_second_question_decomposes_only_what_is_not_known(
@@ -207,7 +207,7 @@ def test_bytes_do_not_depend_on_what_the_store_knows(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ranks upwards find a poorer store, downwards a richer one; the first of each an empty one."""
+    """Increasing ranks meet a poorer store, decreasing ranks a richer one, and the first of each an empty one."""
     model = request.getfixturevalue(kind)
     expected = {}
     for rank in RANKS:
@@ -288,7 +288,7 @@ def test_a_named_store_that_cannot_be_is_refused_before_the_work(
 
 @pytest.fixture(params=["file", "full", "no home"])
 def unusable(request: pytest.FixtureRequest, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A default store that takes nothing."""
+    """A default store that cannot be written."""
     if request.param == "file":
         store.rmdir()
         store.write_bytes(b"mine")
@@ -479,7 +479,7 @@ def test_an_empty_store_is_listed_in_every_format(store: Path, capsys: pytest.Ca
 def test_no_name_of_a_strangers_tensor_is_obeyed_by_the_terminal(
     store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, spelling: str
 ) -> None:
-    """kasa refuses such a checkpoint; a store may come from anywhere."""
+    """kasa refuses such a checkpoint, but a store may be untrusted."""
     monkeypatch.setenv("COLUMNS", "200")
     about = {"name": "evil\x1b[2J\x1b]0;title\x07\nrow", "dtype": "F32\x1b[1m", "shape": [3, 4]}
     Store(store).put("ab" * 32, "extremes", "0" * 16, pack(Extremes(2, 1, 3, "svd", 0), about))

@@ -1,4 +1,4 @@
-"""Trained adapters on real weights, MiniLM and a GPT-2: what `kasa merge` writes is PEFT's live model.
+"""Trained adapters on real weights, MiniLM and a GPT-2: the output of `kasa merge` is PEFT's live model.
 
 Truncated by kasa, trained a few steps by PEFT on real text, saved, merged; then hidden states or logits compared.
 """
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 RANK, STEPS, NUM_TEXTS, LENGTH = 8, 4, 8, 40
 PLAIN = {"rank": RANK, "workers": 1, "use_store": False}
 EXACT = 1e-5
-"""Of the largest entry: float32, through all layers."""
+"""Relative to the largest entry: float32, through all layers."""
 WEIGHTS = "adapter_model.safetensors"
 SCALING = 2
-"""alpha / r, where alpha is not given."""
+"""alpha / r for the default alpha."""
 CASES: dict[str, dict[str, Any]] = {
     "t=r": {},
     "t>r": {"truncation_rank": 3 * RANK, "use_rslora": True, "alpha": 12.0},
@@ -43,7 +43,7 @@ Output = Callable[[nn.Module], torch.Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves: the outputs of the live model before and after, on text that it was not trained on."""
+    """The result of a training: outputs of the live model before and after, on text that it was not trained on."""
 
     out: Path
     adapter: Path
@@ -54,7 +54,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Hundreds of megabytes, of which nothing stays; one thread, so that every run trains the same."""
+    """A folder of hundreds of megabytes that is removed at the end; one thread, so that each training is the same."""
     made, threads = tmp_path_factory.mktemp("trained"), torch.get_num_threads()
     torch.set_num_threads(1)
     yield made
@@ -85,12 +85,12 @@ def seen(model: nn.Module, output: Output) -> torch.Tensor:
 
 
 def away(a: torch.Tensor, b: torch.Tensor) -> float:
-    """How far apart two outputs are, over the largest entry."""
+    """The largest difference of two outputs, relative to the largest entry."""
     return float((a - b).abs().max() / b.abs().max())
 
 
 def without_another_cut(base: nn.Module, adapter: Path, **options: Any) -> PeftModel:
-    """A KaSA adapter on a base that is truncated already: PEFT puts its cut off to the first use, and forgets it."""
+    """A KaSA adapter on a base that is already truncated: PEFT's own truncation is prevented."""
     model = PeftModel.from_pretrained(base, adapter, low_cpu_mem_usage=True, **options)
     put_off = [one for one in model.modules() if hasattr(one, "_lora_kasa_truncation_deferred")]
     assert put_off
@@ -117,7 +117,7 @@ def last_hidden(given: Any, model: nn.Module) -> torch.Tensor:
 
 
 def halves_find_each_other(halves: tuple[Any, Any], model: nn.Module) -> torch.Tensor:
-    """Contrastive: the two halves of a paragraph have the same meaning, others not."""
+    """A contrastive loss: the two halves of a paragraph belong together, others do not."""
     vectors = []
     for given in halves:
         mask = given["attention_mask"][..., None]
@@ -132,7 +132,7 @@ def output(minilm: Path) -> Output:
 
 @pytest.fixture(scope="module", params=sorted(CASES))
 def kasa(request: pytest.FixtureRequest, minilm: Path, folder: Path, output: Output) -> Trained:
-    """KaSA trained on a truncated MiniLM: where as many components are cut as the rank, as PEFT loads it."""
+    """KaSA trained on a truncated MiniLM; where the truncation rank is the adapter's, as PEFT itself loads it."""
     out = cut(minilm, folder / request.param, **PLAIN, **CASES[request.param]).out
     base = AutoModel.from_pretrained(out / "base")
     load = without_another_cut if "truncation_rank" in CASES[request.param] else PeftModel.from_pretrained
@@ -165,7 +165,7 @@ def test_merged_into_the_truncated_base_it_is_the_live_model(
 def test_merged_into_the_original_it_is_the_live_model(
     kasa: Trained, minilm: Path, output: Output, tmp_path: Path, folder: Path, capsys
 ) -> None:
-    """PEFT's files say the rank and not how deep the cut was: only beside the manifest is that known."""
+    """PEFT's files have the rank of the adapter and not the truncation rank, which only the manifest has."""
     trained_here = shutil.copytree(kasa.out, folder / f"{tmp_path.name}-out") / "adapter"
     shutil.copy(kasa.adapter / WEIGHTS, trained_here)
     given = [[trained_here], [kasa.out / "tail", kasa.adapter, "--base-is", "truncated"]]
@@ -179,7 +179,7 @@ def test_merged_into_the_original_it_is_the_live_model(
 
 
 def exact(model: Path, adapter: Path, is_cut: bool) -> dict[str, torch.Tensor]:
-    """The merged weights in float64, the cut by numpy."""
+    """The merged weights in float64, truncated by numpy."""
     weights, factors = load_file(model / "model.safetensors"), load_file(adapter / WEIGHTS)
     modules = [key.removesuffix(".lora_diag") for key in factors if key.endswith("lora_diag")]
     found = {}
@@ -200,7 +200,7 @@ def exact(model: Path, adapter: Path, is_cut: bool) -> dict[str, torch.Tensor]:
 def test_in_bfloat16_it_is_nearer_to_the_exact_merge_than_that_of_peft(
     base_is: str, less: float, kasa: Trained, minilm: Path, output: Output, folder: Path, capsys
 ) -> None:
-    """PEFT rounds the cut base, the update, which is small, and their sum; kasa rounds once."""
+    """PEFT rounds the truncated base, the small update and their sum; kasa rounds once."""
     is_cut = base_is == "truncated"
     half, merged = folder / f"half-{base_is}", folder / f"merged-{base_is}"
     source = kasa.out / "base" if is_cut else minilm
@@ -220,13 +220,13 @@ def test_in_bfloat16_it_is_nearer_to_the_exact_merge_than_that_of_peft(
 
 
 def errors(model: nn.Module, truth: dict[str, torch.Tensor]) -> np.ndarray:
-    """How far each weight is from the exact one, over its norm."""
+    """The distance of each weight from the exact one, relative to its norm."""
     found = {name: model.get_parameter(name).detach() for name in truth}
     return np.array([float((found[name] - one).norm() / one.norm()) for name, one in truth.items()])
 
 
 def with_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """A copy in float64 with some weights exact."""
+    """A copy of the model in float64 with the exact weights."""
     exact_one = copy.deepcopy(model).double()
     missing, unexpected = exact_one.load_state_dict(weights, strict=False)
     assert not unexpected and len(missing) + len(weights) == len(exact_one.state_dict())

@@ -1,4 +1,4 @@
-"""One report in four spellings, compared with what a reader should see, to the letter."""
+"""One report in four formats, compared with the expected text."""
 
 import csv
 import io

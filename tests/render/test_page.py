@@ -1,4 +1,4 @@
-"""The page of `kasa inspect spectrum`, used as a person would use it, in a browser that can reach nothing.
+"""The page of `kasa inspect spectrum`, used as a person would use it, in a browser without a network.
 
 KASA_BROWSER names the browser; KASA_REQUIRE_BROWSER=1 makes its absence a failure.
 """
@@ -66,7 +66,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 
 def tricky():
-    """Three layers of three types, a stranger's name, a weight of rank 5, and a figure that was not measured."""
+    """Three layers of three types, a hostile name, a weight of rank 5, and a figure that was not measured."""
     kinds = {"attention.query": (48, 48), "attention.key": (48, 48), "mlp.up": (96, 48)}
     report = spectrum_reports.report(3, kinds, "encoder.layer")
     curves = {curve.name: curve for curve in report.curves}
@@ -79,7 +79,7 @@ def tricky():
 
 @pytest.fixture
 def visit(browser, files):
-    """Opens a page; at the end nothing was asked of the network and nothing complained."""
+    """Open a page; at the end, assert that it sent no request and logged no error."""
     contexts, asked, complaints = [], [], []
 
     def go(name="small", viewport=DESKTOP, scheme="light"):
@@ -115,7 +115,7 @@ def legend(page) -> str:
 
 
 def column(page, key: str) -> list[str]:
-    """The cells of a column of the table, those shown, top to bottom."""
+    """The visible cells of a column of the table, from top to bottom."""
     heads = page.locator("#weights th").evaluate_all("all => all.map(head => head.dataset.key)")
     of = heads.index(key)
     return page.locator("#weights tbody tr:not([hidden])").evaluate_all(

@@ -1,4 +1,4 @@
-"""Pictures are PNG files of a sensible size with something in them."""
+"""Pictures are PNG files of a sensible size that are not blank."""
 
 import io
 from dataclasses import replace

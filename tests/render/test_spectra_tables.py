@@ -1,4 +1,4 @@
-"""Tables about spectra as a person reads them."""
+"""Tables of spectra in the terminal."""
 
 import math
 from dataclasses import replace

@@ -203,7 +203,7 @@ def test_excludes_may_leave_nothing(llama: Saved) -> None:
     assert set(llama.reasons(excludes=["*"]).values()) == {"excluded", "not a matrix"}
 
 
-# --- what is no nn.Linear ---
+# --- modules other than nn.Linear ---
 
 
 def test_conv1d_is_kasas_and_not_pefts(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_an_empty_weight_is_no_candidate(tmp_path: Path) -> None:
 
 
 def test_what_truncate_refuses_as_tied_is_no_candidate_by_default(llama: Saved) -> None:
-    """Two blocks of a family may hold one tensor; it can be named all the same."""
+    """Two blocks of a family may share one tensor; it can still be named."""
     weights = tuple(
         replace(weight, tied_with=UP1) if weight.label == Q0 else weight for weight in llama.names.weights
     )

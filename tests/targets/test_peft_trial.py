@@ -1,4 +1,4 @@
-"""What PEFT really wraps, for each family and each way to hand a selection off."""
+"""The modules that PEFT wraps, for each family and each way to export a selection."""
 
 import json
 import random
@@ -26,7 +26,7 @@ from tests.builders.checkpoints import logits, shapes_of
 
 PEFT = f"peft {__version__}"
 
-# PEFT speaks of tied heads and of the layout of a Conv1D; that it takes the right modules is what counts here
+# PEFT warns of tied heads and of the layout of a Conv1D; here only the wrapped modules matter
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning"),
@@ -42,7 +42,7 @@ def config_of(model: PreTrainedModel) -> dict[str, Any]:
 
 @cache
 def everything(family: str) -> Chosen:
-    """All that could be chosen of a family."""
+    """All modules and parameters of a family that can be chosen."""
     model = tiny_models.build(family)
     maps = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     experts = [name for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name]
@@ -72,7 +72,7 @@ def replaced(chosen: Chosen, **changes: Any) -> Chosen:
 def selections(family: str) -> Iterator[Chosen]:
     yield some(family, 1, 0)
     yield some(family, 5, 0)
-    yield some(family, 24, 0)  # from 20 names on, PEFT shortens them
+    yield some(family, 24, 0)  # PEFT shortens lists of 20 names or more
     leaf = some(family, 1, 0, seed=1).modules[0].rpartition(".")[2]
     whole = everything(family)
     alike = tuple(module for module in whole.modules if module.endswith(leaf))
@@ -99,7 +99,7 @@ def test_peft_wraps_what_was_chosen_or_there_is_no_hand_off(family: str, kind: s
         try:
             text = EMISSIONS[kind](chosen)
         except UsageError:
-            with pytest.raises(IntegrityError):  # nothing is refused that PEFT would take
+            with pytest.raises(IntegrityError):  # no selection that PEFT accepts is refused
                 tried(family, chosen, lora)
             assert kind in ("llamafactory", "regex"), chosen
         else:
@@ -108,7 +108,7 @@ def test_peft_wraps_what_was_chosen_or_there_is_no_hand_off(family: str, kind: s
 
 
 def independent(model: nn.Module) -> tuple[set[str], set[str]]:
-    """What is wrapped in a model that is really there, read off another way than the trial does."""
+    """The modules that are wrapped in a real model, determined by another method than the trial's."""
     modules, parameters = set(), set()
     for name, module in model.named_modules():
         path = name.removeprefix("base_model.model.").removesuffix(".base_layer")
@@ -182,7 +182,7 @@ def test_llamafactory_would_leave_out_the_eye_unless_told() -> None:
         ({"target_modules": ["embed_tokens"], "r": 0}, "refuses the selection: ValueError: `r` should be"),
         ({"target_modules": ["norm"]}, "refuses the selection: ValueError: Target module LlamaRMSNorm"),
         ({"of_nobody": 1}, "refuses the selection: TypeError: .*of_nobody"),
-        ({}, "takes .*v_proj"),  # PEFT has names of its own for this family
+        ({}, "takes .*v_proj"),  # PEFT replaces names for this family
     ],
 )
 def test_a_wrong_hand_off_is_an_error_that_names_the_module(lora: dict[str, Any], said: str) -> None:
@@ -224,7 +224,7 @@ def test_a_router_that_gives_back_more_than_a_product_is_refused() -> None:
     with pytest.raises(IntegrityError, match=f"cannot train a Llama4Router: {router}: --exclude router"):
         tried("llama4-text", chosen, {"target_modules": [router]})
     model = tiny_models.fresh("llama4-text")
-    with pytest.raises(AttributeError):  # what it spares the user
+    with pytest.raises(AttributeError):  # the error that the trial prevents
         logits(get_peft_model(model, LoraConfig(target_modules=[router])))
 
 
@@ -235,7 +235,7 @@ def test_no_weight_is_allocated_and_nothing_is_said(
     build = meta_model.build
     monkeypatch.setattr(meta_model, "build", lambda *args: kept.append(build(*args)) or kept[0])
     chosen = some("gpt2", 3, 0)
-    lora = {"target_modules": list(chosen.modules), "fan_in_fan_out": False}  # PEFT would warn of that
+    lora = {"target_modules": list(chosen.modules), "fan_in_fan_out": False}  # PEFT would warn
     assert tried("gpt2", chosen, lora) == PEFT
     assert {p.device.type for p in kept[0].parameters()} == {"meta"}
     assert capfd.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""The texts of `--emit`: each is read back as its trainer reads it, and says the selection or is not made."""
+"""The texts of `--emit`: read back as its trainer reads it, each means the selection, or it is not written."""
 
 import itertools
 import json
@@ -205,7 +205,7 @@ def test_whatever_is_handed_off_means_the_selection(paths: set[str], data: st.Da
         try:
             text = EMISSIONS[kind](selection)
         except UsageError:
-            assert kind != "regex" or model_type != "llama"  # a pattern can always say it
+            assert kind != "regex" or model_type != "llama"  # a pattern can always express the selection
             continue
         assert matched(trainer_configs.lora_config(kind, text, selection), selection) == set(modules)
 

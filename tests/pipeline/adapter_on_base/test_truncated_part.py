@@ -1,4 +1,4 @@
-"""KaSA's cut in a merge: as deep as the manifest says, its factors from the tail, the store or a decomposition."""
+"""KaSA's truncation in a merge: rank from the manifest, factors from the tail, the store or a decomposition."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ RANK, DEEP = 3, 5
 
 @dataclass(frozen=True)
 class Output:
-    """A model, and what `truncate` made of it, with an adapter that is not zero."""
+    """A model and its truncated output, with a nonzero adapter."""
 
     model: Path
     out: Path
@@ -57,7 +57,7 @@ def assert_all_close(ours, theirs, tolerance=1e-6):
 
 
 def test_the_cut_of_the_original_is_as_deep_as_that_of_the_truncated_base(output, tmp_path):
-    """Not as deep as the adapter has rank, which is what a reader without the manifest would make of it."""
+    """Not the rank of the adapter, which a reader without the manifest would assume."""
     one = output.merged(output.model, tmp_path / "a")
     assert_all_close(one, output.merged(output.out / "base", tmp_path / "b"))
     name = next(name for name in one if name.endswith(("q_proj.weight", "c_attn.weight")))
@@ -107,7 +107,7 @@ def test_an_altered_tail_is_named(output, tmp_path):
 
 
 def test_of_two_adapters_the_one_that_lacks_more_says_how_deep_the_cut_is(tmp_path):
-    """As in PEFT, where the base ends at the larger truncation, whatever the order."""
+    """As in PEFT, where the larger truncation counts, in any order of the adapters."""
     model = tiny_models.save("llama", tmp_path / "model")
     name = "model.layers.0.self_attn.q_proj"
     W = load_file(model / "model.safetensors")[f"{name}.weight"]

@@ -1,4 +1,4 @@
-"""`kasa convert`: PEFT loads what it makes and answers as with the adapter itself; and what is refused, and why."""
+"""`kasa convert`: PEFT loads its output and computes the same logits as with the adapter itself; refused adapters."""
 
 import json
 import re
@@ -89,7 +89,7 @@ def with_peft(base, adapter):
 
 
 def answers(base, adapter):
-    """PEFT's answers with an adapter, and with it disabled. A warning, of a missing key for one, is an error."""
+    """PEFT's logits with an adapter and with it disabled. A warning, such as one of a missing key, is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|Model has `tie_word_embeddings")
         model = PeftModel.from_pretrained(load(base), adapter).eval()
@@ -103,7 +103,7 @@ def parts(out):
 
 
 def same_products(one, other, tolerance=1e-6):
-    """Two PEFT files add the same to the same modules."""
+    """Assert that two PEFT files add the same update to the same modules."""
     ours, theirs = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
     assert ours.keys() == theirs.keys()
     for name in (name for name in ours if "lora_B" in name):
@@ -191,7 +191,7 @@ def train(peft_model, steps=4):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """A KaSA adapter that PEFT trained a little on the original base, and the answers of that very model."""
+    """A KaSA adapter that PEFT trained a little on the original base, and the logits of that model."""
     trained = train(live("kasa"))
     with warnings.catch_warnings(action="ignore"):
         trained.save_pretrained(folder / "trained")
@@ -200,7 +200,7 @@ def trained(folder):
 
 @pytest.fixture(scope="module")
 def operated(model, folder):
-    """What `kasa truncate` made (more is cut than the adapter's rank), its adapter trained, and those answers."""
+    """A truncated output (of a truncation rank above the adapter's), its trained adapter, and the logits."""
     out = folder / "operated"
     options = {"rank": 3, "truncation_rank": 5, "alpha": 7, "workers": 1, "use_store": False}
     truncate(Where(str(model)), out, Truncation(patterns=Patterns(("q_proj", "v_proj")), **options))
@@ -295,7 +295,7 @@ def test_what_cannot_be_known_of_the_base_stops_it(trained, model, tmp_path):
 
 
 def test_a_lora_for_the_other_base_knows_which_that_is(operated, model, tmp_path):
-    """From the original base for the truncated one, and back: merged into the wrong one it is refused."""
+    """Converted from the original base for the truncated one and back; a merge into the wrong base is refused."""
     out, _, _ = operated
     converted(out / "adapter", model, tmp_path / "T", base_is="auto", on="truncated")
     converted(out / "adapter", out / "base", tmp_path / "O", base_is="auto", on="original")
@@ -324,7 +324,7 @@ def test_in_half_precision_it_is_said_that_the_cut_is_not_what_was_stored(traine
 
 @pytest.mark.parametrize("name", ["lora", "conv1d", "neox", "vlm", "experts", "experts-qwen3", "embedding"])
 def test_names_on_disk_are_those_of_tensors_of_these_shapes(name, tmp_path):
-    """And what they add is what `kasa merge` adds to those tensors."""
+    """The update is the one that `kasa merge` adds to those tensors."""
     base, adapter = base_of(name), saved(name)
     converted(adapter, base, tmp_path / "OUT", names="disk")
     tensors, config = parts(tmp_path / "OUT")
@@ -356,7 +356,7 @@ def test_experts_in_one_tensor_have_no_names_on_disk(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["experts", "experts-qwen3", "experts-gpt-oss"])
 def test_experts_lie_as_peft_stacks_them(name, tmp_path):
-    """The shapes of PEFT's own file, with the rank of all."""
+    """The shapes of PEFT's own file, at the common rank."""
     base, adapter = base_of(name), saved(name)
     converted(adapter, base, tmp_path / "OUT")
     ours, theirs = load_file(tmp_path / "OUT" / WEIGHTS), load_file(adapter / WEIGHTS)
@@ -398,11 +398,11 @@ def test_an_expert_named_as_on_disk_is_converted_by_those_names_only(tmp_path):
     assert torch.equal(load_file(tmp_path / "OUT" / WEIGHTS)[f"{key}A.weight"], A)
 
 
-# --- recompressed ---
+# --- recompression ---
 
 
 def updates(name):
-    """W' - W of every weight that PEFT's merge changes, as numpy's float64."""
+    """W' - W of every weight that PEFT's merge changes, in numpy's float64."""
     base, adapter = base_of(name), saved(name)
     before = load(base, dtype=torch.float64)
     with warnings.catch_warnings(action="ignore"):
@@ -435,7 +435,7 @@ def test_what_is_lost_is_what_the_singular_values_say(name, limit, tmp_path):
 
 
 def assert_stored_loss(report, deltas, out):
-    """The loss is that of the file, entry by entry."""
+    """The reported loss is that of the written file, computed entry by entry."""
     tensors, config = parts(out)
     for row in report.tensors:
         key = f"base_model.model.{row.module}.lora_"
@@ -488,7 +488,7 @@ def test_an_update_of_nothing_is_a_lora_of_nothing():
 
 
 def test_a_loss_below_roundoff_is_still_measured():
-    """‖LR - BA‖ by products of the factors alone would be off by 1e-8 of the norm."""
+    """‖LR - BA‖ computed from products of the factors alone would have an error of 1e-8 of the norm."""
     torch.manual_seed(0)
     L, R = torch.randn(40, 3, dtype=torch.float64), torch.randn(3, 30, dtype=torch.float64)
     found = of_terms([Term(L, R)], Limit())
@@ -502,7 +502,7 @@ def test_what_float32_cannot_hold_is_no_factor():
         of_terms([Term(torch.full((2, 1), 1e39, dtype=torch.float64), torch.ones(1, 2).double())], Limit())
 
 
-# --- what is refused ---
+# --- refusals ---
 
 
 @pytest.mark.parametrize("name", sorted(DENSE))
@@ -515,7 +515,7 @@ def test_what_has_no_low_rank_form_is_refused_by_its_kind(name, tmp_path, capsys
         and "--rank or --energy" in done.err
         and "kasa merge" in done.err
     )
-    assert not list(tmp_path.iterdir())  # no work of another job is in the way of what the error advises
+    assert not list(tmp_path.iterdir())  # no unfinished work of another job prevents what the error advises
 
 
 @pytest.mark.parametrize("name", sorted(MORE))

@@ -31,7 +31,7 @@ from tests.builders.runs import ROOT, inside
 HERE = Running(1, use_store=False)
 EXACT = 1e-12
 BY_SVD = 5e-6
-"""Where PEFT decomposes in float32."""
+"""Kinds that PEFT decomposes in float32."""
 IN_FLOAT32 = {"pissa", "olora", "mica", "osf", "kasa", "oft-exact"}
 LOST = {"pissa-niter"}
 DENSE = {
@@ -56,7 +56,7 @@ def numpy(tensor) -> np.ndarray:
 
 
 def changes(base, path) -> dict[str, np.ndarray]:
-    """What PEFT's merge does to every parameter, in float64 wherever PEFT can."""
+    """The change of every parameter by PEFT's merge, in float64 where PEFT supports it."""
     for dtype in (torch.float64, torch.float32):
         try:
             with warnings.catch_warnings(action="ignore"):
@@ -64,7 +64,7 @@ def changes(base, path) -> dict[str, np.ndarray]:
                 model = PeftModel.from_pretrained(load(base, dtype=dtype), path)
                 after = model.merge_and_unload().state_dict()
             return {name: numpy(after[name]) - numpy(before[name]) for name in after if name in before}
-        except TypeError:  # PiSSA and its like want float32
+        except TypeError:  # PiSSA and similar initialisations require float32
             continue
     raise AssertionError(path)
 
@@ -77,7 +77,7 @@ def cut(W: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def updates(name) -> dict[str, np.ndarray]:
     base, path = base_of(name), saved(name)
     found = changes(base, path)
-    if CASES[name].kind == "kasa":  # PEFT's merge holds the cut of the base, which is no part of the update
+    if CASES[name].kind == "kasa":  # PEFT's merge includes the truncation of the base
         for key, W in load(base).state_dict().items():
             if key.endswith(("q_proj.weight", "v_proj.weight")):
                 U, S, Vh = cut(numpy(W), 4)
@@ -290,7 +290,7 @@ def test_a_dense_core_has_singular_values_and_no_diagonal(tmp_path):
 
 
 def terms(path):
-    """(d, A, B) of every layer, in float64."""
+    """The terms (d, A, B) of every layer, in float64."""
     tensors = load_file(path / WEIGHTS)
     for key in sorted(tensors):
         if key.endswith("lora_diag"):
@@ -312,7 +312,7 @@ def test_peft_s_convention_is_peft_s_own_loss(regularised):
 
 
 def test_the_published_code_s_convention_is_its_loss_written_out(regularised):
-    """Gram matrices of the long sides, and the mean over the layers, as `loss_fn` of the published code has it."""
+    """Gram matrices of the long sides and the mean over the layers, as in `loss_fn` of the published code."""
     layers = list(terms(regularised))
     l2 = sum((d**2).sum() for d, _, _ in layers)
     l3 = sum(
@@ -355,12 +355,12 @@ def test_other_kinds_have_no_penalties_and_an_empty_config_has_peft_s_weights(tm
     assert (found["beta"], found["gamma"]) == (default.beta, default.gamma)
 
 
-# --- the share in the base's cut ---
+# --- the share in the truncated part of the base ---
 
 
 @pytest.fixture(scope="module")
 def pretruncated(folder):
-    """Square, wide and tall weights, cut by more than the rank; the adapter trained a little."""
+    """Square, wide and tall weights with a truncation rank above the adapter's; the adapter is trained a little."""
     model, out = base_of("kasa"), folder / "truncated"
     truncated.cut(model, out, *TARGETS, rank=4, truncation_rank=6, alpha=6, workers=1, use_store=False)
     disturb_saved(out / "adapter")

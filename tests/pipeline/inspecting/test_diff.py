@@ -26,7 +26,7 @@ FIGURE = 1e-9
 
 
 def compared(one, other, *patterns: str, **options) -> DiffReport:
-    """In this process, by the store of the test; `rank` 8."""
+    """The report, computed in this process with the store of the test and `rank` 8."""
     rank = options.pop("rank", RANK)
     return diff((Where(str(one)), Where(str(other))), Patterns(patterns), Running(1, **options), rank)
 
@@ -45,7 +45,7 @@ def noisy(scale: float):
 
 
 def everywhere(function, model, folder):
-    """Every linear weight of the blocks through the function."""
+    """A copy of the model with the function applied to every linear weight of the blocks."""
     modules = {
         name.removesuffix(".weight").replace(".", "__"): function
         for name in tensors(model)
@@ -54,7 +54,7 @@ def everywhere(function, model, folder):
     return changed(model, folder, **modules)
 
 
-# --- by numpy ---
+# --- reference results by numpy ---
 
 
 def angle(X: np.ndarray, Y: np.ndarray) -> float:
@@ -173,7 +173,7 @@ def test_truncation_takes_the_bottom_and_leaves_the_top(tmp_path, capsys):
         assert row.top_angle < 1e-3
         assert row.bottom_angle < 90.000001
         assert row.sigma_max[1] == pytest.approx(row.sigma_max[0], rel=1e-6)
-        assert row.sigma_min[1] < 1e-6 * S[0]  # nothing but the rounding to float32
+        assert row.sigma_min[1] < 1e-6 * S[0]  # only the rounding to float32
         assert row.kappa[1] > 1e6 > row.kappa[0]
         dropped = np.linalg.norm(S[-RANK:]) / np.linalg.norm(S)
         assert row.relative_distance == pytest.approx(dropped, rel=1e-4)
@@ -182,7 +182,7 @@ def test_truncation_takes_the_bottom_and_leaves_the_top(tmp_path, capsys):
 
 
 def test_an_exact_cut_is_orthogonal_to_what_is_left_at_the_bottom(tmp_path):
-    """The eight smallest dropped, eight others now smallest: a bottom of rank 16 shares half of its directions."""
+    """The eight smallest are dropped, and the next eight become the smallest: a bottom of rank 16 shares half."""
     U, V, S = (
         orthonormal(DIM, DIM),
         orthonormal(DIM, DIM, seed=3),
@@ -194,7 +194,7 @@ def test_an_exact_cut_is_orthogonal_to_what_is_left_at_the_bottom(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     models = [save_plain({name: (U * s) @ V.T}, tmp_path / label) for label, s in (("a", S), ("b", cut))]
     [row] = compared(*models).tensors
-    assert row.bottom_angle < 1e-5  # the same space, its values exchanged
+    assert row.bottom_angle < 1e-5  # the same subspace with its values exchanged
     swapped = S.clone()
     swapped[-RANK:], swapped[-2 * RANK : -RANK] = S[-2 * RANK : -RANK], S[-RANK:]
     [row] = compared(models[0], save_plain({name: (U * swapped) @ V.T}, tmp_path / "c")).tensors
@@ -210,7 +210,7 @@ def test_an_exact_cut_is_orthogonal_to_what_is_left_at_the_bottom(tmp_path):
 
 @pytest.fixture
 def intruded(base, tmp_path):
-    """A strong rank-1 term, orthogonal to nothing in particular, in one layer."""
+    """A strong rank-1 term in a random direction, in one layer."""
     u, v = (gaussian(DIM, 1, torch.float32, seed=n) for n in (11, 12))
     return changed(base, tmp_path / "other", model__layers__1__mlp__up_proj=lambda W: W + 2 * u @ v.T)
 
@@ -229,7 +229,7 @@ def test_an_intruder_is_found_where_it_is_and_only_there(base, intruded):
 def test_a_stronger_own_direction_is_no_intruder(base, tmp_path):
     def stronger(W):
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        return W - 5 * S[3] * U[:, 3:4] @ Vh[3:4]  # of the other sign even
+        return W - 5 * S[3] * U[:, 3:4] @ Vh[3:4]  # even with the opposite sign
 
     [row] = compared(base, changed(base, tmp_path / "b", model__layers__1__mlp__up_proj=stronger)).tensors
     assert row.intruders == 0
@@ -238,7 +238,7 @@ def test_a_stronger_own_direction_is_no_intruder(base, tmp_path):
 
 
 def test_a_direction_from_the_middle_of_the_old_spectrum_is_no_intruder_within_reach(base, tmp_path):
-    """Directions of A are searched down to four times the rank: the 20th is found, the 60th is not."""
+    """Directions of A are searched up to four times the rank: the 20th is matched, the 60th is not."""
     found = {}
     for number in (20, 60):
 
@@ -253,7 +253,7 @@ def test_a_direction_from_the_middle_of_the_old_spectrum_is_no_intruder_within_r
     assert found == {20: 0, 60: 1}
 
 
-# --- what is the same, and what only one has ---
+# --- equal weights, and weights that only one model has ---
 
 
 def test_identical_weights_are_listed_and_not_decomposed(base, tmp_path, monkeypatch):
@@ -341,7 +341,7 @@ def test_the_narrowest_weights_have_subspaces_of_one_direction(tmp_path, shape):
 
 
 def test_names_on_disk_may_differ_where_those_in_memory_do_not(tmp_path):
-    """A bare model and the same with a prefix, as the Hub has both."""
+    """A model without and with a prefix in its names, as both are found on the Hub."""
     plain = tiny_models.save("bert", tmp_path / "plain")
     prefixed = tmp_path / "prefixed"
     prefixed.mkdir()
@@ -356,7 +356,7 @@ def test_names_on_disk_may_differ_where_those_in_memory_do_not(tmp_path):
 
 @pytest.mark.parametrize("entries", [64, 1 << 22], ids=["in blocks", "at once"])
 def test_experts_apart_and_experts_fused_are_the_same_weights(tmp_path, entries, monkeypatch):
-    """One holds every expert in tensors of its own, one all in a tensor, as transformers has them in memory."""
+    """One checkpoint has tensors for each expert, the other one tensor for all, as transformers has in memory."""
     monkeypatch.setattr(matrix, "BLOCK_ENTRIES", entries)
     apart = tiny_models.save("mixtral", tmp_path / "apart")
     in_memory = dict(tiny_models.build("mixtral").named_parameters())

@@ -30,7 +30,7 @@ ROLES = {
     "mixtral": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"},
 }
 FIGURES = 1e-9
-"""Relative: of what is a smooth function of values that are right to 1e-10 of the largest."""
+"""Relative tolerance of smooth functions of singular values that are accurate to 1e-10 of the largest."""
 
 
 def spectrum(capsys, model, *options):
@@ -56,7 +56,7 @@ def in_memory(family: str) -> dict[str, list[np.ndarray]]:
     return found
 
 
-# --- figures, written out from their definitions ---
+# --- figures, implemented from their definitions ---
 
 
 def bulk_median(k: int, long: int) -> float:
@@ -99,7 +99,7 @@ def power_law(S: np.ndarray) -> tuple[float, float, int]:
 
 
 def figures(W: np.ndarray) -> Row:
-    """Every figure of a row."""
+    """All figures of a row."""
     S, (k, long) = np.linalg.svd(W, compute_uv=False), sorted(W.shape)
     p = S / S.sum()
     sigma, edge, above = noise_edge(S, k, long)
@@ -127,7 +127,7 @@ def figures(W: np.ndarray) -> Row:
 
 
 TOLERANCES = {"sigma_min": 1e-7, "kappa": 1e-7, "mp_sigma": 1e-7, "mp_edge": 1e-7}
-"""What a small value or a numerical integral is in: looser than FIGURES."""
+"""Tolerances of figures that depend on a small value or a numerical integral: looser than FIGURES."""
 
 
 def assert_right(row: Row, W: np.ndarray) -> None:
@@ -330,7 +330,7 @@ def test_table_and_markdown_name_every_weight_and_its_condition(tmp_path, capsys
     for row in rows:
         assert row["module_type"].split(".")[-1] in ran.out
         assert all(number(row[name]) in ran.out for name in ("sigma_max", "kappa", "stable_rank"))
-    assert ran.out.count("▲") == ran.out.count("▼") == 4 + 1  # of each type one, and the key
+    assert ran.out.count("▲") == ran.out.count("▼") == 4 + 1  # one of each type, and the legend
 
 
 def test_a_singular_weight_has_an_infinite_condition_and_valid_json(tmp_path, capsys):
@@ -380,7 +380,7 @@ def test_a_page_and_pictures_are_written(tmp_path, capsys):
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in pictures)
 
 
-# --- what cannot be measured ---
+# --- weights that cannot be measured ---
 
 
 def poisoned(W: torch.Tensor) -> torch.Tensor:

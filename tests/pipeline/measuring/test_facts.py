@@ -1,4 +1,4 @@
-"""A question about a weight has one answer to the last bit, whatever was asked, kept or lost before."""
+"""A measurement of a weight has the same bits, whatever was measured, stored or lost before."""
 
 import hashlib
 import math
@@ -54,7 +54,7 @@ def weight(W: Tensor, name: str = NAME) -> HashedMatrix:
 
 
 def unread(known: HashedMatrix) -> HashedMatrix:
-    """The same weight, which must not be asked for."""
+    """The same weight; reading it fails the test."""
 
     def read() -> Tensor:
         raise AssertionError("a known weight was read")
@@ -63,7 +63,7 @@ def unread(known: HashedMatrix) -> HashedMatrix:
 
 
 def alone(known: HashedMatrix) -> Bench:
-    """A bench that nothing was asked before, and no store."""
+    """A new bench without a store."""
     return Facts(None, ENVIRONMENT).bench(known)
 
 
@@ -93,7 +93,7 @@ QUESTIONS: dict[str, Callable[[Bench], bytes]] = {
 @pytest.mark.parametrize("k", SIDES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_number_of_components_has_one_answer(facts: Facts, k: int, shape: str) -> None:
-    """Asked alone; of an empty, a poorer and a richer store; and of one bench in any order."""
+    """Measured alone, with an empty, a poorer and a richer store, and by one bench in any order."""
     known = weight(gaussian(*SHAPES[shape](k), dtype=torch.float32))
     expected = [bits(alone(known).bottom(t)) for t in range(k)]
     assert [bits(facts.bench(known).bottom(t)) for t in range(k)] == expected
@@ -106,7 +106,7 @@ def test_every_number_of_components_has_one_answer(facts: Facts, k: int, shape: 
 
 @pytest.mark.parametrize("shape", LARGE)
 def test_every_number_of_components_of_a_large_weight_has_one_answer(facts: Facts, shape: str) -> None:
-    """Where Lanczos works: its bytes depend on how many components are wanted."""
+    """A size at which Lanczos runs: its bytes depend on the number of requested components."""
     known = weight(gaussian(*LARGE[shape]).to(torch.bfloat16))
     richest = facts.bench(known)
     richest.bottom(max(SOME))
@@ -167,7 +167,7 @@ def test_a_store_pruned_between_two_questions_changes_no_answer(facts: Facts) ->
 
 
 def near_tie() -> Tensor:
-    """Between the eighth and the ninth value from below, so little that only a decomposition of its own is sharp."""
+    """The eighth and ninth smallest values are so close that only a separate decomposition is accurate."""
     S = log(40, 1e4)
     S[31] = S[32] * (1 + 2e-5)
     return with_spectrum(40, 97, S)
@@ -293,7 +293,7 @@ def test_without_a_store_every_bench_decomposes_and_once_for_all_its_questions(
         assert bench.is_new and len(num_read) == expected
 
 
-# --- what cannot be answered ---
+# --- weights that cannot be measured ---
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -330,7 +330,7 @@ def test_more_components_than_there_are_cannot_be_dropped(facts: Facts, k: int, 
         facts.bench(known).bottom(t)
 
 
-# --- what is not taken up ---
+# --- facts that are not used ---
 
 
 @pytest.mark.parametrize(

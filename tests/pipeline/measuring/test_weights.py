@@ -1,4 +1,4 @@
-"""From pieces on disk to weights: put together, hashed, by rows when large; and the memory that takes."""
+"""From pieces on disk to weights: assembled, hashed, read by rows when large; and the memory use."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def opened(folder, **tensors: torch.Tensor) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Asked:
-    """A matrix by its pieces, before a checkpoint says how large they are."""
+    """A matrix by its pieces; a checkpoint then gives their sizes."""
 
     name: str
     pieces: tuple[Piece, ...]
@@ -122,7 +122,7 @@ def test_only_above_the_limit_is_a_weight_read_by_rows(tmp_path, monkeypatch):
         assert isinstance(weigh(checkpoint, whole(), CPU).read(), kind)
 
 
-# --- what the store knows it by ---
+# --- its key in the store ---
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 30], ids=["by rows", "held"])
@@ -208,11 +208,11 @@ def test_blocks_of_rows_are_the_same_wherever_the_pieces_lie(tmp_path, dtype, en
         assert [len(block) for block in blocks] == [min(step, 23 - n) for n in range(0, 23, step)]
 
 
-# --- a file that does not stay what it was ---
+# --- a file that changes ---
 
 
 def answers(checkpoint: Checkpoint, matrix: Asked):
-    """Every way to the bytes of a weight."""
+    """Every way to read the bytes of a weight."""
     yield lambda: weigh(checkpoint, matrix, CPU)
     yield lambda: read_pieces(checkpoint, matrix.pieces)
     yield lambda: list(matrix.within(checkpoint).row_blocks(checkpoint))
@@ -282,7 +282,7 @@ def embedding(folder, rows: int):
 def test_the_memory_of_a_measurement_does_not_grow_with_the_weight(tmp_path):
     rows = (24_000, 48_000)
     models = [embedding(tmp_path / str(n), n) for n in rows]
-    # glibc moves its thresholds with what was freed before, and then keeps freed memory: megabytes of chance
+    # glibc adapts its thresholds to earlier frees and then keeps freed memory: megabytes at random
     exact = environment(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
     done = subprocess.run(
         [sys.executable, "-c", ONE_AFTER_THE_OTHER, *map(str, models)],
@@ -296,4 +296,4 @@ def test_the_memory_of_a_measurement_does_not_grow_with_the_weight(tmp_path):
     assert codes == (0, 0)
     growth = (peaks[1] - peaks[0]) << 10
     weight, vectors = (rows[1] - rows[0]) * COLUMNS * 2, (rows[1] - rows[0]) * 32 * 8
-    assert growth < 4 * vectors < weight  # thin and in float64: what is computed of the long side
+    assert growth < 4 * vectors < weight  # thin and in float64: the vectors of the long side

@@ -1,4 +1,4 @@
-"""Terms added while a tensor streams by: the same bytes whatever the blocks, read back at once, in little memory."""
+"""Terms added while a tensor is streamed: the same bytes for any block size, read back at once, in little memory."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ from tests.builders.runs import environment
 
 MODEL = "model.safetensors"
 UNTIED = ("embedding-tied",)
-MERGED = sorted({*CASES} - {"pissa-niter"})  # which lacks the base that it started from
+MERGED = sorted({*CASES} - {"pissa-niter"})  # the base of its initialisation is not available
 
 
 def merged(name, tmp_path, out, **options):
@@ -60,7 +60,7 @@ def test_small_blocks_and_whole_tensors_make_the_same_bytes_and_figures(name, dt
 
 
 def require_hashes_of_the_base(base, manifest):
-    """A merge has on record what it changed, tensor by tensor."""
+    """The manifest of a merge records its changes, tensor by tensor."""
     container = read_header(base / MODEL)
     content = container.path.read_bytes()
     for name, record in manifest.tensors.items():
@@ -71,7 +71,7 @@ def require_hashes_of_the_base(base, manifest):
 
 
 WHOLE = {"lora-bias", "dora-conv1d", "ia3-conv1d", "dora-embedding", "hira-embedding", "oft-embedding"}
-"""Cases in which a tensor is held whole: shifts of biases, and maps of what a file has transposed."""
+"""Cases in which a whole tensor is in memory: shifts of biases, and maps of transposed weights."""
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -97,7 +97,7 @@ def test_many_workers_and_one_make_the_same_output(tmp_path):
 
 
 def test_of_many_files_few_are_open(tmp_path, monkeypatch):
-    """A process may have few files open: not one for each of thousands of small shards."""
+    """A process may open only a limited number of files, fewer than a checkpoint may have shards."""
     base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora")
     options = Options(max_shard_size="20KB")
     num_open, most = [0], [0]

@@ -1,4 +1,4 @@
-"""What lora-lite writes, through the command line: one file, its config in the header, merged into a base.
+"""Adapters of lora-lite through the command line: one file with its config in the header, merged into a base.
 
 The oracle is the layer as lora-lite runs it: an output made from an input by the forward formulas of each method, on
 the frozen weight. A merged layer must give that output to every input, so it is asked about the unit vectors and 0.
@@ -43,7 +43,7 @@ MODULES = {
         "mlp.down_proj": (32, 48),
     }.items()
 }
-"""(out, in) of the layers that are adapted: square, wide and tall."""
+"""(out, in) of the adapted layers: square, wide and tall."""
 
 
 # --- the layers, as they run ---
@@ -58,7 +58,7 @@ def lora(W: Tensor, b: Tensor, t: Tensors) -> Layer:
 
 
 def pissa(W: Tensor, b: Tensor, t: Tensors) -> Layer:
-    """The base has lost s B_0 A_0, made from it in float32 and rounded to the dtype of the file."""
+    """The base lacks s B_0 A_0, computed from it in float32 and rounded to the dtype of the file."""
     U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
     root = (S[:R] / SCALE).sqrt()
     B, A = ((U[:, :R] * root).to(t["dtype"]), (root[:, None] * Vh[:R]).to(t["dtype"]))
@@ -78,7 +78,7 @@ def delora(W: Tensor, b: Tensor, t: Tensors) -> Layer:
 
 def hra(W: Tensor, b: Tensor, t: Tensors) -> Layer:
     def run(x: Tensor) -> Tensor:
-        for u in reversed(t["lora_U"]):  # the last reflection meets the input first
+        for u in reversed(t["lora_U"]):  # the last reflection is applied to the input first
             x = x - 2 * torch.outer(x @ u, u) / (u @ u).clamp(min=1e-12)
         return affine(W, b)(x)
 
@@ -94,7 +94,7 @@ def ia3_ff(W: Tensor, b: Tensor, t: Tensors) -> Layer:
 
 
 def road(variant: int) -> Callable[[Tensor, Tensor, Tensors], Layer]:
-    """Pairs (i, i + 4) of each group of 8 outputs are turned and stretched; one angle a pair, an output, or two."""
+    """Pairs (i, i + 4) of each group of 8 outputs are rotated and scaled: one angle per pair, per output, or two."""
 
     def layer(W: Tensor, b: Tensor, t: Tensors) -> Layer:
         theta, alpha = t["lora_road_theta"], t["lora_road_alpha"]
@@ -161,7 +161,7 @@ def factors(outs: int, ins: int, W: Tensor) -> Tensors:
 
 
 def directions(outs: int, ins: int, W: Tensor) -> Tensors:
-    """Some of the singular directions of the base, not the largest ones: data has chosen them."""
+    """Some singular directions of the base other than the largest, as if chosen by data."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     taken = torch.arange(1, 16, 2)[:8]
     return {
@@ -227,7 +227,7 @@ def written(name: str, path: Path, base: Path, dtype: str = "float32", **config:
 
 
 def run_layers(name: str, file: Path, base: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight and bias of each adapted layer, by what it answers to the unit vectors and to 0."""
+    """Weight and bias of each adapted layer, from its outputs for the unit vectors and for 0."""
     tensors, weights = load_file(file), tensors_of(base)
     found = {}
     for module, (outs, ins) in MODULES.items():
@@ -308,7 +308,7 @@ def test_two_files_of_different_methods_add_up(tmp_path, capsys):
         assert_close(after[f"{module}.weight"], exact)
 
 
-# --- traps ---
+# --- refusals and notes ---
 
 
 @pytest.mark.parametrize("name", ["pissa", "antipasto-V", "lora", "hra"])
@@ -336,7 +336,7 @@ def test_what_was_taken_off_the_base_is_said(name, said, tmp_path, capsys):
 
 
 def test_a_base_that_lost_the_start_already_is_refused(tmp_path, capsys):
-    """Its manifest says so: the start would be taken off once more, and not even the same one."""
+    """The manifest of the base says so: a second, different initialisation would be subtracted."""
     base = tiny_models.saved("llama")
     file = written("pissa", tmp_path / "pissa.safetensors", base)
     other = written("lora", tmp_path / "lora.safetensors", base)

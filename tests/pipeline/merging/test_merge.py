@@ -1,4 +1,4 @@
-"""`kasa merge` against PEFT's `merge_and_unload` on the same files, for every kind and layer; and what is refused."""
+"""`kasa merge` against PEFT's `merge_and_unload` on the same files, for every kind and layer; and refusals."""
 
 import json
 import shutil
@@ -25,13 +25,13 @@ from tests.builders.truncated import cut
 TIED = {"embedding-tied", "dora-embedding-tied"}
 LOST = {"pissa-niter"}
 EXACT = 1e-6
-"""Of the largest entry; where PEFT decomposes in float32, what that is off by."""
+"""Relative to the largest entry; BY_SVD has the errors of kinds that PEFT decomposes in float32."""
 BY_SVD = {"kasa": 4e-6, "osf": 1e-5}
 onto_original = partial(merged, base_is="original")
 
 
 def by_peft(base, adapter, **kwargs):
-    """PEFT's merged model, with the tensors that it would save."""
+    """The tensors of PEFT's merged model."""
     with warnings.catch_warnings(action="ignore"):
         model = PeftModel.from_pretrained(load(base, **kwargs), adapter).merge_and_unload()
     return model.state_dict()
@@ -107,7 +107,7 @@ def test_in_half_precision_the_result_is_no_further_from_the_exact_one_than_that
 
 
 def test_every_entry_is_rounded_once(tmp_path):
-    """To the nearest of the exact sum: no entry is further than half a unit in the last place."""
+    """No entry is further from the exact sum than half a unit in the last place."""
     tiny_models.save("llama", tmp_path / "half", dtype=torch.bfloat16)
     adapter = saved("lora")
     onto_original(adapter, tmp_path / "half", tmp_path / "OUT")
@@ -176,7 +176,7 @@ def test_the_same_adapter_is_merged_once(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def pretruncated(folder):
-    """A base that kasa truncated, beside its adapter, trained a little."""
+    """A model, its truncated output, and a copy of the adapter that is trained a little."""
     model, out = base_of("kasa"), folder / "truncated"
     cut(model, out, "q_proj", "v_proj", rank=4, alpha=6, workers=1, use_store=False)
     trained = disturb_saved(shutil.copytree(out / "adapter", folder / "trained"))
@@ -231,7 +231,7 @@ def test_the_tail_makes_the_truncated_base(pretruncated, tmp_path):
 
 
 def test_a_cut_that_rounding_brought_back_in_one_weight_leaves_the_base_known(pretruncated, tmp_path):
-    """That weight is the same in both bases; the others tell them apart."""
+    """That weight is the same in both bases; the other weights distinguish them."""
     from kasa_cli.pipeline.adapter_on_base.provenance import Origin, adapter_manifest, base_is
 
     model, out, _ = pretruncated
@@ -270,7 +270,7 @@ def test_a_dense_core_of_old_files_is_merged(tmp_path):
     assert_equal(one, other, 1e-7)
 
 
-# --- nothing lost in silence ---
+# --- refusals ---
 
 
 def test_a_tensor_that_nothing_consumes_is_named(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`kasa merge` of adapters on tied weights: each end gets what was meant for it, or the run stops by name.
+"""`kasa merge` of adapters on tied weights: each parameter gets its own update, or the error names the tensor.
 
 The oracle is the model that was trained: PEFT's own forward pass before any merge, which PEFT does in place on both
 ends; and PEFT's merge on a base that was untied first.
@@ -53,7 +53,7 @@ ONE_END: dict[str, tuple[str, dict[str, Any]]] = {
     "whisper": ("whisper", {"target_modules": ["proj_out"]}),
     "bart, of four ends": ("bart", {"target_modules": ["decoder.embed_tokens"]}),
 }
-"""Adapters that make the ends of tied weights different: the family, and PEFT's options."""
+"""Adapters after which the tied parameters differ: the family, and PEFT's options."""
 BOTH_ENDS: dict[str, dict[str, Any]] = {
     "rows": {**QV, "trainable_token_indices": [1, 5]},
     "the same rows": {**QV, "trainable_token_indices": {"embed_tokens": [1], "lm_head": [1]}},
@@ -81,7 +81,7 @@ def base_of(family: str) -> Path:
 
 
 def trained(base: Path, folder: Path, make=peft.LoraConfig, **options: Any) -> torch.Tensor:
-    """A random adapter, saved by PEFT, and what the model says with it before any merge."""
+    """Save a random adapter with PEFT, and return the logits of the model with it before any merge."""
     torch.manual_seed(0)
     rank = {"r": 4, "lora_alpha": 6} if make is peft.LoraConfig else {}
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
@@ -177,7 +177,7 @@ def test_two_adapters_one_on_each_end(tmp_path, caplog):
 
 
 def test_a_shard_that_nothing_comes_to_keeps_its_bytes(tmp_path, caplog):
-    """Header and all; and each new tensor lies beside the one it is made from."""
+    """Whole shards with their headers; each new tensor is stored beside the tensor that it is made from."""
     base = tiny_models.save("bert-mlm", tmp_path / "base", max_shard_size="20KB")
     for shard in base.glob("*.safetensors"):  # a header that kasa would not write
         save_file(load_file(shard), shard, {"format": "pt", "origin": "elsewhere"})
@@ -204,7 +204,7 @@ def test_new_tensors_go_into_shards_of_a_size(tmp_path, caplog, capsys):
 
 
 def test_a_head_that_is_on_disk_too_gets_no_third_tensor(tmp_path, caplog):
-    """As converters write it: both ends in the file, equal, and the config says that they are one."""
+    """As converters write it: both tensors are in the file and equal, and the config ties them."""
     base = shutil.copytree(base_of("llama-tied"), tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     save_file({**weights, HEAD: weights[EMBED].clone()}, base / "model.safetensors", {"format": "pt"})
@@ -223,7 +223,7 @@ def test_a_head_that_is_on_disk_too_gets_no_third_tensor(tmp_path, caplog):
 
 
 def test_ends_that_differ_on_disk_are_not_tied(tmp_path):
-    """transformers warns and does not tie them, whatever the config says: T5 1.1 is stored so."""
+    """transformers warns and does not tie them, whatever the config says; T5 1.1 is stored this way."""
     base = shutil.copytree(base_of("t5"), tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     other = {
@@ -254,7 +254,7 @@ def test_trained_rows_of_both_ends_and_a_lora_of_one_are_refused_by_name(tmp_pat
 
 
 def test_factors_that_were_tied_and_differ_now_are_two(tmp_path):
-    """The config says that they were trained as one; the tensors say that they are not."""
+    """The config says that they are tied; the tensors differ."""
     base = base_of("llama-tied")
     trained(base, tmp_path / "adapter", **BOTH_ENDS["tied factors"])
 
@@ -290,6 +290,6 @@ def test_the_new_tensors_have_the_names_that_transformers_would_give_them(family
     apart = taken_apart(base.config, shapes, groups_of(base.config, shapes))
     assert apart.sources.keys() == new
     model = load(base.root, tie_word_embeddings=False) if family != "gemma3-vlm" else load(base.root)
-    if family != "gemma3-vlm":  # whose loader takes no such word; the names are those of its mapping
+    if family != "gemma3-vlm":  # its loader has no such option; the names are those of its mapping
         model.save_pretrained(tmp_path / "saved")
         assert new <= tensors_of(tmp_path / "saved").keys()

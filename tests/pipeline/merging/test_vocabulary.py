@@ -1,4 +1,4 @@
-"""`kasa merge` of adapters that were trained on another vocabulary: both ends, the config, and what is left behind.
+"""`kasa merge` of adapters that were trained on a resized vocabulary: embedding, head and config.
 
 The oracle is the model that was trained, on a base that transformers resized: its forward pass, and PEFT's merge.
 """
@@ -45,7 +45,7 @@ KEPT: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-vlm": ("gemma3-vlm", QV),
     "mixtral, in shards": ("mixtral", QV),
 }
-"""Adapters on a resized base that hold all of the vocabulary, and leave tied ends tied."""
+"""Adapters on a resized base that hold the whole vocabulary and keep tied weights tied."""
 SHARDS = {"mixtral": {"max_shard_size": "40KB"}}
 UNTIED: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["embed_tokens"]},
@@ -59,7 +59,7 @@ UNTIED: dict[str, dict[str, Any]] = {
 def trained(
     base: Path, folder: Path, rows: int = NEW, saves: bool | str = "auto", **options: Any
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A random adapter on the base resized; what the model says before a merge, and PEFT's merged tensors."""
+    """Save a random adapter of the resized base; return the logits before a merge, and PEFT's merged tensors."""
     torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         model = load(base)
@@ -80,7 +80,7 @@ def test_a_resized_vocabulary_is_merged(name, tmp_path, caplog, capsys):
     report = merged(tmp_path / "adapter", base, tmp_path / "OUT")
     model = loaded(tmp_path / "OUT", caplog)
     assert_close(logits(model), said)
-    if "factors" not in name:  # which PEFT merges twice, in place, into both ends
+    if "factors" not in name:  # PEFT merges these twice, in place, into both tied parameters
         for key, tensor in model.state_dict().items():
             assert_close(tensor, theirs[key])
     assert model.get_input_embeddings().weight.shape[0] == NEW
@@ -108,7 +108,7 @@ def test_a_vocabulary_shrinks_and_grows(rows, tmp_path, caplog):
 
 @pytest.mark.parametrize("rows", [OLD - 6, 3 * OLD])
 def test_the_hash_on_record_is_that_of_all_rows_of_the_base(rows, tmp_path, monkeypatch):
-    """Of those that a smaller vocabulary leaves out, too; whether they fit into one block or not."""
+    """Also rows that a smaller vocabulary drops, whether or not they fit into one block."""
     monkeypatch.setattr(by_rows, "BLOCK_ENTRIES", 64)
     monkeypatch.setattr(by_rows, "LEAST_ROWS", 4)
     base = tiny_models.saved("llama")
@@ -155,7 +155,7 @@ def test_a_bias_over_the_vocabulary_that_stays_is_named(tmp_path, capsys):
 
 
 def test_the_bias_of_a_head_comes_with_it(tmp_path, caplog):
-    """Phi's head has one."""
+    """Phi's head has a bias."""
     import transformers
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -189,7 +189,7 @@ def test_adapters_of_two_vocabularies_are_not_merged(tmp_path):
 
 
 def test_adapters_of_one_resized_base_are_merged_with_their_weights(tmp_path, caplog):
-    """Each file holds the same base anew: it is none of the things that a weight scales."""
+    """Each file holds the resized base again; a weight scales only the update."""
     base = tiny_models.saved("llama")
     for seed, name in enumerate("ab"):
         trained(base, tmp_path / name, target_modules=BOTH)
@@ -214,7 +214,7 @@ def test_adapters_of_one_resized_base_are_merged_with_their_weights(tmp_path, ca
 
 
 def test_a_copy_that_is_none_is_refused(tmp_path):
-    """PEFT writes an embedding that it saves and that was resized three times."""
+    """PEFT writes a saved embedding that was resized three times."""
     base = tiny_models.saved("llama")
     trained(base, tmp_path / "adapter", **KEPT["both ends in modules_to_save"][1])
     name = "base_model.model.lm_head.modules_to_save.weight"

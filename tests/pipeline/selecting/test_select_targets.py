@@ -27,7 +27,7 @@ AMOUNTS = [Amount(num_modules=1), Amount(num_modules=3), Amount(num_modules=10_0
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request, tmp_path_factory):
-    """A checkpoint, PEFT's selector on the model in it, and a store for all questions about it."""
+    """A checkpoint, PEFT's selector on its model, and a store for all its measurements."""
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_models.save(request.param, folder / "model")
     selector = KappaTuneSelector(load(model), show_progress=False)
@@ -43,7 +43,7 @@ def chosen(case, amount, **options):
 
 
 def assert_resolved(ours, theirs):
-    """Within 1e-3, or what float32 can resolve: PEFT's smallest value is off by some roundings of the largest."""
+    """Within 1e-3, or the resolution of float32: PEFT's smallest value is off by some roundings of the largest."""
     for name, score in theirs.items():
         assert ours[name] == pytest.approx(score, rel=max(1e-3, 4 * 2.0**-23 * score)), name
 
@@ -123,7 +123,7 @@ def test_what_peft_leaves_out_in_silence_is_named(tmp_path, capsys):
     assert experts and all("over --max-dim 40" in reason for reason in experts)
 
 
-# --- weights that are no numbers, or not of full rank ---
+# --- weights that are not finite, or not of full rank ---
 
 
 def test_a_nan_stops_with_the_name_of_its_tensor_and_is_listed_on_request(tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_within_each_type_as_many_are_chosen(tmp_path):
 
 
 def test_a_fair_ranking_is_not_one_of_shapes(tmp_path):
-    """Random weights: what is left of κ when chance is taken out says nothing of the shape."""
+    """Random weights: without its expected value for noise, κ does not depend on the shape."""
     model = Where(str(tiny_models.save("llama", tmp_path / "model")))
     plain = select_targets(model, Choice(Amount(top_p=0.5)), running=Running(1))
     fair = select_targets(model, Choice(Amount(top_p=0.5), shape_fair=True), running=Running(1))
@@ -224,7 +224,7 @@ def test_a_fair_ranking_is_not_one_of_shapes(tmp_path):
     assert not set(square) & set(plain.target_modules)
     assert set(square) & set(fair.target_modules)
     ratios = {row.module: row.score / row.expected for row in fair.candidates}
-    for is_square in (True, False):  # of a square weight the smallest value, and so κ, has a heavy tail
+    for is_square in (True, False):  # the smallest value of a square weight, and so κ, has a heavy tail
         group = [ratios[row.module] for row in fair.candidates if (row.module in square) == is_square]
         assert 1 / 3 < np.median(group) < 3
     assert list(fair.target_modules) == sorted(ratios, key=ratios.__getitem__)[: len(fair.target_modules)]
@@ -265,7 +265,7 @@ def test_criteria_are_compared_by_overlap_and_rank_correlation(tmp_path):
         assert one["rank_correlation"] == pytest.approx(right)
 
 
-# --- hand-off ---
+# --- trainer configs ---
 
 
 @pytest.mark.parametrize("family", [*NAMED, "deepseek-v3", "gemma3-vlm"])
@@ -325,7 +325,7 @@ def test_truncate_takes_the_file(tmp_path, capsys):
     assert differing == {f"{name}.weight" for name in wanted}
 
 
-# --- what is refused ---
+# --- refusals ---
 
 
 @pytest.mark.parametrize(

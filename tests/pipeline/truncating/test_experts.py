@@ -39,7 +39,7 @@ FAMILIES = (
     "jamba",
 )
 LAYOUTS = {"separate": True, "fused": False}
-"""How transformers saves experts: as the original checkpoint has them, or as they are in memory."""
+"""How transformers saves experts: as in the original checkpoint, or as in memory."""
 T = 3
 
 

@@ -1,4 +1,4 @@
-"""`truncate` on every family: what it cuts against numpy's SVD, all else to the byte, and transformers loads it."""
+"""`truncate` on every family: truncated weights against numpy's SVD, all else to the byte; transformers loads it."""
 
 import hashlib
 import json
@@ -52,13 +52,13 @@ STALE_DIRECTORIES = {"original/consolidated.00.pth": "stale", "checkpoint-5/mode
 
 @dataclass(frozen=True)
 class Case(Truncated):
-    """A truncated family, and the hashes of its checkpoint from before."""
+    """A truncated family, and the hashes of its checkpoint before truncation."""
 
     before: dict[str, str]
 
 
 def fill_folder(model: Path) -> None:
-    """Everything that may lie beside the weights on the Hub."""
+    """Add every kind of file that may lie beside the weights on the Hub."""
     for name, text in {**COMPANIONS, **STALE, **STALE_DIRECTORIES, "README.md": README}.items():
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(text)
@@ -87,11 +87,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     shutil.rmtree(model.parent)
 
 
-# --- what the tests know by themselves ---
+# --- independent readers ---
 
 
 def raw(path: Path) -> tuple[bytes, dict[str, bytes]]:
-    """The header of a safetensors file, and the bytes of every tensor where the header says they are."""
+    """The header of a safetensors file, and the bytes of every tensor by the offsets in the header."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -102,7 +102,7 @@ def raw(path: Path) -> tuple[bytes, dict[str, bytes]]:
 
 
 def ulps(stored: torch.Tensor, exact: np.ndarray) -> torch.Tensor:
-    """How many representable numbers lie between a tensor and the exact values rounded to its dtype."""
+    """The largest number of representable values between a tensor and the exact values rounded to its dtype."""
     keys = []
     for tensor in (stored, torch.from_numpy(exact).to(stored.dtype)):
         bits = tensor.contiguous().view(torch.int16).to(torch.int64)
@@ -171,7 +171,7 @@ def test_the_targets_are_the_linear_maps_of_the_blocks(case: Case) -> None:
 
 
 def expected_reason(parts: set[str]) -> str | None:
-    """Why a matrix of this name must be left alone; None for one that the name says nothing about."""
+    """The reason why a matrix of this name is not truncated; None if the name gives no reason."""
     for names, reason in {
         (
             "experts",
@@ -205,14 +205,14 @@ def test_transformers_loads_the_base_as_it_loads_the_original(case: Case, automa
     touched = {f"{module}.weight" for module in modules | {module.removeprefix(prefix) for module in modules}}
     before, after = original.state_dict(), cut.state_dict()
     assert before.keys() == after.keys()
-    kept = before.keys() - info["missing_keys"]  # missing ones are drawn anew at every load
+    kept = before.keys() - info["missing_keys"]  # missing tensors are random at every load
     changed = {name for name in kept if not torch.equal(before[name], after[name])}
     assert changed == touched & before.keys()
     assert automatic or len(changed) == len(modules)
 
 
 def weights_only(case: Case) -> Path:
-    """The original without the stale files, some of which loaders would prefer."""
+    """The original without the stale files, as loaders would prefer some of them."""
     folder = case.model.parent / "clean"
     if not folder.exists():
         folder.mkdir()

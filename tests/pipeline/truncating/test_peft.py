@@ -1,4 +1,4 @@
-"""PEFT itself as the oracle: it makes the same base, loads adapter and tail, and wraps what the report names."""
+"""PEFT as the oracle: it computes the same base, loads adapter and tail, and wraps the modules of the report."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from tests.builders.checkpoints import logits
 from tests.builders.matrices import close
 from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Truncated, made
 
-# every warning is an error: of missing keys, unknown keyword arguments, patterns without a match
+# every warning is an error: missing keys, unknown keyword arguments, patterns without a match
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 NO_KASA = {"gpt2"}
@@ -25,7 +25,7 @@ NO_KASA = {"gpt2"}
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Truncated]:
-    """A family's output, its targets all such that PEFT takes a KaSA adapter on them (but for GPT-2)."""
+    """A family's output; PEFT supports a KaSA adapter on all its targets, except for GPT-2."""
     folder = tmp_path_factory.mktemp(request.param)
     excludes = EXPERTS if request.param in REWRITTEN else ()
     yield made(request.param, folder, patterns=Patterns(excludes=excludes))

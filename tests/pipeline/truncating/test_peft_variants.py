@@ -1,4 +1,4 @@
-"""Where PEFT goes its own ways: what it refuses or rewrites; other dtypes, starts and rules."""
+"""Special cases of PEFT: modules that it refuses or rewrites, other dtypes, initialisations and rules."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from tests.builders.checkpoints import load, logits
 from tests.builders.matrices import close
 from tests.builders.truncated import EXPERTS, RANK, REWRITTEN, Truncated, made
 
-# every warning is an error: of missing keys, unknown keyword arguments, patterns without a match
+# every warning is an error: missing keys, unknown keyword arguments, patterns without a match
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -141,7 +141,7 @@ def test_a_base_in_bfloat16(tmp_path: Path) -> None:
     for row in report.tensors:
         a, b = theirs.get_submodule(row.module).base_layer.weight, ours.get_submodule(row.module).weight
         assert a.dtype == b.dtype == torch.bfloat16
-        step = 2**-7 * b.float().abs()  # one at the most: PEFT's sum in float32 rounds at its own edges
+        step = 2**-7 * b.float().abs()  # one at the most: PEFT's sum in float32 rounds elsewhere
         assert ((a.float() - b.float()).abs() <= step + 1e-6 * row.sigma_max).all()
         assert (a != b).float().mean() < 0.01
     check_loaded(case, "adapter")
@@ -187,7 +187,7 @@ def test_the_tail_has_one_rank_where_the_published_rule_drops_less(tmp_path: Pat
 
 
 class Twice(nn.Module):
-    """Its `layers.0.fc` ends the name of `vision.layers.0.fc`, which PEFT's lists of names would take too."""
+    """`vision.layers.0.fc` ends with `layers.0.fc`, so PEFT's lists of names would match it too."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the numbers of the base are stored as: other dtypes, other shard sizes, and what is no number to cut."""
+"""How a base is stored: other dtypes, other shard sizes, and weights that cannot be truncated."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_wider_targets_in_a_narrow_model(halved: Path, tmp_path: Path) -> None:
 
 
 def check_index(base: Path) -> None:
-    """The index names every tensor where it is, and the bytes of all."""
+    """Assert that the index names the shard of every tensor and the size of all."""
     index = json.loads((base / INDEX).read_text())
     shards = {name: load_file(base / name) for name in sorted(set(index["weight_map"].values()))}
     assert {p.name for p in base.glob("*.safetensors")} == shards.keys()

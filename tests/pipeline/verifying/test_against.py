@@ -1,4 +1,4 @@
-"""`kasa verify --against`: every number is computed once more, so that mended hashes help no forger."""
+"""`kasa verify --against`: every value is recomputed, so that it also finds a change with forged hashes."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def single(model, tmp_path):
 
 
 def reseal(output, **tensors):
-    """Make the manifest agree with the files, and with new hashes of tensors, as a forger would."""
+    """Make the manifest agree with the files and the new hashes of tensors, as a forger would."""
     path = output / MANIFEST
     content = json.loads(path.read_text())
     content.pop("digest")

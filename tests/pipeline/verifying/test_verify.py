@@ -1,4 +1,4 @@
-"""`kasa verify`: a fresh output passes at every depth; whatever is altered in one is found, named, and exit 5.
+"""`kasa verify`: a new output passes at every depth; every alteration is found and named, with exit code 5.
 
 Set KASA_ALL_BYTES=1 to alter every byte of an output, one at a time, and not a sample of them.
 """
@@ -42,7 +42,7 @@ def output(fresh, tmp_path):
     return shutil.copytree(fresh, tmp_path / "OUT")
 
 
-# --- what passes ---
+# --- valid outputs ---
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -98,7 +98,7 @@ def test_an_output_may_be_moved_and_need_not_be_writable(model, output):
     verify(moved, read_data=True, against=Where(str(model)))
 
 
-# --- what is found ---
+# --- alterations ---
 
 
 def tensor_at(path, offset):
@@ -129,7 +129,7 @@ def test_every_altered_byte_is_found_and_its_file_and_tensor_are_named(output):
 
 @pytest.mark.parametrize("read_data", [False, True])
 def test_headers_and_index_that_changed_are_refused_whatever_the_change(output, read_data):
-    """Also where the reader would call it unsafe or invalid: in an output it is an alteration."""
+    """Also alterations that make a file unsafe or invalid for the reader."""
     index = output / "base/model.safetensors.index.json"
     for path, old, new in (
         (output / SHARDS[0], b"_proj", b"\xe2\x80\xaeoj"),
@@ -219,7 +219,7 @@ def test_two_tensors_of_equal_shape_that_were_swapped_are_named(model, tmp_path)
     tensors = load_file(path)
     tensors[f"{Q0}.weight"], tensors[f"{Q1}.weight"] = tensors[f"{Q1}.weight"], tensors[f"{Q0}.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    verify(single)  # headers alone do not tell
+    verify(single)  # the headers do not show it
     assert f"{path} (tensor {Q0}.weight)" in refusal(single, read_data=True)
 
 
