@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kasa_cli.checkpoint.dtypes import FLOATS
-from kasa_cli.checkpoint.safetensors_file import Container
+from kasa_cli.checkpoint import FLOATS, Container
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import enumerated, quote
-from kasa_cli.methods.adapter_kinds.kind import BaseChange, Kind
-from kasa_cli.methods.adapter_kinds.table import KINDS
+from kasa_cli.files import enumerated, quote
+from kasa_cli.methods.adapter_kinds import KINDS, BaseChange, Kind
 
 UNKNOWN_PARAMETER = ""
 """The parameter of a patch that only the base tells: an adapter's tensors do not name fused experts."""

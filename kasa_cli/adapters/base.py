@@ -5,12 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kasa_cli.checkpoint.dtypes import FLOATS
-from kasa_cli.checkpoint.matrix import Piece
-from kasa_cli.checkpoint.safetensors_file import TensorEntry
+from kasa_cli.checkpoint import FLOATS, Piece, TensorEntry
 from kasa_cli.errors import InvalidInput
-from kasa_cli.model_names.experts import Composition, NotAssembled, is_turned, matrices, shapes_of
-from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
+from kasa_cli.model_names import (
+    Composition,
+    Kind,
+    NameMap,
+    NotAssembled,
+    Weight,
+    is_turned,
+    matrices,
+    shapes_of,
+    split_name,
+)
 
 Tensors = Mapping[str, TensorEntry]
 REORDERED = ("PermuteForRope", "Interleave")

@@ -6,7 +6,7 @@ from typing import Any
 
 from kasa_cli.adapters.peft import CONFIG
 from kasa_cli.errors import InvalidInput, UnsafeInput
-from kasa_cli.files.untrusted import (
+from kasa_cli.files import (
     MAX_CONFIG,
     MAX_CONFIG_DEPTH,
     depth_exceeds,
@@ -15,9 +15,16 @@ from kasa_cli.files.untrusted import (
     quote,
     read_small,
 )
-from kasa_cli.methods.adapter_kinds.config_fields import Field, is_absent
-from kasa_cli.methods.adapter_kinds.kind import ConfigType, Initialisation, Kind
-from kasa_cli.methods.adapter_kinds.table import PEFT_TYPES, REFUSED, initialisation_of
+from kasa_cli.methods.adapter_kinds import (
+    PEFT_TYPES,
+    REFUSED,
+    ConfigType,
+    Field,
+    Initialisation,
+    Kind,
+    initialisation_of,
+    is_absent,
+)
 
 Config = Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kasa_cli.adapters import peft
 from kasa_cli.adapters.placement import holds_experts_in_out
 from kasa_cli.adapters.writing import Entry, Member
-from kasa_cli.model_names.names import split_name
+from kasa_cli.model_names import split_name
 
 
 def wrapper_names(parameters: Sequence[str]) -> dict[str, str]:

@@ -8,12 +8,10 @@ from typing import Any
 
 from kasa_cli.adapters.adapter import Adapter, Patch, require_floats, require_group, unconsumed
 from kasa_cli.adapters.config import check_fields, check_object
-from kasa_cli.checkpoint.safetensors_file import Container, read_header
+from kasa_cli.checkpoint import Container, read_header
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import parse_json, quote
-from kasa_cli.methods.adapter_kinds.kind import Kind
-from kasa_cli.methods.adapter_kinds.shapes import sizes_of
-from kasa_cli.methods.adapter_kinds.table import LITE_VARIANTS
+from kasa_cli.files import parse_json, quote
+from kasa_cli.methods.adapter_kinds import LITE_VARIANTS, Kind, sizes_of
 
 
 def open_lite(path: Path) -> Adapter:

@@ -16,8 +16,8 @@ import regex  # transformers needs it; unlike re, it can be stopped
 
 from kasa_cli.adapters.config import Config, initialisation, kind_of
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import quote
-from kasa_cli.methods.adapter_kinds.kind import Initialisation, Kind
+from kasa_cli.files import quote
+from kasa_cli.methods.adapter_kinds import Initialisation, Kind
 
 MAX_PATTERN = 1000
 MAX_PATTERNS = 100_000

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from kasa_cli.adapters.adapter import Adapter, Replacement, TokenRows
 from kasa_cli.adapters.base import BaseIndex, Part, StoredPieces, Tensors, pieces_of
-from kasa_cli.checkpoint.matrix import Piece
+from kasa_cli.checkpoint import Piece
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import quote
-from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
+from kasa_cli.files import quote
+from kasa_cli.model_names import Kind, NameMap, Weight, split_name
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,11 @@ from kasa_cli.adapters.module_settings import Resolver, resolver_of
 from kasa_cli.adapters.peft import CONFIG
 from kasa_cli.adapters.saved_parameters import declared, ends_with_name
 from kasa_cli.adapters.tensor_names import ends_with
-from kasa_cli.checkpoint.matrix import Matrix, Orientation
+from kasa_cli.checkpoint import Matrix, Orientation
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import enumerated, quote
-from kasa_cli.methods.adapter_kinds.config_fields import is_absent, version_of
-from kasa_cli.methods.adapter_kinds.kind import is_of_embedding
-from kasa_cli.methods.adapter_kinds.lora import BIAS
-from kasa_cli.methods.adapter_kinds.shapes import sizes_of
-from kasa_cli.model_names.names import Kind, NameMap, Weight, split_name
+from kasa_cli.files import enumerated, quote
+from kasa_cli.methods.adapter_kinds import BIAS, is_absent, is_of_embedding, sizes_of, version_of
+from kasa_cli.model_names import Kind, NameMap, Weight, split_name
 
 REMEDY = "the file is incomplete, or belongs to another base"
 

@@ -28,13 +28,10 @@ from kasa_cli.adapters.module_settings import Resolver, resolver_of
 from kasa_cli.adapters.peft import CONFIG, WEIGHTS
 from kasa_cli.adapters.saved_parameters import EMBEDDINGS, NORM, TOKENS, replacements, token_rows
 from kasa_cli.adapters.tensor_names import Place, ends_with, parse
-from kasa_cli.checkpoint.folder import require_inside
-from kasa_cli.checkpoint.safetensors_file import Container, read_header
+from kasa_cli.checkpoint import Container, read_header, require_inside
 from kasa_cli.errors import InvalidInput, UnsafeInput
-from kasa_cli.files.untrusted import enumerated, quote
-from kasa_cli.methods.adapter_kinds.config_fields import is_absent
-from kasa_cli.methods.adapter_kinds.kind import BaseChange
-from kasa_cli.methods.adapter_kinds.shapes import sizes_of
+from kasa_cli.files import enumerated, quote
+from kasa_cli.methods.adapter_kinds import BaseChange, is_absent, sizes_of
 
 __all__ = ["Adapter", "Patch", "Replacement", "TokenRows", "open_adapter"]
 

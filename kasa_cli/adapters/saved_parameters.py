@@ -5,9 +5,9 @@ from typing import Any
 
 from kasa_cli.adapters.adapter import Patch, Replacement, TokenRows, unconsumed
 from kasa_cli.adapters.tensor_names import Place, ends_with
-from kasa_cli.checkpoint.safetensors_file import Container
+from kasa_cli.checkpoint import Container
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import quote
+from kasa_cli.files import quote
 
 TOKENS, NORM = "trainable_tokens_delta", "ln_tuning_layers"
 WRAPPER = ".token_adapter"

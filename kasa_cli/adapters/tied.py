@@ -16,10 +16,10 @@ from kasa_cli.adapters.adapter import Adapter, Replacement, TokenRows
 from kasa_cli.adapters.base import Part
 from kasa_cli.adapters.parameter_placement import PlacedValue
 from kasa_cli.adapters.placement import Placed
-from kasa_cli.checkpoint.safetensors_file import Reader
+from kasa_cli.checkpoint import Reader
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import enumerated
-from kasa_cli.model_names.names import Group, Kind
+from kasa_cli.files import enumerated
+from kasa_cli.model_names import Group, Kind
 
 Item = Placed | PlacedValue
 Own = Mapping[str, list[Item]]

@@ -16,7 +16,7 @@ from kasa_cli.adapters import peft
 from kasa_cli.adapters.base import BaseIndex
 from kasa_cli.adapters.placement import Placed, holds_experts_in_out, weight_of
 from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.model_names.names import Kind, Weight
+from kasa_cli.model_names import Kind, Weight
 
 LITE_WEIGHTS = "adapter.safetensors"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from kasa_cli.errors import InvalidInput, UnsafeInput
-from kasa_cli.files.untrusted import quote, refuse_unreadable
+from kasa_cli.files import quote, refuse_unreadable
 
 MAX_DEPTH = 4  # directories below the root
 MAX_FILES = 10_000

@@ -26,7 +26,7 @@ from kasa_cli.checkpoint.folder import (
 )
 from kasa_cli.checkpoint.safetensors_file import CHUNK, Container, TensorEntry, read_header
 from kasa_cli.errors import InvalidInput, UnsafeInput
-from kasa_cli.files.untrusted import (
+from kasa_cli.files import (
     MAX_CONFIG,
     MAX_CONFIG_DEPTH,
     depth_exceeds,

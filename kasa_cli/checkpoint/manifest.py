@@ -15,11 +15,18 @@ import torch
 
 from kasa_cli import __version__
 from kasa_cli.errors import IntegrityError, InvalidInput
-from kasa_cli.files.durable import canonical_json
-from kasa_cli.files.staging import MANIFEST
-from kasa_cli.files.typed_json import INLINE, OPTIONAL, Malformed, from_json, to_json
-from kasa_cli.files.untrusted import parse_json, read_small
-from kasa_cli.linalg.realised import Outcome
+from kasa_cli.files import (
+    INLINE,
+    MANIFEST,
+    OPTIONAL,
+    Malformed,
+    canonical_json,
+    from_json,
+    parse_json,
+    read_small,
+    to_json,
+)
+from kasa_cli.linalg import Outcome
 from kasa_cli.report import ConvertedRow, SpectralFacts
 
 SCHEMA = 2

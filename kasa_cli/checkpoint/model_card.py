@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import read_small
+from kasa_cli.files import read_small
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 MAX_CARD = 4_000_000

@@ -20,14 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from kasa_cli.checkpoint.dtypes import BITS, TORCH_DTYPES
 from kasa_cli.errors import IntegrityError, InvalidInput, ResourceError, UnsafeInput
-from kasa_cli.files.untrusted import (
-    open_regular,
-    parse_json,
-    quote,
-    read_exactly,
-    read_into,
-    refuse_unreadable,
-)
+from kasa_cli.files import open_regular, parse_json, quote, read_exactly, read_into, refuse_unreadable
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_NAME = 4096  # bytes of UTF-8

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kasa_cli.checkpoint.dtypes import BITS, DTYPE_NAMES
 from kasa_cli.checkpoint.safetensors_file import TensorEntry
-from kasa_cli.files.durable import new_file, pwrite_all
+from kasa_cli.files import new_file, pwrite_all
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from kasa_cli.checkpoint.layout import Checkpoint
 from kasa_cli.checkpoint.model_config import encoded, retyped
 from kasa_cli.checkpoint.safetensors_writer import FileLayout, lay_out
 from kasa_cli.errors import UsageError
-from kasa_cli.files.durable import copy_file, make_folder, write_file
+from kasa_cli.files import copy_file, make_folder, write_file
 
 CARD = "README.md"
 Triples = Mapping[str, tuple[str, str, tuple[int, ...]]]

@@ -21,7 +21,7 @@ from kasa_cli.errors import (
     ResourceError,
     UsageError,
 )
-from kasa_cli.files.untrusted import quote
+from kasa_cli.files import quote
 
 if TYPE_CHECKING:
     from huggingface_hub import ResolvedRevision

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from kasa_cli.pipeline.opening import Where
-from kasa_cli.targets.patterns import Patterns, patterns
+from kasa_cli.pipeline import Where
+from kasa_cli.targets import Patterns, patterns
 
 PathLike = str | os.PathLike[str]
 """A path as text or as any path object."""

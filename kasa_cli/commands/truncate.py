@@ -15,7 +15,7 @@ from kasa_cli.commands.progress import Callback, watcher
 from kasa_cli.errors import BelowStandard
 from kasa_cli.pipeline.truncating import run
 from kasa_cli.report import TruncateReport
-from kasa_cli.targets.patterns import Patterns
+from kasa_cli.targets import Patterns
 
 
 def truncate(

@@ -1,1 +1,71 @@
 """The disk: untrusted input, durable writes, staging, locks and the store; without torch."""
+
+from kasa_cli.files.direct_io import Lanes, OpenFile, opened_directly
+from kasa_cli.files.durable import (
+    canonical_json,
+    copy_file,
+    make_folder,
+    new_file,
+    pread_all,
+    pwrite_all,
+    sha256_file,
+    write_file,
+)
+from kasa_cli.files.staging import MANIFEST, Staging, check_apart, require_space
+from kasa_cli.files.store import FACTS, NAMES, Entry, Store, existing, open_store
+from kasa_cli.files.typed_json import INLINE, OPTIONAL, Malformed, from_json, to_json
+from kasa_cli.files.untrusted import (
+    MAX_CONFIG,
+    MAX_CONFIG_DEPTH,
+    depth_exceeds,
+    enumerated,
+    open_regular,
+    parse_json,
+    quote,
+    read_exactly,
+    read_into,
+    read_small,
+    refuse_unreadable,
+    require_regular,
+)
+
+__all__ = [
+    "FACTS",
+    "INLINE",
+    "MANIFEST",
+    "MAX_CONFIG",
+    "MAX_CONFIG_DEPTH",
+    "NAMES",
+    "OPTIONAL",
+    "Entry",
+    "Lanes",
+    "Malformed",
+    "OpenFile",
+    "Staging",
+    "Store",
+    "canonical_json",
+    "check_apart",
+    "copy_file",
+    "depth_exceeds",
+    "enumerated",
+    "existing",
+    "from_json",
+    "make_folder",
+    "new_file",
+    "open_regular",
+    "open_store",
+    "opened_directly",
+    "parse_json",
+    "pread_all",
+    "pwrite_all",
+    "quote",
+    "read_exactly",
+    "read_into",
+    "read_small",
+    "refuse_unreadable",
+    "require_regular",
+    "require_space",
+    "sha256_file",
+    "to_json",
+    "write_file",
+]

@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg import quantities
-from kasa_cli.linalg.noise import expected_spectrum
+from kasa_cli.linalg import expected_spectrum, quantities
 
 PEFT_EPSILON = 1e-8
 IQR_OF_NORMAL = 1.349

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-from kasa_cli.linalg.bottom import Ends
+from kasa_cli.linalg import Ends
 
 
 @dataclass(frozen=True)

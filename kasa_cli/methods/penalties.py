@@ -9,7 +9,7 @@ Shapes: o = out_features, i = in_features, r = adapter rank; A (r x i), B (o x r
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kasa_cli.linalg.subspaces import opposite_defect
+from kasa_cli.linalg import opposite_defect
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ transposition; conversions that do only that are followed, and others are refuse
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from kasa_cli.checkpoint.matrix import Piece
+from kasa_cli.checkpoint import Piece
 
 Shapes = Mapping[str, tuple[int, ...]]
 Matrices = tuple[tuple[Piece, ...], ...]

@@ -10,8 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from kasa_cli import __version__
-from kasa_cli.files.durable import canonical_json
-from kasa_cli.files.store import NAMES, Store
+from kasa_cli.files import NAMES, Store, canonical_json
 from kasa_cli.model_names.experts import Composition
 from kasa_cli.model_names.names import Kind, NameMap, Shapes, Slot, Weight
 

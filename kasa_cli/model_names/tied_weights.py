@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kasa_cli.checkpoint import model_config
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import enumerated
+from kasa_cli.files import enumerated
 from kasa_cli.model_names import meta_model
 from kasa_cli.model_names.conversion import loaded_tensors, name_on_disk
 from kasa_cli.model_names.name_map import aliases

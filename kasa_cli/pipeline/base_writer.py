@@ -16,15 +16,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
-from kasa_cli.checkpoint.hashing import blake3
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.safetensors_file import TensorEntry
-from kasa_cli.checkpoint.safetensors_writer import raw_bytes
-from kasa_cli.checkpoint.shard_plan import Sheet
+from kasa_cli.checkpoint import TORCH_DTYPES, Checkpoint, Sheet, TensorEntry, blake3, raw_bytes
 from kasa_cli.errors import NumericalError
-from kasa_cli.files.direct_io import Lanes, OpenFile, opened_directly
-from kasa_cli.files.durable import new_file, pread_all, pwrite_all
+from kasa_cli.files import Lanes, OpenFile, new_file, opened_directly, pread_all, pwrite_all
 from kasa_cli.pipeline.workers import Watcher, run
 
 CHUNK = 1 << 20

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from kasa_cli.checkpoint.matrix import decomposition_work
-from kasa_cli.linalg.solvers import DENSE_SIDE
+from kasa_cli.checkpoint import decomposition_work
+from kasa_cli.linalg import DENSE_SIDE
 from kasa_cli.pipeline.workers import BUDGET
-from kasa_cli.report.totals import Cost
-from kasa_cli.targets.selection import Target
+from kasa_cli.report import Cost
+from kasa_cli.targets import Target
 
 RUNTIME_BYTES = 400 << 20
 """Bytes that torch and transformers occupy before the first tensor."""

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from kasa_cli.checkpoint.manifest import FileRecord
-from kasa_cli.files.durable import sha256_file
+from kasa_cli.checkpoint import FileRecord
+from kasa_cli.files import sha256_file
 from kasa_cli.pipeline.workers import run
 
 

@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
-from kasa_cli.checkpoint.model_config import refuse_quantised
-from kasa_cli.checkpoint.source import Source, resolve
-from kasa_cli.files.store import Store
-from kasa_cli.model_names.name_cache import names_of
-from kasa_cli.model_names.names import NameMap
+from kasa_cli.checkpoint import Checkpoint, Source, open_checkpoint, refuse_quantised, resolve
+from kasa_cli.files import Store
+from kasa_cli.model_names import NameMap, names_of
 
 
 @dataclass(frozen=True)

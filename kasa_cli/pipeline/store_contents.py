@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kasa_cli.errors import UsageError, printable
-from kasa_cli.files.store import FACTS, NAMES, Entry, Store, existing
-from kasa_cli.pipeline.measuring.facts import header
-from kasa_cli.report import StoreReport
-from kasa_cli.report.totals import StoreRow
+from kasa_cli.files import FACTS, NAMES, Entry, Store, existing
+from kasa_cli.pipeline.measuring import header
+from kasa_cli.report import StoreReport, StoreRow
 
 DAY = 24 * 3600
 UNKNOWN: dict[str, Any] = {"name": "?", "dtype": "?", "shape": [0, 0]}

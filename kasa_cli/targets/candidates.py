@@ -4,12 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from kasa_cli.checkpoint.dtypes import FLOATS
-from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
-from kasa_cli.checkpoint.safetensors_file import TensorEntry
+from kasa_cli.checkpoint import FLOATS, Matrix, Orientation, Piece, TensorEntry
 from kasa_cli.errors import UsageError
-from kasa_cli.model_names.experts import NotAssembled, is_turned, matrices
-from kasa_cli.model_names.names import Kind, NameMap, Slot, Weight
+from kasa_cli.model_names import Kind, NameMap, NotAssembled, Slot, Weight, is_turned, matrices
 from kasa_cli.report import Skipped
 from kasa_cli.targets.patterns import Patterns, matches, require_match
 

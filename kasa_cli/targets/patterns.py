@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.files.untrusted import parse_json, read_small
+from kasa_cli.files import parse_json, read_small
 
 MAX_TARGETS_FILE = 100_000_000
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from kasa_cli.errors import IntegrityError
-from kasa_cli.model_names import meta_model
-from kasa_cli.model_names.names import Shapes, UnknownFamily
+from kasa_cli.model_names import Shapes, UnknownFamily, meta_model
 from kasa_cli.targets.trainer_configs import Chosen
 
 Wrapped = tuple[frozenset[str], frozenset[str]]

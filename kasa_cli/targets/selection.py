@@ -3,14 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kasa_cli.adapters.base import require_known_rows
-from kasa_cli.adapters.placement import holds_experts_in_out
-from kasa_cli.checkpoint.dtypes import FLOATS
-from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
-from kasa_cli.checkpoint.safetensors_file import TensorEntry
+from kasa_cli.adapters import holds_experts_in_out, require_known_rows
+from kasa_cli.checkpoint import FLOATS, Matrix, Orientation, Piece, TensorEntry
 from kasa_cli.errors import UsageError
-from kasa_cli.model_names.experts import NotAssembled
-from kasa_cli.model_names.names import Kind, NameMap, Slot, Weight
+from kasa_cli.model_names import Kind, NameMap, NotAssembled, Slot, Weight
 from kasa_cli.report import Skipped
 from kasa_cli.targets.candidates import candidate_of
 from kasa_cli.targets.patterns import Patterns, matches, require_match

@@ -40,6 +40,15 @@ def test_every_field_of_a_tensor_is_documented():
         assert f"`{field.name}`" in CLI
 
 
+def test_every_package_has_a_face_in_the_contract():
+    """But for the three at the top, of which nobody imports but the door and the command line."""
+    folders = {path.parent for path in SOURCES if path.name == "__init__.py"} - {ROOT / "kasa_cli"}
+    packages = {path.relative_to(ROOT).as_posix().replace("/", ".") for path in folders}
+    contracts = PROJECT["tool"]["importlinter"]["contracts"]
+    protected = {one["allowed_importers"][0] for one in contracts if one["type"] == "protected"}
+    assert packages - {"kasa_cli.cli", "kasa_cli.commands", "kasa_cli.render"} == protected
+
+
 def test_the_picture_names_every_package_and_no_other():
     picture = ARCHITECTURE.split("```")[3]
     packages = {path.name for path in (ROOT / "kasa_cli").rglob("*") if (path / "__init__.py").is_file()}

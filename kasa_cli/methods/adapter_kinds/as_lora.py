@@ -14,11 +14,7 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg import kernels
-from kasa_cli.linalg.frame import StreamedWeight, frame
-from kasa_cli.linalg.gram import Gram
-from kasa_cli.linalg.lowrank import svd_of_product
-from kasa_cli.linalg.top import tops_of
+from kasa_cli.linalg import Gram, StreamedWeight, frame, kernels, svd_of_product, tops_of
 from kasa_cli.methods.adapter_kinds.change import Change, Term, row_blocks, rows
 
 

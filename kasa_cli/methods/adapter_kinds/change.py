@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from kasa_cli.errors import UsageError
-from kasa_cli.linalg.rounding import blocks, rounded
+from kasa_cli.linalg import blocks, rounded
 
 Dense = Callable[[int, int], Float64[Tensor, "j i"]]
 """Rows [start, stop) of a matrix that is added."""

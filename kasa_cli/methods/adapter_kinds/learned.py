@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from kasa_cli.linalg.lowrank import svd_of_product
+from kasa_cli.linalg import svd_of_product
 from kasa_cli.methods.adapter_kinds.change import Change, factors, row_blocks, rows
 from kasa_cli.methods.adapter_kinds.kind import Kind
 

@@ -11,10 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from kasa_cli.errors import InvalidInput, NumericalError
-from kasa_cli.linalg.bottom import TIE, Ends
-from kasa_cli.linalg.frame import frame
-from kasa_cli.linalg.gram import Gram
-from kasa_cli.linalg.top import tops_of
+from kasa_cli.linalg import TIE, Ends, Gram, frame, tops_of
 from kasa_cli.methods import kasa
 from kasa_cli.methods.adapter_kinds.change import Change, Term, row_blocks, scaled_rows, sums
 from kasa_cli.methods.adapter_kinds.config_fields import LORA_FIELDS

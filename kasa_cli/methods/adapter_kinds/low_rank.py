@@ -6,7 +6,7 @@ Shapes: o = out_features, i = in_features, r = adapter rank, n = rank found in a
 import torch
 
 from kasa_cli.errors import InvalidInput
-from kasa_cli.linalg.bottom import ends
+from kasa_cli.linalg import ends
 from kasa_cli.methods import kasa
 from kasa_cli.methods.adapter_kinds.change import Change, Term
 from kasa_cli.methods.adapter_kinds.config_fields import (

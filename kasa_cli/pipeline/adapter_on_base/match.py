@@ -4,15 +4,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kasa_cli.adapters.adapter import Adapter, consumed, unconsumed
-from kasa_cli.adapters.parameter_placement import PlacedValue, placed_values
-from kasa_cli.adapters.placement import Placed, placed
-from kasa_cli.adapters.reading import open_adapter
-from kasa_cli.checkpoint.manifest import Manifest
+from kasa_cli.adapters import (
+    Adapter,
+    Placed,
+    PlacedValue,
+    consumed,
+    open_adapter,
+    placed,
+    placed_values,
+    unconsumed,
+)
+from kasa_cli.checkpoint import Manifest
 from kasa_cli.errors import InvalidInput
-from kasa_cli.methods.adapter_kinds.kind import BaseChange
-from kasa_cli.methods.adapter_kinds.table import initialisation_of
-from kasa_cli.model_names.names import NameMap
+from kasa_cli.methods.adapter_kinds import BaseChange, initialisation_of
+from kasa_cli.model_names import NameMap
 from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.adapter_on_base.provenance import Origin
 

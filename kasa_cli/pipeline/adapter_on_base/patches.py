@@ -5,15 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kasa_cli.adapters.adapter import Patch
-from kasa_cli.adapters.peft import PEFT_VERSION
-from kasa_cli.adapters.placement import Placed
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.matrix import read_piece
-from kasa_cli.methods.adapter_kinds.change import Change
-from kasa_cli.methods.adapter_kinds.kind import Module
-from kasa_cli.methods.adapter_kinds.lora_experts import experts
-from kasa_cli.methods.adapter_kinds.table import change
+from kasa_cli.adapters import PEFT_VERSION, Patch, Placed
+from kasa_cli.checkpoint import Checkpoint, read_piece
+from kasa_cli.methods.adapter_kinds import Change, Module, change, experts
 
 
 def label(patch: Patch) -> str:

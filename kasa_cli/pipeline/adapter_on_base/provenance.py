@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kasa_cli.adapters import peft
-from kasa_cli.checkpoint import manifest
-from kasa_cli.checkpoint.hashing import hash_tensor
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.manifest import ConvertManifest, Manifest, MergeManifest, TruncateManifest
+from kasa_cli.checkpoint import (
+    Checkpoint,
+    ConvertManifest,
+    Manifest,
+    MergeManifest,
+    TruncateManifest,
+    hash_tensor,
+    manifest,
+)
 from kasa_cli.errors import IntegrityError, InvalidInput
-from kasa_cli.files.durable import sha256_file
-from kasa_cli.files.staging import MANIFEST
+from kasa_cli.files import MANIFEST, sha256_file
 
 ORIGINAL, TRUNCATED = manifest.ORIGINAL, manifest.TRUNCATED
 BASES = ("auto", ORIGINAL, TRUNCATED)

@@ -12,18 +12,12 @@ from pathlib import Path
 import torch
 
 from kasa_cli.adapters import peft
-from kasa_cli.checkpoint.hashing import hash_tensor
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.manifest import TruncateManifest
-from kasa_cli.checkpoint.matrix import Matrix
-from kasa_cli.checkpoint.safetensors_file import Container, read_header
+from kasa_cli.checkpoint import Checkpoint, Container, Matrix, TruncateManifest, hash_tensor, read_header
 from kasa_cli.errors import IntegrityError
-from kasa_cli.files.durable import sha256_file
-from kasa_cli.methods.adapter_kinds.change import Term
-from kasa_cli.methods.adapter_kinds.lora import truncation
+from kasa_cli.files import sha256_file
+from kasa_cli.methods.adapter_kinds import Term, truncation
 from kasa_cli.pipeline.adapter_on_base.provenance import Origin, adapter_manifest
-from kasa_cli.pipeline.measuring.facts import Facts
-from kasa_cli.pipeline.measuring.weights import weigh
+from kasa_cli.pipeline.measuring import Facts, weigh
 
 TAIL = f"tail/{peft.WEIGHTS}"
 

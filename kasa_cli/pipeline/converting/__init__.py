@@ -1,1 +1,7 @@
 """An adapter as the factors of a plain LoRA."""
+
+from kasa_cli.pipeline.converting import run
+
+__all__ = [
+    "run",
+]

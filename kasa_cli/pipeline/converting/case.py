@@ -4,24 +4,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kasa_cli.adapters.adapter import Adapter
-from kasa_cli.adapters.placement import Placed
-from kasa_cli.adapters.writing import FLAVOURS
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.manifest import TruncateManifest
-from kasa_cli.checkpoint.source import Source
+from kasa_cli.adapters import FLAVOURS, Adapter, Placed
+from kasa_cli.checkpoint import Checkpoint, Source, TruncateManifest
 from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.files.staging import check_apart
-from kasa_cli.methods.adapter_kinds.as_lora import Limit
-from kasa_cli.methods.adapter_kinds.change import Term
-from kasa_cli.methods.adapter_kinds.kind import BaseChange
-from kasa_cli.model_names.names import NameMap
-from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.match import AdapterOnBase, on_base, read_adapter
-from kasa_cli.pipeline.adapter_on_base.provenance import BASES, ORIGINAL, TRUNCATED, Origin
-from kasa_cli.pipeline.adapter_on_base.truncated_part import Truncations, known_truncations
+from kasa_cli.files import check_apart
+from kasa_cli.methods.adapter_kinds import BaseChange, Limit, Term
+from kasa_cli.model_names import NameMap
+from kasa_cli.pipeline.adapter_on_base import (
+    BASES,
+    ORIGINAL,
+    TRUNCATED,
+    AdapterOnBase,
+    Origin,
+    Truncations,
+    known_truncations,
+    on_base,
+    provenance,
+    read_adapter,
+)
 from kasa_cli.pipeline.converting.representable import require_form, require_nothing_else, require_own
-from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.pipeline.measuring import Facts
 from kasa_cli.pipeline.opening import Where, survey
 
 LORA, LITE = "lora", "lora-lite"

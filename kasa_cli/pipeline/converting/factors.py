@@ -15,26 +15,26 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kasa_cli.adapters.adapter import Adapter
-from kasa_cli.adapters.placement import Placed
-from kasa_cli.adapters.writing import Entry
-from kasa_cli.checkpoint.dtypes import BITS
-from kasa_cli.checkpoint.hashing import hash_tensor
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.manifest import FactorRecord
-from kasa_cli.checkpoint.matrix import measuring_bytes
-from kasa_cli.checkpoint.open_files import OpenFiles
-from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.checkpoint.safetensors_writer import Filling, filling, lay_out
+from kasa_cli.adapters import Adapter, Entry, Placed
+from kasa_cli.checkpoint import (
+    BITS,
+    Checkpoint,
+    FactorRecord,
+    Filling,
+    OpenFiles,
+    filling,
+    hash_tensor,
+    lay_out,
+    measuring_bytes,
+    read_header,
+)
 from kasa_cli.errors import IntegrityError, InvalidInput, NumericalError
-from kasa_cli.files.durable import canonical_json
-from kasa_cli.files.staging import Staging
-from kasa_cli.methods.adapter_kinds.as_lora import Compact, Limit, of_terms, of_weight
-from kasa_cli.methods.adapter_kinds.change import Change, Term
-from kasa_cli.pipeline.adapter_on_base.patches import changes_of, label, needs_weight, weight_under
+from kasa_cli.files import Staging, canonical_json
+from kasa_cli.methods.adapter_kinds import Change, Compact, Limit, Term, of_terms, of_weight
+from kasa_cli.pipeline.adapter_on_base import changes_of, label, needs_weight, weight_under
 from kasa_cli.pipeline.converting.case import TruncationTerms
 from kasa_cli.pipeline.converting.representable import no_form
-from kasa_cli.pipeline.measuring.facts import SOLVER_EDITION, Facts, header
+from kasa_cli.pipeline.measuring import SOLVER_EDITION, Facts, header
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 from kasa_cli.report import ConvertedRow
 

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kasa_cli.adapters import peft, writing
-from kasa_cli.adapters.base import BaseIndex
-from kasa_cli.adapters.writing import FLAVOURS, ConfigFacts, Entry, Flavour
-from kasa_cli.checkpoint import model_card
-from kasa_cli.checkpoint.manifest import (
+from kasa_cli.adapters import FLAVOURS, BaseIndex, ConfigFacts, Entry, Flavour, peft, writing
+from kasa_cli.checkpoint import (
+    CARD,
     ConvertedAdapter,
     ConvertManifest,
     ConvertOptions,
@@ -16,11 +14,10 @@ from kasa_cli.checkpoint.manifest import (
     SourceRecord,
     TensorRecord,
     fingerprint,
+    model_card,
     numeric_environment,
 )
-from kasa_cli.checkpoint.shard_plan import CARD
-from kasa_cli.files.durable import sha256_file, write_file
-from kasa_cli.files.staging import MANIFEST
+from kasa_cli.files import MANIFEST, sha256_file, write_file
 from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.converting.case import Case
 from kasa_cli.pipeline.converting.factors import Converted, loss_of_all

@@ -4,15 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from kasa_cli.adapters.adapter import Adapter, TokenRows
-from kasa_cli.adapters.parameter_placement import PlacedValue
-from kasa_cli.adapters.placement import Placed
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.matrix import read_piece
-from kasa_cli.checkpoint.safetensors_file import Reader
+from kasa_cli.adapters import Adapter, Placed, PlacedValue, TokenRows
+from kasa_cli.checkpoint import Checkpoint, Reader, read_piece
 from kasa_cli.errors import InvalidInput
-from kasa_cli.methods.adapter_kinds.as_lora import Limit
-from kasa_cli.methods.adapter_kinds.kind import BaseChange
+from kasa_cli.methods.adapter_kinds import BaseChange, Limit
 
 MERGE = "kasa merge puts it into the base"
 

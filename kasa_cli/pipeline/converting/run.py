@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kasa_cli.adapters.adapter import consumed
-from kasa_cli.checkpoint.open_files import OpenFiles
-from kasa_cli.files.staging import Staging
-from kasa_cli.pipeline.adapter_on_base.patches import label
-from kasa_cli.pipeline.adapter_on_base.provenance import TRUNCATED
+from kasa_cli.adapters import consumed
+from kasa_cli.checkpoint import OpenFiles
+from kasa_cli.files import Staging
+from kasa_cli.pipeline.adapter_on_base import TRUNCATED, label
 from kasa_cli.pipeline.converting.case import Case, Options, check, opened_case
 from kasa_cli.pipeline.converting.factors import (
     Converted,
@@ -28,11 +27,10 @@ from kasa_cli.pipeline.converting.records import (
     write_records,
 )
 from kasa_cli.pipeline.costs import decomposition_cost
-from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
+from kasa_cli.pipeline.measuring import open_facts, store_notes
 from kasa_cli.pipeline.opening import Where
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
-from kasa_cli.report import ConvertPlan, ConvertReport, ToChange
-from kasa_cli.report.totals import ConvertTotals
+from kasa_cli.report import ConvertPlan, ConvertReport, ConvertTotals, ToChange
 
 __all__ = ["Options", "Running", "Where", "convert", "plan"]
 

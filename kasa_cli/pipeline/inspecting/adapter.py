@@ -13,26 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kasa_cli.adapters.adapter import UNKNOWN_PARAMETER, Adapter, Patch
-from kasa_cli.adapters.placement import Placed
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.matrix import Matrix
-from kasa_cli.checkpoint.open_files import OpenFiles
+from kasa_cli.adapters import UNKNOWN_PARAMETER, Adapter, Patch, Placed
+from kasa_cli.checkpoint import Checkpoint, Matrix, OpenFiles
 from kasa_cli.errors import InvalidInput, NumericalError
-from kasa_cli.linalg import quantities
-from kasa_cli.linalg.subspaces import defect
-from kasa_cli.methods.adapter_kinds import learned
-from kasa_cli.methods.adapter_kinds import table as kinds
-from kasa_cli.methods.adapter_kinds.kind import BaseChange, Module, is_of_embedding
-from kasa_cli.methods.adapter_kinds.learned import Factors, Update
-from kasa_cli.methods.adapter_kinds.shapes import sizes_of
-from kasa_cli.methods.penalties import CONVENTIONS, Layer
-from kasa_cli.pipeline.adapter_on_base.patches import (
-    expert_changes,
-    label,
-    needs_weight,
-    weight_under,
+from kasa_cli.linalg import defect, quantities
+from kasa_cli.methods import CONVENTIONS, Layer
+from kasa_cli.methods.adapter_kinds import (
+    BaseChange,
+    Factors,
+    Module,
+    Update,
+    is_of_embedding,
+    learned,
+    sizes_of,
 )
+from kasa_cli.methods.adapter_kinds import table as kinds
+from kasa_cli.pipeline.adapter_on_base import expert_changes, label, needs_weight, weight_under
 from kasa_cli.pipeline.inspecting.share_in_cut import Cut, TruncatedDirections
 from kasa_cli.report import InCut, ModuleRow, module_type
 

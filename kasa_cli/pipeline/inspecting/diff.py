@@ -6,12 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.matrix import Matrix
-from kasa_cli.linalg import quantities
-from kasa_cli.linalg.subspaces import best_cosines, principal_angles
-from kasa_cli.pipeline.measuring.facts import Bench, Extremes, Facts
-from kasa_cli.pipeline.measuring.weights import weigh
+from kasa_cli.checkpoint import Checkpoint, Matrix
+from kasa_cli.linalg import best_cosines, principal_angles, quantities
+from kasa_cli.pipeline.measuring import Bench, Extremes, Facts, weigh
 from kasa_cli.report import DiffRow, module_type
 
 INTRUDER = 0.6

@@ -8,15 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kasa_cli.adapters.adapter import Adapter
-from kasa_cli.checkpoint.manifest import TruncateManifest
-from kasa_cli.checkpoint.open_files import OpenFiles
+from kasa_cli.adapters import Adapter
+from kasa_cli.checkpoint import OpenFiles, TruncateManifest
 from kasa_cli.errors import UsageError
-from kasa_cli.methods.penalties import Layer, penalties
-from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.match import AdapterOnBase, on_base, read_adapter
-from kasa_cli.pipeline.adapter_on_base.provenance import BASES, ORIGINAL, TRUNCATED, Origin
-from kasa_cli.pipeline.adapter_on_base.truncated_part import known_truncations
+from kasa_cli.methods import Layer, penalties
+from kasa_cli.pipeline.adapter_on_base import (
+    BASES,
+    ORIGINAL,
+    TRUNCATED,
+    AdapterOnBase,
+    Origin,
+    known_truncations,
+    on_base,
+    provenance,
+    read_adapter,
+)
 from kasa_cli.pipeline.inspecting.adapter import Item, MeasuredPatch, OpenAdapter, module_rows
 from kasa_cli.pipeline.inspecting.share_in_cut import (
     CUT_ALREADY,
@@ -25,11 +31,10 @@ from kasa_cli.pipeline.inspecting.share_in_cut import (
     TruncatedDirections,
     what_base_is,
 )
-from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
+from kasa_cli.pipeline.measuring import Facts, open_facts, store_notes
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
-from kasa_cli.report import AdapterReport, ModuleRow, ValueRow
-from kasa_cli.report.totals import AdapterTotals
+from kasa_cli.report import AdapterReport, AdapterTotals, ModuleRow, ValueRow
 
 __all__ = ["Running", "Where", "adapter"]
 

@@ -3,18 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.matrix import measuring_bytes
+from kasa_cli.checkpoint import Checkpoint, measuring_bytes
 from kasa_cli.errors import UsageError
-from kasa_cli.methods.selection import rank_correlation
+from kasa_cli.methods import rank_correlation
 from kasa_cli.pipeline.inspecting.diff import ComparedPair, Pair, contrast
-from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
-from kasa_cli.pipeline.measuring.many import room
+from kasa_cli.pipeline.measuring import Facts, open_facts, room, store_notes
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
 from kasa_cli.report import DiffReport, Skipped
-from kasa_cli.targets.candidates import Candidate, candidates
-from kasa_cli.targets.patterns import Patterns, patterns
+from kasa_cli.targets import Candidate, Patterns, candidates, patterns
 
 __all__ = ["Patterns", "Running", "Where", "diff", "patterns"]
 

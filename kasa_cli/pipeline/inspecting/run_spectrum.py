@@ -6,18 +6,14 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from kasa_cli.checkpoint.matrix import Matrix
-from kasa_cli.files.durable import write_file
+from kasa_cli.checkpoint import Matrix
+from kasa_cli.files import write_file
 from kasa_cli.pipeline.inspecting.spectrum import best_and_worst, curve, spectrum_row
-from kasa_cli.pipeline.measuring.facts import Bench, open_facts, store_notes
-from kasa_cli.pipeline.measuring.many import Asked, ask
-from kasa_cli.pipeline.measuring.plan import measure_plan, require_some
+from kasa_cli.pipeline.measuring import Asked, Bench, ask, measure_plan, open_facts, require_some, store_notes
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
-from kasa_cli.report import Curve, MeasurePlan, SpectrumReport, SpectrumRow, module_type
-from kasa_cli.report.totals import SpectrumTotals
-from kasa_cli.targets.candidates import Candidate, candidates
-from kasa_cli.targets.patterns import Patterns, patterns
+from kasa_cli.report import Curve, MeasurePlan, SpectrumReport, SpectrumRow, SpectrumTotals, module_type
+from kasa_cli.targets import Candidate, Patterns, candidates, patterns
 
 __all__ = ["Patterns", "Running", "Where", "patterns", "plan", "spectrum"]
 

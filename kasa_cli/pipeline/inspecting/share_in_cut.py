@@ -3,17 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.manifest import Manifest, TruncateManifest
-from kasa_cli.checkpoint.matrix import Matrix
+from kasa_cli.checkpoint import Checkpoint, Manifest, Matrix, TruncateManifest
 from kasa_cli.errors import IntegrityError
-from kasa_cli.linalg.subspaces import Shares, random_shares, shares, spaces
-from kasa_cli.methods.adapter_kinds.change import Term
-from kasa_cli.methods.adapter_kinds.learned import Svd
-from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.provenance import Origin
-from kasa_cli.pipeline.adapter_on_base.truncated_part import Truncations
-from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.linalg import Shares, random_shares, shares, spaces
+from kasa_cli.methods.adapter_kinds import Svd, Term
+from kasa_cli.pipeline.adapter_on_base import Origin, Truncations, provenance
+from kasa_cli.pipeline.measuring import Facts
 from kasa_cli.report import InCut
 
 IN_TAIL, IN_BASE = "tail", "base"

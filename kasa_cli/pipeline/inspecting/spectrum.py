@@ -3,9 +3,8 @@
 import numpy as np
 from torch import Tensor
 
-from kasa_cli.linalg import quantities
-from kasa_cli.linalg.bottom import EPS
-from kasa_cli.pipeline.measuring.facts import Bench
+from kasa_cli.linalg import EPS, quantities
+from kasa_cli.pipeline.measuring import Bench
 from kasa_cli.report import Curve, SpectrumRow, by_module_type
 
 RANKS = (1, 8, 16, 32, 64, 128, 256)

@@ -22,15 +22,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kasa_cli.checkpoint.manifest import numeric_environment
+from kasa_cli.checkpoint import numeric_environment
 from kasa_cli.errors import NumericalError, UsageError
-from kasa_cli.files.durable import canonical_json
-from kasa_cli.files.store import Store, open_store
-from kasa_cli.linalg.bottom import ANGLE_TOLERANCE, Ends, ends_of, level
-from kasa_cli.linalg.frame import StreamedWeight, frame
-from kasa_cli.linalg.gram import Gram
-from kasa_cli.linalg.spectrum import Values, values_of
-from kasa_cli.linalg.top import Tops, tops_of
+from kasa_cli.files import Store, canonical_json, open_store
+from kasa_cli.linalg import (
+    ANGLE_TOLERANCE,
+    Ends,
+    Gram,
+    StreamedWeight,
+    Tops,
+    Values,
+    ends_of,
+    frame,
+    level,
+    tops_of,
+    values_of,
+)
 from kasa_cli.pipeline.workers import Running
 
 SOLVER_EDITION = 2

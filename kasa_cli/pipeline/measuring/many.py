@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kasa_cli.checkpoint.matrix import Matrix
-from kasa_cli.checkpoint.tensor_source import TensorSource
+from kasa_cli.checkpoint import Matrix, TensorSource
 from kasa_cli.pipeline import workers
 from kasa_cli.pipeline.measuring.facts import Bench, Facts, pick_device
 from kasa_cli.pipeline.measuring.weights import weigh
 from kasa_cli.pipeline.workers import Running, Task, Watcher, blas_threads, run_stage
-from kasa_cli.report import Skipped
-from kasa_cli.report.totals import Decompositions
+from kasa_cli.report import Decompositions, Skipped
 
 Answer = TypeVar("Answer")
 

@@ -1,13 +1,13 @@
 """The plan of measuring candidates."""
 
-from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint import Checkpoint
 from kasa_cli.errors import UsageError
-from kasa_cli.model_names.names import NameMap
+from kasa_cli.model_names import NameMap
 from kasa_cli.pipeline.costs import decomposition_cost
 from kasa_cli.pipeline.opening import Where
 from kasa_cli.pipeline.workers import Running
 from kasa_cli.report import MeasurePlan, Skipped, ToMeasure
-from kasa_cli.targets.candidates import Candidate
+from kasa_cli.targets import Candidate
 
 
 def measure_plan(

@@ -6,11 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kasa_cli.checkpoint.hashing import digest_of
-from kasa_cli.checkpoint.matrix import Matrix
-from kasa_cli.checkpoint.safetensors_writer import raw_bytes
-from kasa_cli.checkpoint.tensor_source import TensorSource
-from kasa_cli.linalg.frame import StreamedWeight
+from kasa_cli.checkpoint import Matrix, TensorSource, digest_of, raw_bytes
+from kasa_cli.linalg import StreamedWeight
 from kasa_cli.pipeline.measuring.facts import HashedMatrix, content_hash
 
 

@@ -9,14 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
-from kasa_cli.checkpoint.hashing import blake3
-from kasa_cli.checkpoint.manifest import Merged
-from kasa_cli.checkpoint.safetensors_file import Container, Reader
-from kasa_cli.checkpoint.safetensors_writer import raw_bytes
+from kasa_cli.checkpoint import TORCH_DTYPES, Container, Merged, Reader, blake3, raw_bytes
 from kasa_cli.errors import InvalidInput
-from kasa_cli.linalg.add_and_round import Sum
-from kasa_cli.methods.adapter_kinds.change import Change, applied_to, factors, grain_of
+from kasa_cli.linalg import Sum
+from kasa_cli.methods.adapter_kinds import Change, applied_to, factors, grain_of
 from kasa_cli.pipeline.base_writer import RowReader, too_large
 
 BLOCK_ENTRIES = 1 << 18

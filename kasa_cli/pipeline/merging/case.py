@@ -5,20 +5,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kasa_cli.adapters.adapter import Adapter, consumed
-from kasa_cli.checkpoint.dtypes import DTYPES
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.source import Source
+from kasa_cli.adapters import Adapter, consumed
+from kasa_cli.checkpoint import DTYPES, Checkpoint, Source
 from kasa_cli.errors import AlreadyMerged, UsageError
-from kasa_cli.files.staging import check_apart
-from kasa_cli.linalg.rounding import ROUNDINGS
-from kasa_cli.methods.adapter_kinds.kind import BaseChange
-from kasa_cli.model_names.names import NameMap
-from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.adapter_on_base.match import AdapterOnBase, base_changes, on_base, read_adapter
-from kasa_cli.pipeline.adapter_on_base.provenance import BASES, Origin
-from kasa_cli.pipeline.adapter_on_base.truncated_part import Truncations, known_truncations
-from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.files import check_apart
+from kasa_cli.linalg import ROUNDINGS
+from kasa_cli.methods.adapter_kinds import BaseChange
+from kasa_cli.model_names import NameMap
+from kasa_cli.pipeline.adapter_on_base import (
+    BASES,
+    AdapterOnBase,
+    Origin,
+    Truncations,
+    base_changes,
+    known_truncations,
+    on_base,
+    provenance,
+    read_adapter,
+)
+from kasa_cli.pipeline.measuring import Facts
 from kasa_cli.pipeline.merging.edits import Merging, TensorEdits, edits_by_tensor
 from kasa_cli.pipeline.merging.layout import MergedLayout, settle_layout
 from kasa_cli.pipeline.opening import Where, survey

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kasa_cli.adapters.adapter import Adapter, Replacement, TokenRows
-from kasa_cli.adapters.parameter_placement import PlacedValue
-from kasa_cli.adapters.placement import Placed
-from kasa_cli.checkpoint.safetensors_file import Reader
+from kasa_cli.adapters import Adapter, Placed, PlacedValue, Replacement, TokenRows
+from kasa_cli.checkpoint import Reader
 from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.pipeline.adapter_on_base.patches import needs_weight
-from kasa_cli.pipeline.adapter_on_base.truncated_part import Truncations
+from kasa_cli.pipeline.adapter_on_base import Truncations, needs_weight
 
 WHOLE, AS_STORED = 24, 4
 """Bytes for each entry of a tensor: one that is held with its old, new and exact value; one that is only read."""

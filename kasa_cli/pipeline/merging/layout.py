@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kasa_cli.adapters.tied import Item, TiedItems, tied_items
-from kasa_cli.checkpoint import model_config
-from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.adapters import Item, TiedItems, tied_items
+from kasa_cli.checkpoint import Checkpoint, model_config
 from kasa_cli.errors import InvalidInput
-from kasa_cli.files.untrusted import enumerated
-from kasa_cli.model_names.names import Group, Kind, NameMap, Shapes, UnknownFamily
-from kasa_cli.pipeline.adapter_on_base.provenance import Origin
+from kasa_cli.files import enumerated
+from kasa_cli.model_names import Group, Kind, NameMap, Shapes, UnknownFamily
+from kasa_cli.pipeline.adapter_on_base import Origin
 from kasa_cli.pipeline.merging.edits import Merging
 
 NOT_NEEDED = "--untie has no effect: the adapters leave tied weights equal"

@@ -13,18 +13,21 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from kasa_cli.adapters.adapter import Adapter, Replacement
-from kasa_cli.adapters.parameter_placement import PlacedValue
-from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
-from kasa_cli.checkpoint.open_files import OpenFiles
-from kasa_cli.checkpoint.safetensors_file import Reader, TensorEntry
+from kasa_cli.adapters import Adapter, PlacedValue, Replacement
+from kasa_cli.checkpoint import (
+    TORCH_DTYPES,
+    Checkpoint,
+    Matrix,
+    OpenFiles,
+    Orientation,
+    Piece,
+    Reader,
+    TensorEntry,
+)
 from kasa_cli.errors import InvalidInput
-from kasa_cli.methods.adapter_kinds.change import Change, Term, transposed, weighted
-from kasa_cli.methods.adapter_kinds.kind import BaseChange
-from kasa_cli.pipeline.adapter_on_base.patches import change_of, expert_changes, is_stack, module_of
-from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.methods.adapter_kinds import BaseChange, Change, Term, transposed, weighted
+from kasa_cli.pipeline.adapter_on_base import change_of, expert_changes, is_stack, module_of
+from kasa_cli.pipeline.measuring import Facts
 from kasa_cli.pipeline.merging.by_rows import Stored, StreamedTensor, TrainedRows
 from kasa_cli.pipeline.merging.edits import Edit, TensorEdits
 from kasa_cli.pipeline.merging.whole_tensor import View, WholeTensor

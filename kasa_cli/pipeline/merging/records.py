@@ -4,21 +4,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kasa_cli.checkpoint import model_card
-from kasa_cli.checkpoint.manifest import (
+from kasa_cli.checkpoint import (
+    CARD,
     InputTensor,
     Merged,
     MergedAdapter,
     MergeManifest,
     MergeOptions,
+    Sheet,
     SourceRecord,
     StoredTensor,
     TensorRecord,
+    model_card,
     numeric_environment,
 )
-from kasa_cli.checkpoint.shard_plan import CARD, Sheet
-from kasa_cli.files.durable import write_file
-from kasa_cli.files.staging import MANIFEST
+from kasa_cli.files import MANIFEST, write_file
 from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.base_writer import WrittenBase, WrittenTensor
 from kasa_cli.pipeline.file_records import file_records

@@ -5,22 +5,18 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from kasa_cli.checkpoint.dtypes import DTYPES
-from kasa_cli.checkpoint.manifest import Merged
-from kasa_cli.checkpoint.open_files import OpenFiles
-from kasa_cli.checkpoint.shard_plan import Sheet, base_sheets, copy_companions, write_index
-from kasa_cli.files.staging import Staging, require_space
+from kasa_cli.checkpoint import DTYPES, Merged, OpenFiles, Sheet, base_sheets, copy_companions, write_index
+from kasa_cli.files import Staging, require_space
 from kasa_cli.pipeline.base_writer import WrittenTensor, write_base
 from kasa_cli.pipeline.costs import streaming_cost
-from kasa_cli.pipeline.measuring.facts import open_facts, store_notes
+from kasa_cli.pipeline.measuring import open_facts, store_notes
 from kasa_cli.pipeline.merging.case import Case, Options, check, opened_case
 from kasa_cli.pipeline.merging.edits import TensorEdits
 from kasa_cli.pipeline.merging.merger import Merger
 from kasa_cli.pipeline.merging.records import recorded, write_records
 from kasa_cli.pipeline.opening import Where
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
-from kasa_cli.report import MergedRow, MergePlan, MergeReport, ToChange
-from kasa_cli.report.totals import MergeTotals
+from kasa_cli.report import MergedRow, MergePlan, MergeReport, MergeTotals, ToChange
 
 __all__ = ["Options", "Running", "Where", "merge", "plan"]
 

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
-from kasa_cli.checkpoint.hashing import digest_of
-from kasa_cli.checkpoint.manifest import Merged
-from kasa_cli.checkpoint.safetensors_writer import raw_bytes
-from kasa_cli.linalg.rounding import ROUNDINGS, ExactSum, rounded
-from kasa_cli.methods.adapter_kinds.change import Change, apply, apply_bias, factors, row_blocks, rows
+from kasa_cli.checkpoint import TORCH_DTYPES, Merged, digest_of, raw_bytes
+from kasa_cli.linalg import ROUNDINGS, ExactSum, rounded
+from kasa_cli.methods.adapter_kinds import Change, apply, apply_bias, factors, row_blocks, rows
 from kasa_cli.pipeline.base_writer import RowReader, require_finite
 
 PART = 1 << 20

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.model_names.names import NameMap
+from kasa_cli.checkpoint import Checkpoint
+from kasa_cli.model_names import NameMap
 from kasa_cli.report import Emission
-from kasa_cli.targets import trainer_configs
-from kasa_cli.targets.candidates import Candidate
-from kasa_cli.targets.trainer_configs import Chosen
+from kasa_cli.targets import Candidate, Chosen, trainer_configs
 
 EMISSIONS = tuple(trainer_configs.FORMATS)
 

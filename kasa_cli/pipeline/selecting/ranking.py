@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from kasa_cli.errors import UsageError
-from kasa_cli.methods import selection
-from kasa_cli.methods.criteria import CRITERIA, RULES, Score, Spectrum, expected
-from kasa_cli.methods.selection import SIGNS, Amount
-from kasa_cli.pipeline.measuring.facts import Bench
-from kasa_cli.report import CandidateRow, Skipped, module_type
-from kasa_cli.report.totals import CriterionComparison
-from kasa_cli.targets.candidates import Candidate
+from kasa_cli.methods import CRITERIA, RULES, SIGNS, Amount, Score, Spectrum, expected, selection
+from kasa_cli.pipeline.measuring import Bench
+from kasa_cli.report import CandidateRow, CriterionComparison, Skipped, module_type
+from kasa_cli.targets import Candidate
 
 KINDS = ("module", "parameter")
 

@@ -3,22 +3,18 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint import Checkpoint
 from kasa_cli.errors import UsageError
-from kasa_cli.methods.criteria import CRITERIA, RULES
-from kasa_cli.methods.selection import SIGNS, Amount, matched_rank
-from kasa_cli.model_names.names import NameMap
-from kasa_cli.pipeline.measuring.facts import Facts, open_facts, store_notes
-from kasa_cli.pipeline.measuring.many import Asked, ask
-from kasa_cli.pipeline.measuring.plan import measure_plan, require_some
+from kasa_cli.methods import CRITERIA, RULES, SIGNS, Amount, matched_rank
+from kasa_cli.model_names import NameMap
+from kasa_cli.pipeline.measuring import Asked, Facts, ask, measure_plan, open_facts, require_some, store_notes
 from kasa_cli.pipeline.opening import Where, survey
 from kasa_cli.pipeline.selecting import ranking
 from kasa_cli.pipeline.selecting.export import EMISSIONS, export
 from kasa_cli.pipeline.selecting.ranking import Judged, Ranking, Scored
 from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
 from kasa_cli.report import MeasurePlan, SelectReport, Skipped
-from kasa_cli.targets.candidates import AsIn, Candidate, candidates
-from kasa_cli.targets.patterns import Patterns, patterns
+from kasa_cli.targets import AsIn, Candidate, Patterns, candidates, patterns
 
 __all__ = ["Amount", "Choice", "Patterns", "Running", "Where", "patterns", "plan", "select_targets"]
 

@@ -11,18 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kasa_cli.adapters import peft
-from kasa_cli.adapters.fused_experts import stack_entry, wrapper_names
-from kasa_cli.adapters.writing import Entry
-from kasa_cli.checkpoint.safetensors_writer import filling, lay_out
-from kasa_cli.files.durable import make_folder, write_file
-from kasa_cli.files.staging import Staging
+from kasa_cli.adapters import Entry, peft, stack_entry, wrapper_names
+from kasa_cli.checkpoint import filling, lay_out
+from kasa_cli.files import Staging, make_folder, write_file
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.truncating.factors import Measured, read_factors
 from kasa_cli.pipeline.truncating.options import Options
 from kasa_cli.pipeline.truncating.plan import Plan
 from kasa_cli.pipeline.workers import Watcher
-from kasa_cli.targets.selection import Target
+from kasa_cli.targets import Target
 
 Forms = list[tuple[str, str, tuple[int, ...]]]
 """Names, dtypes and shapes of tensors."""

@@ -6,16 +6,14 @@ from functools import partial
 
 import torch
 
-from kasa_cli.checkpoint.layout import Checkpoint
+from kasa_cli.checkpoint import Checkpoint
 from kasa_cli.errors import IntegrityError
-from kasa_cli.files.staging import Staging
-from kasa_cli.linalg.bottom import Ends
-from kasa_cli.pipeline.measuring.facts import SOLVER_EDITION, Facts, HashedMatrix, pack, unpack
-from kasa_cli.pipeline.measuring.many import room
-from kasa_cli.pipeline.measuring.weights import weigh
+from kasa_cli.files import Staging
+from kasa_cli.linalg import Ends
+from kasa_cli.pipeline.measuring import SOLVER_EDITION, Facts, HashedMatrix, pack, room, unpack, weigh
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 from kasa_cli.report import SpectralFacts
-from kasa_cli.targets.selection import Target
+from kasa_cli.targets import Target
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kasa_cli.checkpoint.dtypes import DTYPES
-from kasa_cli.checkpoint.manifest import TruncateOptions
+from kasa_cli.checkpoint import DTYPES, TruncateOptions
 from kasa_cli.errors import UsageError
-from kasa_cli.linalg.rounding import ROUNDINGS
+from kasa_cli.linalg import ROUNDINGS
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.workers import Running, check_running
-from kasa_cli.targets.patterns import Patterns
+from kasa_cli.targets import Patterns
 
 PARTS = ("base", "adapter", "tail")
 SHARD_SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s?[KMGT]B", re.IGNORECASE)

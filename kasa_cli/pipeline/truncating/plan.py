@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.checkpoint.source import Source
+from kasa_cli.checkpoint import Checkpoint, Source
 from kasa_cli.errors import UsageError
-from kasa_cli.model_names.names import NameMap
-from kasa_cli.pipeline.measuring.facts import Facts
+from kasa_cli.model_names import NameMap
+from kasa_cli.pipeline.measuring import Facts
 from kasa_cli.pipeline.opening import Where, survey
-from kasa_cli.targets.patterns import Patterns
-from kasa_cli.targets.patterns import patterns as asked_for
-from kasa_cli.targets.selection import RankRule, Selection, Target, select
+from kasa_cli.targets import Patterns, RankRule, Selection, Target, select
+from kasa_cli.targets import patterns as asked_for
 
 
 @dataclass(frozen=True)

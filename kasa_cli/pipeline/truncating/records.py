@@ -1,9 +1,8 @@
 """Model cards and manifest of a truncation. The manifest is written last."""
 
-from kasa_cli.adapters.fused_experts import wrapper_names
-from kasa_cli.checkpoint import model_card
-from kasa_cli.checkpoint.hashing import hash_tensor
-from kasa_cli.checkpoint.manifest import (
+from kasa_cli.adapters import wrapper_names
+from kasa_cli.checkpoint import (
+    CARD,
     Environment,
     ExpertRecord,
     InputTensor,
@@ -13,10 +12,10 @@ from kasa_cli.checkpoint.manifest import (
     TruncateManifest,
     TruncationRecord,
     fingerprint,
+    hash_tensor,
+    model_card,
 )
-from kasa_cli.checkpoint.shard_plan import CARD
-from kasa_cli.files.durable import write_file
-from kasa_cli.files.staging import MANIFEST, Staging
+from kasa_cli.files import MANIFEST, Staging, write_file
 from kasa_cli.pipeline.file_records import file_records
 from kasa_cli.pipeline.truncating.factors import Measured
 from kasa_cli.pipeline.truncating.options import Options, recorded

@@ -11,12 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kasa_cli.checkpoint.dtypes import TORCH_DTYPES
-from kasa_cli.checkpoint.layout import Checkpoint
-from kasa_cli.files.staging import Staging
-from kasa_cli.linalg import rounding
-from kasa_cli.linalg.bottom import Ends
-from kasa_cli.linalg.realised import Outcome, Sums, measured_sums
+from kasa_cli.checkpoint import TORCH_DTYPES, Checkpoint
+from kasa_cli.files import Staging
+from kasa_cli.linalg import Ends, Outcome, Sums, measured_sums, rounding
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.base_writer import RowReader, WrittenBase, require_finite
 from kasa_cli.pipeline.truncating.factors import Measured, read_factors

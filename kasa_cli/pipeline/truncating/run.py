@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from kasa_cli.adapters import peft
-from kasa_cli.checkpoint import manifest
-from kasa_cli.checkpoint.dtypes import DTYPES
-from kasa_cli.checkpoint.shard_plan import Sheet, base_sheets, copy_companions, write_index
-from kasa_cli.files.durable import make_folder
-from kasa_cli.files.staging import Staging, check_apart, require_space
-from kasa_cli.linalg.realised import Outcome
-from kasa_cli.linalg.rounding import ROUNDINGS
+from kasa_cli.checkpoint import DTYPES, Sheet, base_sheets, copy_companions, manifest, write_index
+from kasa_cli.files import Staging, check_apart, make_folder, require_space
+from kasa_cli.linalg import ROUNDINGS, Outcome
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.base_writer import WrittenBase, write_base
 from kasa_cli.pipeline.costs import memory_needed, seconds_needed
-from kasa_cli.pipeline.measuring.facts import Facts, open_facts, pick_device, store_notes
+from kasa_cli.pipeline.measuring import Facts, open_facts, pick_device, store_notes
 from kasa_cli.pipeline.opening import Where
 from kasa_cli.pipeline.truncating.adapter_and_tail import write_adapter, write_tail
 from kasa_cli.pipeline.truncating.factors import Measured, Measurer, measure
@@ -27,10 +23,16 @@ from kasa_cli.pipeline.truncating.plan import Plan, make_plan, require_rank
 from kasa_cli.pipeline.truncating.records import write_records
 from kasa_cli.pipeline.truncating.rewrite import SumsByTarget, Truncated, Truncation, shares_of
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads
-from kasa_cli.report import PlanReport, TensorRow, ToTruncate, TruncateReport
-from kasa_cli.report.totals import PlannedParts, TruncateOutput, TruncateTotals
-from kasa_cli.targets.patterns import Patterns
-from kasa_cli.targets.selection import Target
+from kasa_cli.report import (
+    PlannedParts,
+    PlanReport,
+    TensorRow,
+    ToTruncate,
+    TruncateOutput,
+    TruncateReport,
+    TruncateTotals,
+)
+from kasa_cli.targets import Patterns, Target
 
 __all__ = ["Options", "Patterns", "Where", "plan", "truncate"]
 

@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from kasa_cli.adapters import peft
-from kasa_cli.adapters.fused_experts import stack_entry
-from kasa_cli.adapters.writing import Entry
-from kasa_cli.checkpoint.hashing import hash_tensor
-from kasa_cli.checkpoint.layout import open_checkpoint
-from kasa_cli.checkpoint.manifest import (
+from kasa_cli.adapters import Entry, peft, stack_entry
+from kasa_cli.checkpoint import (
+    Container,
     ConvertManifest,
     ExpertRecord,
     FactorRecord,
@@ -20,12 +17,12 @@ from kasa_cli.checkpoint.manifest import (
     TensorRecord,
     TruncateManifest,
     TruncationRecord,
+    hash_tensor,
+    open_checkpoint,
+    read_header,
 )
-from kasa_cli.checkpoint.safetensors_file import Container, read_header
 from kasa_cli.errors import IntegrityError, InvalidInput, UnsafeInput
-from kasa_cli.files.durable import sha256_file
-from kasa_cli.files.staging import MANIFEST
-from kasa_cli.files.untrusted import open_regular, read_exactly
+from kasa_cli.files import MANIFEST, open_regular, read_exactly, sha256_file
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 
 Form = tuple[str, list[int]]

@@ -7,23 +7,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kasa_cli.adapters import peft
-from kasa_cli.adapters.fused_experts import expert_factors
-from kasa_cli.checkpoint.hashing import hash_tensor
-from kasa_cli.checkpoint.layout import Checkpoint, open_checkpoint
-from kasa_cli.checkpoint.manifest import ExpertRecord, TensorRecord, TruncateManifest, TruncationRecord
-from kasa_cli.checkpoint.matrix import Matrix, Orientation, Piece
-from kasa_cli.checkpoint.safetensors_file import read_header
-from kasa_cli.checkpoint.shard_plan import CARD
+from kasa_cli.adapters import expert_factors, peft
+from kasa_cli.checkpoint import (
+    CARD,
+    Checkpoint,
+    ExpertRecord,
+    Matrix,
+    Orientation,
+    Piece,
+    TensorRecord,
+    TruncateManifest,
+    TruncationRecord,
+    hash_tensor,
+    open_checkpoint,
+    read_header,
+)
 from kasa_cli.errors import IntegrityError
-from kasa_cli.files.durable import sha256_file
-from kasa_cli.linalg.bottom import Ends, ends
-from kasa_cli.linalg.rounding import ExactSum, blocks, other_neighbour
+from kasa_cli.files import sha256_file
+from kasa_cli.linalg import Ends, ExactSum, blocks, ends, other_neighbour
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.verifying.integrity import expert_entries
 from kasa_cli.pipeline.workers import Task, Watcher, run_stage
-from kasa_cli.report.totals import Compared
-from kasa_cli.targets.selection import Target
+from kasa_cli.report import Compared
+from kasa_cli.targets import Target
 
 SLACK = 1e-9
 """Tolerance, relative to the largest entry: two machines agree on the exact value far better than this."""

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from kasa_cli.checkpoint import manifest
-from kasa_cli.checkpoint.manifest import TruncateManifest
+from kasa_cli.checkpoint import TruncateManifest, manifest
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.pipeline.opening import Where, find
 from kasa_cli.pipeline.verifying import integrity, recompute
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, num_cores
-from kasa_cli.report import VerifyReport
-from kasa_cli.report.totals import Compared
+from kasa_cli.report import Compared, VerifyReport
 
 __all__ = ["Where", "verify"]
 
