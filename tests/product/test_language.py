@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-HOME = Path(__file__).parent.parent
-CODE = sorted((HOME / "kasa_cli").rglob("*.py"))
-PAGES = sorted([*(HOME / "docs").glob("*.md"), HOME / "README.md", HOME / "CONTRIBUTING.md"])
+from tests.builders.runs import ROOT
+
+CODE = sorted((ROOT / "kasa_cli").rglob("*.py"))
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 
 NAMES = (
     "asked begun found given gone held kept led looked made one opened said says seen taken told wanted words"
@@ -69,12 +70,12 @@ def vocabulary(text: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: path.relative_to(HOME).as_posix())
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_name_is_a_participle_or_a_pronoun(path):
     assert not names_of(path) & set(NAMES.split()) - JSON_FIELDS.get(path.name, set())
 
 
-@pytest.mark.parametrize("path", [*CODE, *PAGES], ids=lambda path: path.relative_to(HOME).as_posix())
+@pytest.mark.parametrize("path", [*CODE, *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_sentences_use_the_terms_of_the_field(path):
     assert not vocabulary("\n".join(sentences(path)))
 
