@@ -21,7 +21,7 @@ from kasa_cli.linalg import rounding
 from kasa_cli.linalg.bottom import ends
 from kasa_cli.linalg.realised import outcome
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.truncating.run import Options, Where, truncate
+from kasa_cli.pipeline.truncating.run import ModelLocation, TruncateRequest, truncate
 from kasa_cli.report import TruncateReport
 
 CAUTIONS = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -83,8 +83,8 @@ def cast(model: Path, folder: Path, dtype: str) -> Path:
 
 def run(model: Path, t: int, name: str) -> TruncateReport:
     with tempfile.TemporaryDirectory(prefix="kasa-bench-") as place:
-        options = Options(rank=t, rounding=name, emit=("base",), use_store=False)
-        return truncate(Where(str(model)), Path(place) / "out", options)
+        options = TruncateRequest(rank=t, rounding=name, emit=("base",), use_store=False)
+        return truncate(ModelLocation(str(model)), Path(place) / "out", options)
 
 
 def cautions() -> None:

@@ -38,10 +38,10 @@ def bound(model: str, workers: int) -> None:
     from kasa_cli.linalg import kernels
     from kasa_cli.linalg.frame import frame
     from kasa_cli.linalg.gram import gram
-    from kasa_cli.pipeline.opening import Where, survey
+    from kasa_cli.pipeline.opening import ModelLocation, survey
     from kasa_cli.pipeline.workers import blas_threads, run
 
-    _, checkpoint, names = survey(Where(model))
+    _, checkpoint, names = survey(ModelLocation(model))
     chosen = [n for n, e in checkpoint.tensors.items() if len(e.shape) == 2 and names.slots[n].in_block]
     chosen.sort(
         key=lambda name: -(min(checkpoint.tensors[name].shape) ** 2) * max(checkpoint.tensors[name].shape)

@@ -16,8 +16,8 @@ from kasa_cli.adapters.parameter_placement import PlacedValue, placed_values
 from kasa_cli.adapters.peft import PEFT_VERSION
 from kasa_cli.adapters.placement import Placed, holds_experts_in_out, placed
 from kasa_cli.adapters.reading import open_adapter
-from kasa_cli.adapters.tied import Item, TiedItems, tied_items
-from kasa_cli.adapters.writing import FLAVOURS, ConfigFacts, Entry, Flavour
+from kasa_cli.adapters.tied import PlacedItem, TiedItems, tied_items
+from kasa_cli.adapters.writing import FLAVOURS, ConfigFacts, FactorEntry, Flavour
 
 __all__ = [
     "FLAVOURS",
@@ -26,11 +26,11 @@ __all__ = [
     "Adapter",
     "BaseIndex",
     "ConfigFacts",
-    "Entry",
+    "FactorEntry",
     "Flavour",
-    "Item",
     "Patch",
     "Placed",
+    "PlacedItem",
     "PlacedValue",
     "Replacement",
     "TiedItems",

@@ -9,7 +9,7 @@ from kasa_cli.checkpoint import FLOATS, Piece, TensorEntry
 from kasa_cli.errors import InvalidInput
 from kasa_cli.model_names import (
     Composition,
-    Kind,
+    ModuleKind,
     NameMap,
     NotAssembled,
     Weight,
@@ -65,17 +65,25 @@ class BaseIndex:
             return module
         weight = self.weights.get(slot.module)
         is_whole = weight is not None and weight.made_of == Composition(((f"{module}.weight",),))
-        return slot.module if is_whole or slot.kind is Kind.ROUTER else module
+        return slot.module if is_whole or slot.kind is ModuleKind.ROUTER else module
 
     def weight(self, module: str) -> Weight | None:
         """The matrix of a module: a linear map, an embedding, a router, or a matrix of that name in an old layout."""
         if module in self.weights and self.weights[module].is_module:
             return self.weights[module]
         name = self.holder(module, "weight")
-        if name is not None and self.names.slots[name].kind is Kind.ROUTER and len(self.shapes[name]) == 2:
-            return self.single_tensor(module, name, Kind.ROUTER)
+        if (
+            name is not None
+            and self.names.slots[name].kind is ModuleKind.ROUTER
+            and len(self.shapes[name]) == 2
+        ):
+            return self.single_tensor(module, name, ModuleKind.ROUTER)
         name = f"{module}.weight"
-        return self.single_tensor(module, name, Kind.LINEAR) if len(self.shapes.get(name, ())) == 2 else None
+        return (
+            self.single_tensor(module, name, ModuleKind.LINEAR)
+            if len(self.shapes.get(name, ())) == 2
+            else None
+        )
 
     def holder(self, module: str, parameter: str) -> str | None:
         """The tensor on disk that fills a parameter; None if there are none or several."""
@@ -87,7 +95,7 @@ class BaseIndex:
         holders = self.tied_holders.get((module, parameter), [])
         return holders[0] if len(holders) == 1 else None
 
-    def single_tensor(self, module: str, name: str, kind: Kind) -> Weight:
+    def single_tensor(self, module: str, name: str, kind: ModuleKind) -> Weight:
         """A weight that is one tensor on disk."""
         slot = self.names.slots[name]
         made_of = Composition(((name,),))

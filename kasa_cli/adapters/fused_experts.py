@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kasa_cli.adapters import peft
 from kasa_cli.adapters.placement import holds_experts_in_out
-from kasa_cli.adapters.writing import Entry, Member
+from kasa_cli.adapters.writing import FactorEntry, StackMember
 from kasa_cli.model_names import split_name
 
 
@@ -32,16 +32,16 @@ def wrapper_names(parameters: Sequence[str]) -> dict[str, str]:
 
 def stack_entry(
     parameter: str, wrapper: str, num_experts: int, shape: tuple[int, int], model_class: str | None
-) -> Entry:
+) -> FactorEntry:
     """The pair of tensors of a parameter; `shape` is that of an expert in memory."""
     is_in_out = holds_experts_in_out(model_class or "")
     names = peft.tensor_names(wrapper)
-    members = tuple(Member(number, 0, shape[0]) for number in range(num_experts))
+    members = tuple(StackMember(number, 0, shape[0]) for number in range(num_experts))
     sides = (shape[1], shape[0]) if is_in_out else shape
-    return Entry(parameter, names["A"], names["B"], sides, members, is_in_out, is_parameter=True)
+    return FactorEntry(parameter, names["A"], names["B"], sides, members, is_in_out, is_parameter=True)
 
 
-def expert_factors(entry: Entry, tensors: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
+def expert_factors(entry: FactorEntry, tensors: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
     """The factors (left, right) whose product is added in memory to one expert."""
     num_experts = len(entry.members)
     A, B = tensors[entry.A], tensors[entry.B]

@@ -31,7 +31,7 @@ COMPILE_SECONDS = 20.0  # for all patterns of one adapter
 MATCH_SECONDS = 20.0  # for all matches of one adapter
 
 
-class Patterns:
+class ValuePatterns:
     """A map from PEFT's patterns to values: the first that matches the end of a name counts, in the file's order."""
 
     def __init__(self, field: str, patterns: Any, path: Path) -> None:
@@ -88,8 +88,8 @@ class Resolver:
 
     kind: Kind
     config: Config
-    ranks: Patterns
-    alphas: Patterns
+    ranks: ValuePatterns
+    alphas: ValuePatterns
     initialisation: Initialisation
     path: Path
 
@@ -113,7 +113,7 @@ def resolver_of(config: Config, path: Path) -> Resolver:
     """Check a config and prepare the settings of its modules."""
     kind = kind_of(config, path)
     ranks, alphas = (
-        Patterns(field, config.get(field) if kind.config.has_patterns else None, path)
+        ValuePatterns(field, config.get(field) if kind.config.has_patterns else None, path)
         for field in ("rank_pattern", "alpha_pattern")
     )
     init = initialisation(config, kind, path)

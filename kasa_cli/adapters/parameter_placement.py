@@ -7,7 +7,7 @@ from kasa_cli.adapters.base import BaseIndex, Part, StoredPieces, Tensors, piece
 from kasa_cli.checkpoint import Piece
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files import quote
-from kasa_cli.model_names import Kind, NameMap, Weight, split_name
+from kasa_cli.model_names import ModuleKind, NameMap, Weight, split_name
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class PlacedValue:
     """
 
     value: Replacement | TokenRows
-    kind: Kind
+    kind: ModuleKind
     shape: tuple[int, ...]
     matrices: tuple[tuple[Part, ...], ...]
     is_turned: bool
@@ -55,7 +55,7 @@ def place_value(adapter: Adapter, base: BaseIndex, value: Replacement | TokenRow
         check_rows(value, new, adapter.container.tensors[anew[0]].shape if anew else old)
     elif new != old:
         is_vocabulary = value.why != "bias" and len(new) == len(old) and new[1:] == old[1:]
-        if not (is_vocabulary and weight.kind in (Kind.EMBEDDING, Kind.HEAD)):
+        if not (is_vocabulary and weight.kind in (ModuleKind.EMBEDDING, ModuleKind.HEAD)):
             raise InvalidInput(f"shape {list(new)}, in the base {list(old)}", value.tensor)
         vocabulary = (old[0], new[0])
     # PEFT ties trained rows to the tied module by itself, but not a whole parameter
@@ -78,7 +78,7 @@ def parameter_of(base: BaseIndex, value: Replacement | TokenRows) -> Weight:
         weight = base.single_tensor(value.parameter, name, base.names.slots[name].kind)
     if weight is None and (other := base.tied(module, parameter)):
         tied_weight = base.single_tensor(
-            value.parameter, other, base.weights[module].kind if module in base.weights else Kind.OTHER
+            value.parameter, other, base.weights[module].kind if module in base.weights else ModuleKind.OTHER
         )
         weight = replace(tied_weight, tied_with=base.names.slots[other].module)
     if weight is None:

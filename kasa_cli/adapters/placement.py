@@ -19,7 +19,7 @@ from kasa_cli.checkpoint import Matrix, Orientation
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files import enumerated, quote
 from kasa_cli.methods.adapter_kinds import BIAS, is_absent, is_of_embedding, sizes_of, version_of
-from kasa_cli.model_names import Kind, NameMap, Weight, split_name
+from kasa_cli.model_names import ModuleKind, NameMap, Weight, split_name
 
 REMEDY = "the file is incomplete, or belongs to another base"
 
@@ -140,7 +140,7 @@ def is_in_out(
         return True
     if base.names.model_class is None:  # without the class, only the config tells a Conv1D
         return bool(patch.settings.get("fan_in_fan_out"))
-    return weight.kind is Kind.CONV1D
+    return weight.kind is ModuleKind.CONV1D
 
 
 def is_expert_in_out(adapter: Adapter, base: BaseIndex, patch: Patch, shape: tuple[int, int]) -> bool:

@@ -19,10 +19,10 @@ from kasa_cli.adapters.placement import Placed
 from kasa_cli.checkpoint import Reader
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files import enumerated
-from kasa_cli.model_names import Group, Kind
+from kasa_cli.model_names import Group, ModuleKind
 
-Item = Placed | PlacedValue
-Own = Mapping[str, list[Item]]
+PlacedItem = Placed | PlacedValue
+Own = Mapping[str, list[PlacedItem]]
 """The parts of an adapter by tied parameter."""
 TURNED = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
 """The factors of an embedding by those of a head, which are their transposes."""
@@ -35,7 +35,7 @@ class TiedItems:
     `apart` are the groups of tied weights that it makes different.
     """
 
-    items: tuple[tuple[Item, tuple[str, ...]], ...]
+    items: tuple[tuple[PlacedItem, tuple[str, ...]], ...]
     apart: tuple[Group, ...]
 
     def placed_at(self, names: Mapping[str, str]) -> tuple[tuple[Placed, ...], tuple[PlacedValue, ...]]:
@@ -49,7 +49,7 @@ class TiedItems:
         return places, tuple(item for item in items if isinstance(item, PlacedValue))
 
 
-def tied_items(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group]) -> TiedItems:
+def tied_items(adapter: Adapter, items: Sequence[PlacedItem], groups: Iterable[Group]) -> TiedItems:
     """The tied parameters that each part of an adapter changes, and the groups that it unties.
 
     Raises:
@@ -77,7 +77,7 @@ def tied_items(adapter: Adapter, items: Sequence[Item], groups: Iterable[Group])
     )
 
 
-def touched(item: Item) -> tuple[str, ...]:
+def touched(item: PlacedItem) -> tuple[str, ...]:
     """The parameters in memory that a part changes."""
     if isinstance(item, PlacedValue):
         return (item.value.parameter,)
@@ -85,29 +85,29 @@ def touched(item: Item) -> tuple[str, ...]:
     return (weight, bias) if item.bias else (weight,)
 
 
-def _shared(adapter: Adapter, own: Own) -> tuple[list[Item], list[Item]]:
+def _shared(adapter: Adapter, own: Own) -> tuple[list[PlacedItem], list[PlacedItem]]:
     """The parts that hold for all tied parameters: a base in the file, and rows, which PEFT ties by itself if they
     are of the embedding. Beside them, the parts that only repeat them."""
     values = [item for parts in own.values() for item in parts if isinstance(item, PlacedValue)]
-    bases: list[Item] = [value for value in values if _is_base(value)]
-    rows: list[Item] = [value for value in values if isinstance(value.value, TokenRows)]
-    is_tied = len(rows) == 1 and isinstance(rows[0], PlacedValue) and rows[0].kind is Kind.EMBEDDING
+    bases: list[PlacedItem] = [value for value in values if _is_base(value)]
+    rows: list[PlacedItem] = [value for value in values if isinstance(value.value, TokenRows)]
+    is_tied = len(rows) == 1 and isinstance(rows[0], PlacedValue) and rows[0].kind is ModuleKind.EMBEDDING
     is_one = _all_same(adapter, [[base] for base in bases])
     return [*(bases[:1] if is_one else []), *(rows if is_tied else [])], bases[1:] if is_one else []
 
 
-def _is_base(item: Item) -> bool:
+def _is_base(item: PlacedItem) -> bool:
     """Whether a part is the weight under the adapter, and not its trained value."""
     if isinstance(item, Placed) or isinstance(item.value, TokenRows):
         return False
     return item.value.why == "resized" or (item.value.is_base and bool(item.vocabulary))
 
 
-def _replaces(items: Sequence[Item]) -> bool:
+def _replaces(items: Sequence[PlacedItem]) -> bool:
     return any(isinstance(item, PlacedValue) and isinstance(item.value, Replacement) for item in items)
 
 
-def _require_known(adapter: Adapter, group: Group, shared: Sequence[Item], rest: Own) -> None:
+def _require_known(adapter: Adapter, group: Group, shared: Sequence[PlacedItem], rest: Own) -> None:
     has_rows = any(isinstance(item, PlacedValue) and isinstance(item.value, TokenRows) for item in shared)
     if has_rows and any(rest.values()):
         what = f"trained rows of tied weights, and other changes of one of them: {enumerated([*group.ends])}"
@@ -116,7 +116,7 @@ def _require_known(adapter: Adapter, group: Group, shared: Sequence[Item], rest:
         )
 
 
-def _all_same(adapter: Adapter, lists: Sequence[Sequence[Item]]) -> bool:
+def _all_same(adapter: Adapter, lists: Sequence[Sequence[PlacedItem]]) -> bool:
     """Whether all lists hold equal parts."""
     ordered = [sorted(items, key=_order) for items in lists]
     return all(
@@ -125,11 +125,11 @@ def _all_same(adapter: Adapter, lists: Sequence[Sequence[Item]]) -> bool:
     )
 
 
-def _order(item: Item) -> str:
+def _order(item: PlacedItem) -> str:
     return type(item.value).__name__ if isinstance(item, PlacedValue) else f"{item.patch.kind} patch"
 
 
-def _same(adapter: Adapter, item: Item, other: Item) -> bool:
+def _same(adapter: Adapter, item: PlacedItem, other: PlacedItem) -> bool:
     if isinstance(item, Placed) and isinstance(other, Placed):
         is_alike = _formula(item) == _formula(other)
         return is_alike and _equal(_factors(adapter, item), _factors(adapter, other))
@@ -164,7 +164,7 @@ def _equal(item: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return item.keys() == other.keys() and all(torch.equal(item[name], other[name]) for name in item)
 
 
-def _placed_at(item: Item, ends: Sequence[str], names: Mapping[str, str]) -> list[Item]:
+def _placed_at(item: PlacedItem, ends: Sequence[str], names: Mapping[str, str]) -> list[PlacedItem]:
     if isinstance(item, PlacedValue):
         return [replace(item, matrices=_at(item, names[end])) for end in ends if end in names]
     weight = touched(item)[0]
@@ -176,7 +176,7 @@ def _placed_at(item: Item, ends: Sequence[str], names: Mapping[str, str]) -> lis
     return [replace(item, bias=bias) if item.bias else item]
 
 
-def _at(item: Item, name: str) -> tuple[tuple[Part, ...], ...]:
+def _at(item: PlacedItem, name: str) -> tuple[tuple[Part, ...], ...]:
     """The single piece of a weight, under another name."""
     (part,) = item.matrices[0]
     return ((replace(part, piece=replace(part.piece, name=name)),),)

@@ -16,14 +16,14 @@ from kasa_cli.adapters import peft
 from kasa_cli.adapters.base import BaseIndex
 from kasa_cli.adapters.placement import Placed, holds_experts_in_out, weight_of
 from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.model_names import Kind, Weight
+from kasa_cli.model_names import ModuleKind, Weight
 
 LITE_WEIGHTS = "adapter.safetensors"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's `max_lora_rank`."""
 
 
-class Member(NamedTuple):
+class StackMember(NamedTuple):
     """Rows [start, stop) in memory of one matrix of a place."""
 
     number: int
@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
+class FactorEntry:
     """One pair of tensors in the file, and its target in the config.
 
     `sides` are (out, in) as PEFT counts them. `is_turned`: memory holds (in, out), so the factors go in transposed.
@@ -43,7 +43,7 @@ class Entry:
     A: str
     B: str
     sides: tuple[int, int]
-    members: tuple[Member, ...]
+    members: tuple[StackMember, ...]
     is_turned: bool
     is_parameter: bool = False
     is_conv1d: bool = False
@@ -69,10 +69,10 @@ class Entry:
         return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
 
 
-Flavour = Callable[[BaseIndex, Placed], list[Entry]]
+Flavour = Callable[[BaseIndex, Placed], list[FactorEntry]]
 
 
-def in_memory(base: BaseIndex, place: Placed) -> list[Entry]:
+def in_memory(base: BaseIndex, place: Placed) -> list[FactorEntry]:
     """PEFT's own names: of the modules in memory, and of fused experts by the nesting of their wrappers.
 
     Raises:
@@ -87,14 +87,14 @@ def in_memory(base: BaseIndex, place: Placed) -> list[Entry]:
         f"{stem}.lora_embedding_{side}" if is_embedding(weight) else f"{stem}.lora_{side}.weight"
         for side in "AB"
     )
-    by_parameter = not weight.is_module or (weight.kind is Kind.ROUTER and not weight.is_linear)
+    by_parameter = not weight.is_module or (weight.kind is ModuleKind.ROUTER and not weight.is_linear)
     target = f"{module}.{place.patch.parameter}" if by_parameter else module
-    members = tuple(Member(number, 0, place.shape[0]) for number in range(len(place.matrices)))
+    members = tuple(StackMember(number, 0, place.shape[0]) for number in range(len(place.matrices)))
     is_conv1d = not by_parameter and turned and not is_embedding(weight)
-    return [Entry(target, A, B, _sides(place.shape, turned), members, turned, by_parameter, is_conv1d)]
+    return [FactorEntry(target, A, B, _sides(place.shape, turned), members, turned, by_parameter, is_conv1d)]
 
 
-def on_disk(base: BaseIndex, place: Placed) -> list[Entry]:
+def on_disk(base: BaseIndex, place: Placed) -> list[FactorEntry]:
     """The names of the tensors on disk, which vLLM and llama.cpp map themselves: each expert is a matrix.
 
     Raises:
@@ -111,13 +111,13 @@ def on_disk(base: BaseIndex, place: Placed) -> list[Entry]:
             sides = _sides((part.stop - part.start, place.shape[1]), turned)
             ends = "lora_embedding_{}" if is_embedding(weight) else "lora_{}.weight"
             A, B = (f"{peft.PREFIX}{name}.{ends.format(side)}" for side in "AB")
-            members = (Member(number, part.start, part.stop),)
-            is_conv1d = turned and weight.kind is Kind.CONV1D
-            entries.append(Entry(name, A, B, sides, members, turned, is_conv1d=is_conv1d))
+            members = (StackMember(number, part.start, part.stop),)
+            is_conv1d = turned and weight.kind is ModuleKind.CONV1D
+            entries.append(FactorEntry(name, A, B, sides, members, turned, is_conv1d=is_conv1d))
     return entries
 
 
-def in_lite(base: BaseIndex, place: Placed) -> list[Entry]:
+def in_lite(base: BaseIndex, place: Placed) -> list[FactorEntry]:
     """lora-lite's names, which exist for linear modules in memory only.
 
     Raises:
@@ -126,14 +126,14 @@ def in_lite(base: BaseIndex, place: Placed) -> list[Entry]:
     (entry,) = in_memory(base, place)
     weight = weight_of(base, place.patch)
     is_linear = weight.is_linear or (
-        base.names.model_class is None and weight.kind in (Kind.LINEAR, Kind.HEAD)
+        base.names.model_class is None and weight.kind in (ModuleKind.LINEAR, ModuleKind.HEAD)
     )
     if entry.is_parameter or not is_linear:
         raise InvalidInput(
             f"lora-lite holds linear modules only, not {weight.kind}", entry.target, "use --to lora"
         )
     A, B = (f"{entry.target}.lora_{side}" for side in "AB")
-    return [Entry(entry.target, A, B, entry.sides, entry.members, entry.is_turned)]
+    return [FactorEntry(entry.target, A, B, entry.sides, entry.members, entry.is_turned)]
 
 
 FLAVOURS: Mapping[str, Flavour] = {"peft": in_memory, "disk": on_disk}
@@ -142,7 +142,7 @@ FLAVOURS: Mapping[str, Flavour] = {"peft": in_memory, "disk": on_disk}
 
 def is_embedding(weight: Weight) -> bool:
     """Whether the factors have PEFT's names for embeddings."""
-    return weight.is_module and weight.kind is Kind.EMBEDDING
+    return weight.is_module and weight.kind is ModuleKind.EMBEDDING
 
 
 def is_turned(base: BaseIndex, place: Placed, weight: Weight) -> bool:
@@ -181,7 +181,7 @@ class ConfigFacts:
     is_on_disk: bool = False
 
 
-def peft_config(entries: Sequence[Entry], facts: ConfigFacts, modules: Iterable[str]) -> bytes:
+def peft_config(entries: Sequence[FactorEntry], facts: ConfigFacts, modules: Iterable[str]) -> bytes:
     """The `adapter_config.json` of exactly these entries; `modules` are all those of the model."""
     chosen = [entry.target for entry in entries if not entry.is_parameter]
     named = peft.target_modules(chosen, modules)
@@ -195,7 +195,7 @@ def peft_config(entries: Sequence[Entry], facts: ConfigFacts, modules: Iterable[
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
-def lite_config(entries: Sequence[Entry], rank: int) -> str:
+def lite_config(entries: Sequence[FactorEntry], rank: int) -> str:
     """The config in the header of lora-lite's file: names are patterns, and there are no roles."""
     config = {
         "alpha": rank,

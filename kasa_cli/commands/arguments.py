@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from kasa_cli.pipeline import Where
+from kasa_cli.pipeline import ModelLocation
 from kasa_cli.targets import Patterns, patterns
 
 PathLike = str | os.PathLike[str]
@@ -23,9 +23,9 @@ def optional_path(value: PathLike | None) -> Path | None:
 
 def location(
     model: PathLike, revision: str | None, cache_dir: PathLike | None, local_files_only: bool
-) -> Where:
+) -> ModelLocation:
     """Where a model comes from: a directory or a Hub id, with the options of the download."""
-    return Where(os.fspath(model), revision, optional_path(cache_dir), local_files_only)
+    return ModelLocation(os.fspath(model), revision, optional_path(cache_dir), local_files_only)
 
 
 def sequence(value: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def convert(
         path(adapter),
         location(base, revision, cache_dir, local_files_only),
         path(output),
-        run.Options(
+        run.ConvertRequest(
             to=to,
             on=on,
             names=names,
@@ -57,6 +57,6 @@ def convert(
             overwrite=overwrite,
             restart=restart,
         ),
-        run.Running(workers, threads_per_worker, "cpu", optional_path(store), not no_store),
+        run.RunOptions(workers, threads_per_worker, "cpu", optional_path(store), not no_store),
     )
     return run.plan(*case) if dry_run else run.convert(*case, watcher(progress))

@@ -28,5 +28,5 @@ def inspect_adapter(
         KasaError: one of its subclasses, by the kind of trouble.
     """
     where = None if base is None else location(base, revision, cache_dir, local_files_only)
-    running = run.Running(workers, threads_per_worker, "cpu", optional_path(store), not no_store)
+    running = run.RunOptions(workers, threads_per_worker, "cpu", optional_path(store), not no_store)
     return run.adapter(path(adapter), where, base_is, running, watcher(progress))

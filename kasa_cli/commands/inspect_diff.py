@@ -40,7 +40,7 @@ def inspect_diff(
             location(second, revision_b, cache_dir, local_files_only),
         ),
         target_patterns(targets, excludes, targets_from),
-        run.Running(workers, threads_per_worker, "cpu", optional_path(store), not no_store, keep_going),
+        run.RunOptions(workers, threads_per_worker, "cpu", optional_path(store), not no_store, keep_going),
         rank,
         watcher(progress),
     )

@@ -45,7 +45,7 @@ def inspect_spectrum(
     case = (
         location(model, revision, cache_dir, local_files_only),
         target_patterns(targets, excludes, targets_from),
-        run.Running(workers, threads_per_worker, device, optional_path(store), not no_store, keep_going),
+        run.RunOptions(workers, threads_per_worker, device, optional_path(store), not no_store, keep_going),
     )
     if dry_run:
         return run.plan(*case)

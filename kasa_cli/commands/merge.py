@@ -47,7 +47,7 @@ def merge(
         [path(adapter) for adapter in paths],
         location(into, revision, cache_dir, local_files_only),
         path(output),
-        run.Options(
+        run.MergeRequest(
             weights=tuple(weights or ()),
             base_is=base_is,
             force_base=force_base,
@@ -58,6 +58,6 @@ def merge(
             overwrite=overwrite,
             restart=restart,
         ),
-        run.Running(workers, threads_per_worker, "cpu", optional_path(store), not no_store),
+        run.RunOptions(workers, threads_per_worker, "cpu", optional_path(store), not no_store),
     )
     return run.plan(*case) if dry_run else run.merge(*case, watcher(progress))

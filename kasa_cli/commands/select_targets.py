@@ -52,7 +52,7 @@ def select_targets(
     """
     file = optional_path(output)
     refuse_occupied(file, overwrite=overwrite)
-    options = run.Choice(
+    options = run.SelectRequest(
         amount=run.Amount(top_p, num_modules, threshold),
         criterion=criterion,
         prefer=prefer,
@@ -68,7 +68,7 @@ def select_targets(
         location(model, revision, cache_dir, local_files_only),
         options,
         target_patterns(targets, excludes, targets_from),
-        run.Running(workers, threads_per_worker, device, optional_path(store), not no_store, keep_going),
+        run.RunOptions(workers, threads_per_worker, device, optional_path(store), not no_store, keep_going),
     )
     if dry_run:
         return run.plan(*case)

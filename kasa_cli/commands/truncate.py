@@ -63,7 +63,7 @@ def truncate(
         BelowStandard: the output is complete, but `strict` asks for more; its `report` is the result.
     """
     where = location(model, revision, cache_dir, local_files_only)
-    options = run.Options(
+    options = run.TruncateRequest(
         rank=rank,
         truncation_rank=truncation_rank,
         alpha=alpha,

@@ -12,7 +12,7 @@ from kasa_cli.files.durable import (
     write_file,
 )
 from kasa_cli.files.staging import MANIFEST, Staging, check_apart, require_space
-from kasa_cli.files.store import FACTS, NAMES, Entry, Store, existing, open_store
+from kasa_cli.files.store import FACTS, NAMES, Store, StoreEntry, existing, open_store
 from kasa_cli.files.typed_json import INLINE, OPTIONAL, Malformed, from_json, to_json
 from kasa_cli.files.untrusted import (
     MAX_CONFIG,
@@ -37,12 +37,12 @@ __all__ = [
     "MAX_CONFIG_DEPTH",
     "NAMES",
     "OPTIONAL",
-    "Entry",
     "Lanes",
     "Malformed",
     "OpenFile",
     "Staging",
     "Store",
+    "StoreEntry",
     "canonical_json",
     "check_apart",
     "copy_file",

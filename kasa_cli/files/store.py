@@ -35,7 +35,7 @@ _FACT = re.compile(r"(?P<question>[a-z0-9-]{1,40})\.(?P<key>[0-9a-f]{16})\.(?P<d
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoreEntry:
     """The facts about one tensor or model: their questions, their size, and the time of the last use."""
 
     content: str
@@ -85,7 +85,7 @@ class Store:
                     break
         self.trouble = trouble
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[StoreEntry]:
         """The entries of all tensors, the last used first."""
         entries = [entry for folder in self._tensors() if (entry := _entry(folder))]
         return sorted(entries, key=lambda entry: (-entry.last_used, entry.content))
@@ -239,7 +239,7 @@ def _is_stale(path: Path) -> bool:
         return False
 
 
-def _entry(folder: Path) -> Entry | None:
+def _entry(folder: Path) -> StoreEntry | None:
     """The entry of one tensor; None if its facts are gone."""
     questions, num_bytes, last_used = set(), 0, 0.0
     for path, state in _states(folder).items():
@@ -247,7 +247,7 @@ def _entry(folder: Path) -> Entry | None:
             questions.add(match["question"])
             num_bytes += state.st_size
             last_used = max(last_used, state.st_mtime)
-    return Entry(folder.name, tuple(sorted(questions)), num_bytes, last_used) if questions else None
+    return StoreEntry(folder.name, tuple(sorted(questions)), num_bytes, last_used) if questions else None
 
 
 def _remove_empty(folder: Path) -> None:

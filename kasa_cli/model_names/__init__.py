@@ -2,12 +2,21 @@
 
 from kasa_cli.model_names.experts import Composition, NotAssembled, is_turned, matrices, shapes_of
 from kasa_cli.model_names.name_cache import names_of
-from kasa_cli.model_names.names import Group, Kind, NameMap, Shapes, Slot, UnknownFamily, Weight, split_name
+from kasa_cli.model_names.names import (
+    Group,
+    ModuleKind,
+    NameMap,
+    Shapes,
+    Slot,
+    UnknownFamily,
+    Weight,
+    split_name,
+)
 
 __all__ = [
     "Composition",
     "Group",
-    "Kind",
+    "ModuleKind",
     "NameMap",
     "NotAssembled",
     "Shapes",

@@ -12,7 +12,7 @@ from typing import Any
 from kasa_cli import __version__
 from kasa_cli.files import NAMES, Store, canonical_json
 from kasa_cli.model_names.experts import Composition
-from kasa_cli.model_names.names import Kind, NameMap, Shapes, Slot, Weight
+from kasa_cli.model_names.names import ModuleKind, NameMap, Shapes, Slot, Weight
 
 EDITION = 1
 """Increase it when `name_map` maps the same model differently."""
@@ -60,7 +60,7 @@ def unpacked(payload: bytes) -> NameMap:
         model_class,
         note,
         {
-            name: Slot(module, parameter, Kind(kind), in_block, tied)
+            name: Slot(module, parameter, ModuleKind(kind), in_block, tied)
             for name, module, parameter, kind, in_block, tied in slots
         },
         tuple(linear_modules),
@@ -71,7 +71,7 @@ def unpacked(payload: bytes) -> NameMap:
 def _weight(label: str, shape: list[int], kind: str, *rest: Any) -> Weight:
     is_module, is_linear, in_block, tied_with, (sources, operations) = rest
     made_of = Composition(tuple(map(tuple, sources)), tuple(operations))
-    return Weight(label, tuple(shape), Kind(kind), is_module, is_linear, in_block, tied_with, made_of)
+    return Weight(label, tuple(shape), ModuleKind(kind), is_module, is_linear, in_block, tied_with, made_of)
 
 
 def _read(payload: bytes | None) -> NameMap | None:

@@ -18,7 +18,7 @@ from kasa_cli.errors import InvalidInput, printable
 from kasa_cli.model_names import meta_model
 from kasa_cli.model_names.conversion import LoadedTensor, compositions, loaded_tensors
 from kasa_cli.model_names.experts import Composition
-from kasa_cli.model_names.names import Kind, NameMap, Shapes, Slot, UnknownFamily, Weight, split_name
+from kasa_cli.model_names.names import ModuleKind, NameMap, Shapes, Slot, UnknownFamily, Weight, split_name
 
 
 def map_names(config: Mapping[str, Any], shapes: Shapes) -> NameMap:
@@ -45,7 +45,11 @@ def check_shapes(modules: "ModelModules", loaded: Mapping[str, LoadedTensor], sh
     """Refuse weights that the config does not describe."""
     for name, tensor in loaded.items():
         expected, actual = tuple(modules.memory[tensor.name].shape), shapes[name]
-        if tensor.whole and expected != actual and modules.kind(split_name(tensor.name)[0]) != Kind.OTHER:
+        if (
+            tensor.whole
+            and expected != actual
+            and modules.kind(split_name(tensor.name)[0]) != ModuleKind.OTHER
+        ):
             what = f"shape {actual} on disk, {expected} by config.json"
             raise InvalidInput(what, name, "the config and the weights do not belong together")
 
@@ -90,27 +94,27 @@ class ModelModules:
         """The slot of a tensor on disk; `tensor` is None if transformers does not load it."""
         module, parameter = split_name(tensor.name if tensor else name)
         if tensor is None:
-            return Slot(module, parameter, Kind.OTHER, self.in_block(module), None)
+            return Slot(module, parameter, ModuleKind.OTHER, self.in_block(module), None)
         kind = self.kind(module)
-        if not tensor.whole and kind != Kind.EXPERTS:
-            kind = Kind.OTHER  # split, joined or reordered when loaded: not the matrix of the module
+        if not tensor.whole and kind != ModuleKind.EXPERTS:
+            kind = ModuleKind.OTHER  # split, joined or reordered when loaded: not the matrix of the module
         return Slot(module, parameter, kind, self.in_block(module), self.tied_with(tensor.name))
 
-    def kind(self, path: str) -> Kind:
+    def kind(self, path: str) -> ModuleKind:
         """The kind of a module. Routers come first: many of them are linear maps."""
         module = self.modules[path]
         if self.is_router(path, module):
-            return Kind.ROUTER
+            return ModuleKind.ROUTER
         if module is self.head:
-            return Kind.HEAD
+            return ModuleKind.HEAD
         for kind, kind_class in (
-            (Kind.LINEAR, nn.Linear),
-            (Kind.CONV1D, Conv1D),
-            (Kind.EMBEDDING, nn.Embedding),
+            (ModuleKind.LINEAR, nn.Linear),
+            (ModuleKind.CONV1D, Conv1D),
+            (ModuleKind.EMBEDDING, nn.Embedding),
         ):
             if isinstance(module, kind_class):
                 return kind
-        return Kind.EXPERTS if is_experts(path, module) else Kind.OTHER
+        return ModuleKind.EXPERTS if is_experts(path, module) else ModuleKind.OTHER
 
     def is_router(self, path: str, module: nn.Module) -> bool:
         """Whether a module or one of its ancestors chooses experts."""
@@ -224,7 +228,7 @@ def assumed_slots(shapes: Shapes) -> dict[str, Slot]:
     return slots
 
 
-MATRIX_KINDS = frozenset({Kind.LINEAR, Kind.HEAD, Kind.ROUTER, Kind.EMBEDDING})
+MATRIX_KINDS = frozenset({ModuleKind.LINEAR, ModuleKind.HEAD, ModuleKind.ROUTER, ModuleKind.EMBEDDING})
 
 
 def assumed_weights(shapes: Shapes, slots: Mapping[str, Slot]) -> tuple[Weight, ...]:
@@ -238,11 +242,11 @@ def assumed_weight(name: str, shape: tuple[int, ...], slot: Slot) -> Weight | No
     is_module = len(shape) == 2 and slot.parameter == "weight" and slot.kind in MATRIX_KINDS
     if not is_module and len(shape) != 3:
         return None
-    label, is_linear = slot.module if is_module else name, is_module and slot.kind != Kind.EMBEDDING
+    label, is_linear = slot.module if is_module else name, is_module and slot.kind != ModuleKind.EMBEDDING
     return Weight(label, shape, slot.kind, is_module, is_linear, slot.in_block, None, Composition(((name,),)))
 
 
-def assumed_kind(path: str, shape: tuple[int, ...]) -> Kind:
+def assumed_kind(path: str, shape: tuple[int, ...]) -> ModuleKind:
     """The assumed kind of a module, from its path and the shape of its weight.
 
     >>> assumed_kind("h.0.mlp.up", (8, 4)).value, assumed_kind("wte", (9, 4)).value
@@ -250,16 +254,16 @@ def assumed_kind(path: str, shape: tuple[int, ...]) -> Kind:
     """
     parts = path.split(".")
     if ROUTER_NAMES.intersection(parts):
-        return Kind.ROUTER
+        return ModuleKind.ROUTER
     if parts[-1] == "experts" or (len(shape) == 3 and "experts" in parts):
-        return Kind.EXPERTS
+        return ModuleKind.EXPERTS
     if len(shape) != 2:
-        return Kind.OTHER
+        return ModuleKind.OTHER
     if HEAD_NAMES.intersection(parts):
-        return Kind.HEAD
+        return ModuleKind.HEAD
     if re.search("embed|wte|wpe", path):
-        return Kind.EMBEDDING
-    return Kind.LINEAR if has_number(path) else Kind.OTHER
+        return ModuleKind.EMBEDDING
+    return ModuleKind.LINEAR if has_number(path) else ModuleKind.OTHER
 
 
 def has_number(path: str) -> bool:

@@ -6,14 +6,14 @@ from enum import StrEnum
 
 from kasa_cli.model_names.experts import Composition, Shapes
 
-__all__ = ["Group", "Kind", "NameMap", "Shapes", "Slot", "UnknownFamily", "Weight", "split_name"]
+__all__ = ["Group", "ModuleKind", "NameMap", "Shapes", "Slot", "UnknownFamily", "Weight", "split_name"]
 
 
 class UnknownFamily(Exception):
     """No class of transformers can be built for this config; the message is untrusted text that says why."""
 
 
-class Kind(StrEnum):
+class ModuleKind(StrEnum):
     """The kind of a module."""
 
     LINEAR = "linear"
@@ -31,7 +31,7 @@ class Slot:
 
     module: str
     parameter: str
-    kind: Kind
+    kind: ModuleKind
     in_block: bool
     tied_with: str | None
 
@@ -45,7 +45,7 @@ class Weight:
 
     label: str
     shape: tuple[int, ...]
-    kind: Kind
+    kind: ModuleKind
     is_module: bool
     is_linear: bool
     in_block: bool

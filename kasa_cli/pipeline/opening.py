@@ -9,7 +9,7 @@ from kasa_cli.model_names import NameMap, names_of
 
 
 @dataclass(frozen=True)
-class Where:
+class ModelLocation:
     """Location of a model: a directory, or a Hub id with its revision."""
 
     model: str
@@ -18,7 +18,7 @@ class Where:
     local_files_only: bool = False
 
 
-def survey(where: Where, store: Store | None = None) -> tuple[Source, Checkpoint, NameMap]:
+def survey(where: ModelLocation, store: Store | None = None) -> tuple[Source, Checkpoint, NameMap]:
     """A model: its files, with every header checked, and the modules of its tensors.
 
     The names come from `store` if it has them, and are kept there. Without a store nothing is written.
@@ -29,7 +29,7 @@ def survey(where: Where, store: Store | None = None) -> tuple[Source, Checkpoint
     return source, checkpoint, names_of(checkpoint.config, shapes, store)
 
 
-def find(where: Where) -> tuple[Source, Checkpoint]:
+def find(where: ModelLocation) -> tuple[Source, Checkpoint]:
     """The files of a model, with every header checked."""
     source = resolve(
         where.model,

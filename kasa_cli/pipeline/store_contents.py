@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from kasa_cli.errors import UsageError, printable
-from kasa_cli.files import FACTS, NAMES, Entry, Store, existing
+from kasa_cli.files import FACTS, NAMES, Store, StoreEntry, existing
 from kasa_cli.pipeline.measuring import header
 from kasa_cli.report import StoreReport, StoreRow
 
 DAY = 24 * 3600
 UNKNOWN: dict[str, Any] = {"name": "?", "dtype": "?", "shape": [0, 0]}
-ShelfEntry = tuple[Store, Entry]
+ShelfEntry = tuple[Store, StoreEntry]
 """An entry, and the store that holds it."""
 
 
@@ -81,9 +81,9 @@ def _entries(facts_store: Store) -> list[ShelfEntry]:
     return sorted(entries, key=lambda pair: (-pair[1].last_used, pair[1].content))
 
 
-def _parted(entries: Iterable[ShelfEntry]) -> tuple[list[Entry], list[Entry]]:
+def _parted(entries: Iterable[ShelfEntry]) -> tuple[list[StoreEntry], list[StoreEntry]]:
     """The measured tensors, and the models whose names are known."""
-    parts: dict[str, list[Entry]] = {FACTS: [], NAMES: []}
+    parts: dict[str, list[StoreEntry]] = {FACTS: [], NAMES: []}
     for shelf, entry in entries:
         parts[shelf.layout].append(entry)
     return parts[FACTS], parts[NAMES]
@@ -107,7 +107,7 @@ def _doomed(entries: list[ShelfEntry], max_bytes: int | None, max_days: float | 
     return doomed
 
 
-def _row(facts_store: Store, entry: Entry) -> StoreRow:
+def _row(facts_store: Store, entry: StoreEntry) -> StoreRow:
     """A row for a person: the name under which the tensor was first measured, its shape and use."""
     payload = facts_store.any_fact(entry.content, "extremes") or next(
         (fact for question in entry.questions if (fact := facts_store.any_fact(entry.content, question))),

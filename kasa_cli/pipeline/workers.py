@@ -178,7 +178,7 @@ def _guarded(task: Callable[[Item], Result], item: Item, name: str) -> Result:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunOptions:
     """How a run is carried out. Only threads and device can change a figure.
 
     `workers` 0 is the number of cores. `store` None is the default store; with `use_store` False a run neither reads
@@ -198,7 +198,7 @@ class Running:
         return self.workers or num_cores()
 
 
-def check_running(running: Running) -> None:
+def check_running(running: RunOptions) -> None:
     """Refuse negative numbers of workers and fewer than one thread.
 
     Raises:

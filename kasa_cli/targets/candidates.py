@@ -6,7 +6,7 @@ from typing import Literal
 
 from kasa_cli.checkpoint import FLOATS, Matrix, Orientation, Piece, TensorEntry
 from kasa_cli.errors import UsageError
-from kasa_cli.model_names import Kind, NameMap, NotAssembled, Slot, Weight, is_turned, matrices
+from kasa_cli.model_names import ModuleKind, NameMap, NotAssembled, Slot, Weight, is_turned, matrices
 from kasa_cli.report import Skipped
 from kasa_cli.targets.patterns import Patterns, matches, require_match
 
@@ -107,7 +107,7 @@ def _unasked(weight: Weight, patterns: Patterns, as_in: AsIn) -> str | None:
         return EXCLUDED
     if not patterns.targets:
         return BY_DEFAULT[as_in](weight)
-    if not (weight.is_module or weight.kind is Kind.EXPERTS or weight.label.endswith(FUSED)):
+    if not (weight.is_module or weight.kind is ModuleKind.EXPERTS or weight.label.endswith(FUSED)):
         return "not a matrix"
     return None if any(matches(weight.label, pattern) for pattern in patterns.targets) else "not named"
 
@@ -116,9 +116,9 @@ def _off_in_peft(weight: Weight) -> str | None:
     """The reason why PEFT's selector ignores a weight; None if it does not."""
     if weight.is_linear or (not weight.is_module and weight.label.endswith(FUSED)):
         return None
-    if weight.kind is Kind.CONV1D:
+    if weight.kind is ModuleKind.CONV1D:
         return "Conv1D: PEFT's selector has nn.Linear only"
-    if weight.kind is Kind.EXPERTS:
+    if weight.kind is ModuleKind.EXPERTS:
         return "fused experts under a name that PEFT's selector does not look for"
     return str(weight.kind) if weight.is_module else "not a matrix"
 
@@ -126,8 +126,8 @@ def _off_in_peft(weight: Weight) -> str | None:
 def _off_in_kasa(weight: Weight) -> str | None:
     """The reason why a weight is no linear map and no expert of the blocks; None if it is one."""
     if not weight.is_module:
-        return None if weight.kind is Kind.EXPERTS else "not a matrix"
-    if weight.kind not in (Kind.LINEAR, Kind.CONV1D):
+        return None if weight.kind is ModuleKind.EXPERTS else "not a matrix"
+    if weight.kind not in (ModuleKind.LINEAR, ModuleKind.CONV1D):
         return str(weight.kind)
     if weight.tied_with:
         return f"{weight.kind}, the same tensor in memory as {weight.tied_with}"
@@ -165,7 +165,7 @@ def candidate_of(weight: Weight, tensors: Tensors, max_dim: int = ANY_SIDE) -> C
     on_disk = {name: entry.shape for name, entry in parts.items()}
     matching = matrices(weight.shape, weight.made_of, on_disk)
     kind = "module" if weight.is_module else "parameter"
-    is_transposed = weight.kind is Kind.CONV1D or is_turned(matching[0], sides, on_disk)
+    is_transposed = weight.kind is ModuleKind.CONV1D or is_turned(matching[0], sides, on_disk)
     orientation = Orientation.of(is_transposed)
     pieces_by_name = {_matrix_name(weight, number, pieces): pieces for number, pieces in enumerate(matching)}
     each = (Matrix.of(tensors, name, pieces, orientation) for name, pieces in pieces_by_name.items())
@@ -207,7 +207,7 @@ def _other(entry: TensorEntry, slot: Slot) -> str:
     """The reason for a tensor that no matrix is made of."""
     if len(entry.shape) < 2 or slot.parameter == "bias":
         return "not a matrix"
-    if slot.kind is Kind.ROUTER:
+    if slot.kind is ModuleKind.ROUTER:
         return "router"
     if entry.dtype not in FLOATS:
         return f"dtype {entry.dtype} is not decomposed"

@@ -79,7 +79,7 @@ def loaded() -> Any:
         return importlib.import_module("peft")
 
 
-class Layer(NamedTuple):
+class WrappedLayer(NamedTuple):
     """The module that a wrapper wraps or, where the module is more than a matrix, one parameter of it."""
 
     path: str
@@ -87,7 +87,7 @@ class Layer(NamedTuple):
     module: nn.Module
 
 
-def adapted(model: nn.Module, peft: Any) -> Iterator[Layer]:
+def adapted(model: nn.Module, peft: Any) -> Iterator[WrappedLayer]:
     """Every wrapper that PEFT put into a model."""
     layer, of_parameter = peft.tuners.tuners_utils.BaseTunerLayer, peft.tuners.lora.layer.ParamWrapper
     wrappers = {path: module for path, module in model.named_modules() if isinstance(module, layer)}
@@ -98,10 +98,10 @@ def adapted(model: nn.Module, peft: Any) -> Iterator[Layer]:
         is_matrix = not isinstance(module, of_parameter) or (
             module.parameter_name == "weight" and module.get_param().ndim == 2
         )
-        yield Layer(outer, None if is_matrix else module.parameter_name, module.get_base_layer())
+        yield WrappedLayer(outer, None if is_matrix else module.parameter_name, module.get_base_layer())
 
 
-def refuse_odd_layers(layers: Iterable[Layer]) -> None:
+def refuse_odd_layers(layers: Iterable[WrappedLayer]) -> None:
     """Refuse a linear map that gives back more than its product, as Llama 4's router does: PEFT wraps it, and
     the first step of the training fails."""
     for layer in layers:

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from kasa_cli.adapters import holds_experts_in_out, require_known_rows
 from kasa_cli.checkpoint import FLOATS, Matrix, Orientation, Piece, TensorEntry
 from kasa_cli.errors import UsageError
-from kasa_cli.model_names import Kind, NameMap, NotAssembled, Slot, Weight
+from kasa_cli.model_names import ModuleKind, NameMap, NotAssembled, Slot, Weight
 from kasa_cli.report import Skipped
 from kasa_cli.targets.candidates import candidate_of
 from kasa_cli.targets.patterns import Patterns, matches, require_match
 
 BARRED = {
-    Kind.EMBEDDING: "embedding",
-    Kind.ROUTER: "router",
-    Kind.EXPERTS: "expert, fused in memory: PEFT has no KaSA for fused experts",
-    Kind.OTHER: "not a linear layer",
+    ModuleKind.EMBEDDING: "embedding",
+    ModuleKind.ROUTER: "router",
+    ModuleKind.EXPERTS: "expert, fused in memory: PEFT has no KaSA for fused experts",
+    ModuleKind.OTHER: "not a linear layer",
 }
 """Kinds that are no module to truncate; parameters of fused experts are targets of their own, when named."""
 
@@ -102,7 +102,7 @@ def select(
 
 
 def _is_stack_of_experts(weight: Weight) -> bool:
-    return weight.kind is Kind.EXPERTS and not weight.is_module and len(weight.shape) == 3
+    return weight.kind is ModuleKind.EXPERTS and not weight.is_module and len(weight.shape) == 3
 
 
 def _experts(
@@ -133,7 +133,7 @@ def _experts(
 
 
 def _target(entry: TensorEntry, slot: Slot, rank_rule: RankRule) -> Target:
-    orientation = Orientation.of(slot.kind is Kind.CONV1D)
+    orientation = Orientation.of(slot.kind is ModuleKind.CONV1D)
     matrix = Matrix.of({entry.name: entry}, entry.name, (Piece(entry.name),), orientation)
     return Target(matrix, slot.module, matrix.stored_shape, rank_rule(*matrix.shape))
 
@@ -166,7 +166,7 @@ def _barred(entry: TensorEntry, slot: Slot) -> str | None:
 
 
 def _off_by_default(slot: Slot) -> str | None:
-    if slot.kind is Kind.HEAD:
+    if slot.kind is ModuleKind.HEAD:
         return "output head"
     return None if slot.in_block else "outside the blocks"
 

@@ -40,7 +40,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Format:
+class TrainerFormat:
     """Writes a config, and gives the arguments of the LoraConfig that its trainer makes of it."""
 
     write: Callable[[Chosen], str]
@@ -273,12 +273,12 @@ def read_regex(text: str, chosen: Chosen) -> Lora:
     return {**size(chosen), "target_modules": text.removesuffix("\n")}
 
 
-FORMATS: dict[str, Format] = {
-    "names": Format(write_names, read_names),
-    "peft": Format(write_peft, read_peft),
-    "axolotl": Format(write_axolotl, read_axolotl),
-    "llamafactory": Format(write_llamafactory, read_llamafactory),
-    "regex": Format(write_regex, read_regex),
+FORMATS: dict[str, TrainerFormat] = {
+    "names": TrainerFormat(write_names, read_names),
+    "peft": TrainerFormat(write_peft, read_peft),
+    "axolotl": TrainerFormat(write_axolotl, read_axolotl),
+    "llamafactory": TrainerFormat(write_llamafactory, read_llamafactory),
+    "regex": TrainerFormat(write_regex, read_regex),
 }
 
 EMISSIONS: dict[str, Callable[[Chosen], str]] = {kind: partial(emit, kind) for kind in FORMATS}

@@ -519,9 +519,9 @@ def test_a_manifest_that_was_altered_is_a_mismatch(damage, base, tmp_path, capsy
 
 @pytest.fixture(scope="module")
 def truncated(base, folder):
-    from kasa_cli.pipeline.truncating.run import Options, Where, truncate
+    from kasa_cli.pipeline.truncating.run import ModelLocation, TruncateRequest, truncate
 
-    truncate(Where(str(base)), folder / "cut", Options(rank=3, workers=1))
+    truncate(ModelLocation(str(base)), folder / "cut", TruncateRequest(rank=3, workers=1))
     return folder / "cut"
 
 

@@ -387,13 +387,13 @@ def test_a_pattern_that_could_fill_the_memory_is_not_compiled(pattern, tmp_path,
     ],
 )
 def test_patterns_as_people_write_them_are_matched(pattern, name):
-    patterns = module_settings.Patterns("rank_pattern", {"nothing": 1, pattern: 2, ".*": 3}, Path())
+    patterns = module_settings.ValuePatterns("rank_pattern", {"nothing": 1, pattern: 2, ".*": 3}, Path())
     assert patterns.value(name, 0) == 2 and patterns.value("other", 0) == 3
 
 
 def test_a_pattern_that_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr(module_settings, "MATCH_SECONDS", 0.0)
-    patterns = module_settings.Patterns("rank_pattern", {r"(\w*.*|.*)" * 6 + "[XYZ]": 1}, Path("x"))
+    patterns = module_settings.ValuePatterns("rank_pattern", {r"(\w*.*|.*)" * 6 + "[XYZ]": 1}, Path("x"))
     with pytest.raises(KasaError, match="takes too long to match") as caught:
         patterns.value("a.b" * 2000, 0)
     assert caught.value.exit_code == ExitCode.INVALID
@@ -562,11 +562,11 @@ def test_a_file_without_a_config_is_no_adapter():
 
 
 def test_what_kasa_writes_is_read(tmp_path):
-    from kasa_cli.pipeline.truncating.run import Options, Where, truncate
+    from kasa_cli.pipeline.truncating.run import ModelLocation, TruncateRequest, truncate
     from tests.builders import tiny_models
 
     model = tiny_models.save("llama", tmp_path / "model")
-    truncate(Where(str(model)), tmp_path / "out", Options(rank=3, workers=1))
+    truncate(ModelLocation(str(model)), tmp_path / "out", TruncateRequest(rank=3, workers=1))
     adapter, tail = open_adapter(tmp_path / "out" / "adapter"), open_adapter(tmp_path / "out" / "tail")
     assert (adapter.kind, tail.kind) == ("kasa", "lora") and len(adapter.patches) == len(tail.patches) == 14
     with warnings.catch_warnings(action="ignore"):

@@ -9,17 +9,17 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
+from kasa_cli.pipeline.merging.run import MergeRequest, ModelLocation, RunOptions, merge
 from kasa_cli.report import MergeReport
 from tests.builders.adapters import WEIGHTS
 from tests.builders.checkpoints import tensors_of
 
-HERE = Running(1, use_store=False)
+HERE = RunOptions(1, use_store=False)
 
 
 def merged(adapter: Path | list[Path], base: Path, out: Path, **options: Any) -> MergeReport:
     paths = adapter if isinstance(adapter, list) else [adapter]
-    return merge(paths, Where(str(base)), out, Options(**options), HERE)
+    return merge(paths, ModelLocation(str(base)), out, MergeRequest(**options), HERE)
 
 
 def loaded(folder: Path, caplog) -> transformers.PreTrainedModel:

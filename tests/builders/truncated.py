@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from kasa_cli.errors import UsageError
-from kasa_cli.pipeline.truncating.run import Options, Patterns, Where, plan, truncate
+from kasa_cli.pipeline.truncating.run import ModelLocation, Patterns, TruncateRequest, plan, truncate
 from kasa_cli.report import TruncateReport
 from tests.builders import tiny_models
 from tests.builders.checkpoints import load
@@ -43,21 +43,27 @@ class Truncated:
 
 def made(family: str, folder: Path, **options: Any) -> Truncated:
     model = tiny_models.save(family, folder / "model")
-    report = truncate(Where(str(model)), folder / "out", Options(rank=RANK, workers=1, **options))
+    report = truncate(
+        ModelLocation(str(model)), folder / "out", TruncateRequest(rank=RANK, workers=1, **options)
+    )
     return Truncated(family, model, folder / "out", report)
 
 
 def cut(model: Path, out: Path, *targets: str, excludes: tuple[str, ...] = (), **options: Any) -> Truncated:
     """Truncate a model at the modules that the patterns match."""
     patterns = Patterns(targets, excludes)
-    report = truncate(Where(str(model)), out, Options(**{"rank": RANK, "patterns": patterns, **options}))
+    report = truncate(
+        ModelLocation(str(model)), out, TruncateRequest(**{"rank": RANK, "patterns": patterns, **options})
+    )
     return Truncated("", model, out, report)
 
 
 def chosen(model: Path, *targets: str, excludes: tuple[str, ...] = (), **options: Any) -> list[str]:
     """The modules that a plan takes."""
     options = {"rank": RANK, "patterns": Patterns(targets, excludes), **options}
-    return sorted(target.module for target in plan(Where(str(model)), Options(**options)).tensors)
+    return sorted(
+        target.module for target in plan(ModelLocation(str(model)), TruncateRequest(**options)).tensors
+    )
 
 
 def refused(model: Path, *targets: str, **options: Any) -> str:

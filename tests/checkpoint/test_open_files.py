@@ -10,13 +10,13 @@ from kasa_cli.checkpoint import safetensors_file
 from kasa_cli.checkpoint.open_files import OpenFiles
 from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.errors import IntegrityError
-from kasa_cli.pipeline.converting.run import Running, Where, convert
+from kasa_cli.pipeline.converting.run import ModelLocation, RunOptions, convert
 from kasa_cli.pipeline.inspecting.run_adapter import adapter as look
 from kasa_cli.pipeline.merging.run import merge
 from tests.builders import tiny_models
 from tests.builders.adapters import CASES, WEIGHTS, saved
 
-HERE = Running(2, use_store=False)
+HERE = RunOptions(2, use_store=False)
 
 
 @pytest.fixture
@@ -37,11 +37,11 @@ def opened(monkeypatch):
 def test_a_command_opens_an_adapter_once(name, verb, tmp_path, opened):
     base, adapter = tiny_models.save(CASES[name].family, tmp_path / "base"), saved(name)
     if verb == "merge":
-        merge([adapter], Where(str(base)), tmp_path / "OUT", running=HERE)
+        merge([adapter], ModelLocation(str(base)), tmp_path / "OUT", running=HERE)
     elif verb == "convert":
-        convert(adapter, Where(str(base)), tmp_path / "OUT", running=HERE)
+        convert(adapter, ModelLocation(str(base)), tmp_path / "OUT", running=HERE)
     else:
-        look(adapter, Where(str(base)), running=HERE)
+        look(adapter, ModelLocation(str(base)), running=HERE)
     assert CASES[name].num_patches > 1
     assert opened.count(adapter / WEIGHTS) == 1
 

@@ -122,7 +122,7 @@ def test_the_note_on_the_published_rule_is_there(path):
 def test_the_defaults_spelled_out_are_the_defaults(asked):
     assert asked("--config", DEFAULT) == asked()
     assert asked("--config", DEFAULT, "--dry-run") == asked("--dry-run")
-    assert asked()["options"] == verb.Options()
+    assert asked()["options"] == verb.TruncateRequest()
 
 
 def test_the_defaults_spelled_out_are_complete_and_explained():

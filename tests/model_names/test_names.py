@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from kasa_cli import commands as commands_package
 from kasa_cli.errors import InvalidInput
 from kasa_cli.model_names.name_map import map_names
-from kasa_cli.model_names.names import Kind, NameMap, Slot
+from kasa_cli.model_names.names import ModuleKind, NameMap, Slot
 from tests.builders import tiny_models
 from tests.builders.checkpoints import config_of, load, rewritten, shapes_of
 
@@ -100,7 +100,7 @@ def test_a_slot_holds_what_the_loader_puts_there(directory: Path) -> None:
     assert names.slots.keys() == tensors.keys()
     assert (names.model_class, names.note) == (type(model).__name__, None)
     for name, slot in names.slots.items():
-        if slot.kind != Kind.EXPERTS:
+        if slot.kind != ModuleKind.EXPERTS:
             assert torch.equal(held(model, slot), tensors[name]), name
 
 
@@ -109,7 +109,7 @@ def test_fused_experts_hold_every_entry_of_their_tensors(directory: Path) -> Non
     model = load(directory)
     parts: dict[tuple[str, str], list[torch.Tensor]] = {}
     for name, slot in names.slots.items():
-        if slot.kind == Kind.EXPERTS:
+        if slot.kind == ModuleKind.EXPERTS:
             parts.setdefault((slot.module, slot.parameter), []).append(tensors[name].flatten())
     for (module, parameter), entries in parts.items():
         fused = getattr(model.get_submodule(module), parameter)
@@ -122,17 +122,19 @@ def test_every_linear_map_of_a_block_is_covered(directory: Path) -> None:
         path for path, module in load(directory).named_modules() if isinstance(module, nn.Linear | Conv1D)
     ]
     assert names.linear_modules == tuple(linear)
-    matrices = {Kind.LINEAR, Kind.CONV1D, Kind.ROUTER}
+    matrices = {ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.ROUTER}
     covered = {s.module for s in names.slots.values() if s.kind in matrices and s.in_block}
     assert covered >= {path for path in linear if any(part.isdecimal() for part in path.split("."))}
 
 
 def test_kinds_are_counted(family: str, directory: Path) -> None:
     slots = mapped(directory)[1].slots.values()
-    linear, absent = (Kind.CONV1D, Kind.LINEAR) if family == "gpt2" else (Kind.LINEAR, Kind.CONV1D)
+    linear, absent = (
+        (ModuleKind.CONV1D, ModuleKind.LINEAR) if family == "gpt2" else (ModuleKind.LINEAR, ModuleKind.CONV1D)
+    )
     weights = [slot.kind for slot in slots if slot.in_block and slot.parameter == "weight"]
-    routers = {slot.module for slot in slots if slot.kind == Kind.ROUTER}
-    experts = [slot for slot in slots if slot.kind == Kind.EXPERTS]
+    routers = {slot.module for slot in slots if slot.kind == ModuleKind.ROUTER}
+    experts = [slot for slot in slots if slot.kind == ModuleKind.EXPERTS]
     assert (weights.count(linear), len(routers), len(experts)) == EXPECTED[family]
     assert absent not in weights
 
@@ -149,12 +151,12 @@ def test_what_the_loader_ties_is_flagged(family: str, directory: Path) -> None:
 
 def test_the_output_head_is_no_ordinary_linear_map(tmp_path: Path) -> None:
     slot = mapped(tiny_models.save("llama", tmp_path))[1].slots["lm_head.weight"]
-    assert slot == Slot("lm_head", "weight", Kind.HEAD, in_block=False, tied_with=None)
+    assert slot == Slot("lm_head", "weight", ModuleKind.HEAD, in_block=False, tied_with=None)
 
 
 def test_a_task_head_is_a_linear_map_outside_blocks(tmp_path: Path) -> None:
     slot = mapped(tiny_models.save("vit", tmp_path))[1].slots["classifier.weight"]
-    assert (slot.kind, slot.in_block) == (Kind.LINEAR, False)
+    assert (slot.kind, slot.in_block) == (ModuleKind.LINEAR, False)
 
 
 # --- other writers of the same families ---
@@ -209,8 +211,8 @@ def test_other_writers_names_are_found(writer: str, tmp_path: Path) -> None:
     model = load(tmp_path)
     for name, slot in names.slots.items():
         if name in left_out:
-            assert (f"{slot.module}.{slot.parameter}", slot.kind) == (name, Kind.OTHER)
-        elif slot.kind != Kind.EXPERTS:
+            assert (f"{slot.module}.{slot.parameter}", slot.kind) == (name, ModuleKind.OTHER)
+        elif slot.kind != ModuleKind.EXPERTS:
             assert torch.equal(held(model, slot), tensors[name]), name
 
 
@@ -218,7 +220,7 @@ def test_experts_already_fused_on_disk_are_experts(tmp_path: Path) -> None:
     tensors, names = mapped(tiny_models.save("mixtral", tmp_path, save_original_format=False))
     assert tensors["model.layers.0.mlp.experts.down_proj"].dim() == 3
     assert names.slots["model.layers.0.mlp.experts.down_proj"] == Slot(
-        "model.layers.0.mlp.experts", "down_proj", Kind.EXPERTS, in_block=True, tied_with=None
+        "model.layers.0.mlp.experts", "down_proj", ModuleKind.EXPERTS, in_block=True, tied_with=None
     )
 
 
@@ -236,7 +238,7 @@ def test_without_an_architecture_the_plain_model_is_meant(tmp_path: Path) -> Non
     names = map_names(config, shapes_of(tensors))
     assert names.model_class == "LlamaModel"
     assert names.slots["model.layers.1.mlp.up_proj.weight"].module == "layers.1.mlp.up_proj"
-    assert names.slots["lm_head.weight"].kind == Kind.OTHER
+    assert names.slots["lm_head.weight"].kind == ModuleKind.OTHER
 
 
 def test_packed_weights_may_have_any_shape(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_packed_weights_may_have_any_shape(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     shapes = {**shapes_of(tensors), name: (768, 1)}
     names = map_names({**config_of(tmp_path), "quantization_config": {"load_in_4bit": True}}, shapes)
-    assert names.slots[name].kind == Kind.LINEAR
+    assert names.slots[name].kind == ModuleKind.LINEAR
 
 
 # --- classes that transformers does not have ---
@@ -288,15 +290,15 @@ def test_unknown_classes_keep_their_names_and_say_so(config: dict[str, Any]) -> 
 def test_kinds_are_guessed_from_names_and_shapes() -> None:
     kinds = [(slot.kind, slot.in_block) for slot in map_names({}, STRANGE).slots.values()]
     assert kinds == [
-        (Kind.EMBEDDING, False),
-        (Kind.LINEAR, True),
-        (Kind.LINEAR, True),
-        (Kind.OTHER, True),
-        (Kind.ROUTER, True),
-        (Kind.LINEAR, True),
-        (Kind.EXPERTS, True),
-        (Kind.OTHER, False),
-        (Kind.HEAD, False),
+        (ModuleKind.EMBEDDING, False),
+        (ModuleKind.LINEAR, True),
+        (ModuleKind.LINEAR, True),
+        (ModuleKind.OTHER, True),
+        (ModuleKind.ROUTER, True),
+        (ModuleKind.LINEAR, True),
+        (ModuleKind.EXPERTS, True),
+        (ModuleKind.OTHER, False),
+        (ModuleKind.HEAD, False),
     ]
 
 
@@ -385,8 +387,8 @@ def test_shapes_that_the_config_does_not_describe_are_refused(name: str, tiny_ll
 def test_odd_names_are_left_alone(name: str, tiny_llama: Path) -> None:
     shapes = {**shapes_of(load_file(tiny_llama / "model.safetensors")), name: (2, 2)}
     names = map_names(config_of(tiny_llama), shapes)
-    assert names.slots[name].kind == Kind.OTHER
-    assert names.slots["lm_head.weight"].kind == Kind.HEAD
+    assert names.slots[name].kind == ModuleKind.OTHER
+    assert names.slots["lm_head.weight"].kind == ModuleKind.HEAD
 
 
 def test_a_second_name_for_a_filled_place_is_left_alone(tiny_llama: Path) -> None:
@@ -402,8 +404,8 @@ def test_a_matrix_that_is_split_on_its_way_belongs_to_no_module(tmp_path: Path) 
     tensors, names = mapped(tmp_path)
     split = {name for name in tensors if "Wqkv.weight" in name}
     assert split
-    assert {names.slots[name].kind for name in split} == {Kind.OTHER}
-    assert {s.kind for name, s in names.slots.items() if ".mlp." in name} == {Kind.LINEAR}
+    assert {names.slots[name].kind for name in split} == {ModuleKind.OTHER}
+    assert {s.kind for name, s in names.slots.items() if ".mlp." in name} == {ModuleKind.LINEAR}
 
 
 def test_no_command_imports_transformers_before_it_has_a_question_for_it() -> None:

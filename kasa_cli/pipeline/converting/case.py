@@ -24,7 +24,7 @@ from kasa_cli.pipeline.adapter_on_base import (
 )
 from kasa_cli.pipeline.converting.representable import require_form, require_nothing_else, require_own
 from kasa_cli.pipeline.measuring import Facts
-from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.pipeline.opening import ModelLocation, survey
 
 LORA, LITE = "lora", "lora-lite"
 FORMS = (LORA, LITE)
@@ -32,7 +32,7 @@ BASES_OF_KASA = (ORIGINAL, TRUNCATED)
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertRequest:
     """The options of `kasa convert`. Without rank and energy nothing is lost."""
 
     to: str = LORA
@@ -104,10 +104,10 @@ class TruncationTerms:
 
 
 @dataclass(frozen=True)
-class Case:
+class ConvertCase:
     """An adapter on its base, and the options. `base_is`: which base a KaSA adapter has; None for other kinds."""
 
-    options: Options
+    options: ConvertRequest
     source: Source
     base: Origin
     names: NameMap
@@ -171,7 +171,7 @@ class Case:
         return records[0].blake3 if records[0].truncated else None
 
 
-def check(options: Options) -> None:
+def check(options: ConvertRequest) -> None:
     """Refuse options that are unsound whatever the adapter.
 
     Raises:
@@ -197,7 +197,9 @@ def check(options: Options) -> None:
         raise UsageError("lora-lite has its own names: --names does not apply", "--names", "leave it out")
 
 
-def opened_case(path: Path, where: Where, output: Path, options: Options, facts: Facts | None = None) -> Case:
+def opened_case(
+    path: Path, where: ModelLocation, output: Path, options: ConvertRequest, facts: Facts | None = None
+) -> ConvertCase:
     """Read an adapter, place it on its base, and check that a plain LoRA can hold it.
 
     Raises:
@@ -215,13 +217,13 @@ def opened_case(path: Path, where: Where, output: Path, options: Options, facts:
         cuts = known_truncations(path, base)
     if not options.force_base:
         placed_adapter.require_base(base)
-    case = Case(options, source, base, names, placed_adapter, base_is, cuts)
+    case = ConvertCase(options, source, base, names, placed_adapter, base_is, cuts)
     if case.truncation:
         case.truncation.require_known(placed_adapter.places)
     return case
 
 
-def _require_convertible(placed_adapter: AdapterOnBase, base: Origin, options: Options) -> None:
+def _require_convertible(placed_adapter: AdapterOnBase, base: Origin, options: ConvertRequest) -> None:
     adapter = placed_adapter.adapter
     if options.on == TRUNCATED and not adapter.row.truncates_base:
         raise UsageError(f"an adapter of kind {adapter.kind} has no truncated base", "--on", "leave it out")

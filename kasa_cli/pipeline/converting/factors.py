@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kasa_cli.adapters import Adapter, Entry, Placed
+from kasa_cli.adapters import Adapter, FactorEntry, Placed
 from kasa_cli.checkpoint import (
     BITS,
     Checkpoint,
@@ -109,7 +109,7 @@ def convert_all(
 def write_factors(
     path: Path,
     metadata: tuple[str, str],
-    items: Sequence[tuple[Converted, list[Entry]]],
+    items: Sequence[tuple[Converted, list[FactorEntry]]],
     rank: int,
     staging: Staging,
     run_on: tuple[int, Watcher],
@@ -187,7 +187,7 @@ def _terms(change: Change, weight: Callable[[], Tensor]) -> tuple[Term, ...] | N
     return (change.of_weight(weight()),) if change.of_weight else None
 
 
-def _write(file: Filling, rank: int, staging: Staging, item: tuple[Converted, list[Entry]]) -> None:
+def _write(file: Filling, rank: int, staging: Staging, item: tuple[Converted, list[FactorEntry]]) -> None:
     result, entries = item
     tensors = load(_payload(staging, result.key, result.place))
     for entry in entries:

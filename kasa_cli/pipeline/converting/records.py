@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kasa_cli.adapters import FLAVOURS, BaseIndex, ConfigFacts, Entry, Flavour, peft, writing
+from kasa_cli.adapters import FLAVOURS, BaseIndex, ConfigFacts, FactorEntry, Flavour, peft, writing
 from kasa_cli.checkpoint import (
     CARD,
     ConvertedAdapter,
@@ -19,13 +19,13 @@ from kasa_cli.checkpoint import (
 )
 from kasa_cli.files import MANIFEST, sha256_file, write_file
 from kasa_cli.pipeline.adapter_on_base import provenance
-from kasa_cli.pipeline.converting.case import Case
+from kasa_cli.pipeline.converting.case import ConvertCase
 from kasa_cli.pipeline.converting.factors import Converted, loss_of_all
 from kasa_cli.pipeline.file_records import file_records
-from kasa_cli.pipeline.workers import Running
+from kasa_cli.pipeline.workers import RunOptions
 
 
-def recorded(case: Case, running: Running) -> ConvertManifest:
+def recorded(case: ConvertCase, running: RunOptions) -> ConvertManifest:
     """What the bytes depend on besides the base. It holds no path."""
     tail, options = case.truncations.tail if case.truncation else None, case.options
     sha256 = provenance.digest(case.adapter.path, case.adapter.container.path)
@@ -42,7 +42,7 @@ def recorded(case: Case, running: Running) -> ConvertManifest:
     )
 
 
-def entries_of(case: Case) -> list[list[Entry]]:
+def entries_of(case: ConvertCase) -> list[list[FactorEntry]]:
     """The entries of the file for each place, under the names that `--names` selects.
 
     Raises:
@@ -53,7 +53,7 @@ def entries_of(case: Case) -> list[list[Entry]]:
     return [flavour(base, place) for place in case.places]
 
 
-def config_facts(case: Case, done: Sequence[Converted]) -> ConfigFacts:
+def config_facts(case: ConvertCase, done: Sequence[Converted]) -> ConfigFacts:
     """The rank of all factors, and the other facts of the config."""
     rank = max(result.rank for result in done)
     rank = writing.padded_rank(rank) if case.options.pad_rank else rank
@@ -62,7 +62,7 @@ def config_facts(case: Case, done: Sequence[Converted]) -> ConfigFacts:
 
 
 def write_config(
-    case: Case, folder: Path, entries: Sequence[list[Entry]], facts: ConfigFacts
+    case: ConvertCase, folder: Path, entries: Sequence[list[FactorEntry]], facts: ConfigFacts
 ) -> tuple[str, tuple[str, str]]:
     """Write PEFT's config; lora-lite keeps it in the header. Returns name and metadata of the file of tensors."""
     all_entries = [entry for own in entries for entry in own]
@@ -77,7 +77,7 @@ def write_config(
 
 
 def write_records(
-    case: Case, folder: Path, record: ConvertManifest, done: Sequence[Converted], facts: ConfigFacts
+    case: ConvertCase, folder: Path, record: ConvertManifest, done: Sequence[Converted], facts: ConfigFacts
 ) -> bytes:
     """Write the model card, then the manifest; returns its bytes. A manifest is there only once all else is."""
     base = case.checkpoint
@@ -98,7 +98,7 @@ def write_records(
     return sealed
 
 
-def _tensor_records(case: Case, done: Sequence[Converted]) -> dict[str, TensorRecord]:
+def _tensor_records(case: ConvertCase, done: Sequence[Converted]) -> dict[str, TensorRecord]:
     """Every tensor of the base that the LoRA is for, with its hash in that base if that is known."""
     return {
         name: TensorRecord(
@@ -113,7 +113,7 @@ def _tensor_records(case: Case, done: Sequence[Converted]) -> dict[str, TensorRe
     }
 
 
-def _card_body(case: Case, file: str, done: Sequence[Converted], facts: ConfigFacts) -> str:
+def _card_body(case: ConvertCase, file: str, done: Sequence[Converted], facts: ConfigFacts) -> str:
     loss, kind = loss_of_all(done), case.adapter.kind
     base = f" It is for the {case.on} base." if case.on else ""
     lost = f" {loss:.2%} of the norm of its updates is missing." if case.options.limit.is_set else ""

@@ -9,7 +9,7 @@ from kasa_cli.adapters import consumed
 from kasa_cli.checkpoint import OpenFiles
 from kasa_cli.files import Staging
 from kasa_cli.pipeline.adapter_on_base import TRUNCATED, label
-from kasa_cli.pipeline.converting.case import Case, Options, check, opened_case
+from kasa_cli.pipeline.converting.case import ConvertCase, ConvertRequest, check, opened_case
 from kasa_cli.pipeline.converting.factors import (
     Converted,
     Converter,
@@ -28,24 +28,28 @@ from kasa_cli.pipeline.converting.records import (
 )
 from kasa_cli.pipeline.costs import decomposition_cost
 from kasa_cli.pipeline.measuring import open_facts, store_notes
-from kasa_cli.pipeline.opening import Where
-from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
+from kasa_cli.pipeline.opening import ModelLocation
+from kasa_cli.pipeline.workers import RunOptions, Silent, Watcher, blas_threads, check_running
 from kasa_cli.report import ConvertPlan, ConvertReport, ConvertTotals, ToChange
 
-__all__ = ["Options", "Running", "Where", "convert", "plan"]
+__all__ = ["ConvertRequest", "ModelLocation", "RunOptions", "convert", "plan"]
 
 HALVES = ("BF16", "F16")
 
 
 def plan(
-    adapter: Path, where: Where, output: Path, options: Options | None = None, running: Running | None = None
+    adapter: Path,
+    where: ModelLocation,
+    output: Path,
+    options: ConvertRequest | None = None,
+    running: RunOptions | None = None,
 ) -> ConvertPlan:
     """What `convert` would do.
 
     Raises:
         KasaError: whatever `convert` would refuse before it reads a weight.
     """
-    options, running = options or Options(), running or Running()
+    options, running = options or ConvertRequest(), running or RunOptions()
     check(options)
     check_running(running)
     case = opened_case(adapter, where, output, options)
@@ -80,10 +84,10 @@ def plan(
 
 def convert(
     adapter: Path,
-    where: Where,
+    where: ModelLocation,
     output: Path,
-    options: Options | None = None,
-    running: Running | None = None,
+    options: ConvertRequest | None = None,
+    running: RunOptions | None = None,
     watcher: Watcher | None = None,
 ) -> ConvertReport:
     """Convert an adapter into a plain LoRA, or lora-lite's, which appears only when it is complete.
@@ -91,7 +95,7 @@ def convert(
     Raises:
         KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
     """
-    options, running, watcher = options or Options(), running or Running(), watcher or Silent()
+    options, running, watcher = options or ConvertRequest(), running or RunOptions(), watcher or Silent()
     check(options)
     check_running(running)
     facts = open_facts(running)
@@ -135,7 +139,7 @@ def convert(
     )
 
 
-def _totals(case: Case, done: Sequence[Converted], num_written: int) -> ConvertTotals:
+def _totals(case: ConvertCase, done: Sequence[Converted], num_written: int) -> ConvertTotals:
     return {
         "weights": len(done),
         "tensors_consumed": len(consumed(case.adapter)),
@@ -146,7 +150,7 @@ def _totals(case: Case, done: Sequence[Converted], num_written: int) -> ConvertT
     }
 
 
-def _notes(case: Case) -> list[str]:
+def _notes(case: ConvertCase) -> list[str]:
     """What a user should know before serving the LoRA."""
     notes = [case.names.note] if case.names.note else []
     if not case.fits_given and case.on == TRUNCATED and not case.truncate_manifests:

@@ -39,7 +39,7 @@ START_IS_LOST = "its initialisation changed the base by an amount that is not in
 
 
 @dataclass(frozen=True)
-class Item:
+class InspectedPatch:
     """A patch of an adapter and its place on the base, if a base is given."""
 
     patch: Patch
@@ -89,7 +89,7 @@ class OpenAdapter:
         """
         return self.files.tensors(self.adapter.container, patch.tensors)
 
-    def weight(self, item: Item) -> Tensor | None:
+    def weight(self, item: InspectedPatch) -> Tensor | None:
         """The weight W under the adapter as (out, in): from the adapter's own file, or from the base."""
         place, patch = item.place, item.patch
         own = f"{patch.module}.weight"
@@ -113,7 +113,7 @@ class PatchTensors:
     """One patch with its tensors, while it is measured."""
 
     source: OpenAdapter
-    item: Item
+    item: InspectedPatch
     tensors: Mapping[str, Tensor]
 
     @property
@@ -185,7 +185,7 @@ class MeasuredPatch:
     layer: Layer | None
 
 
-def module_rows(source: OpenAdapter, item: Item, cuts: TruncatedDirections) -> list[MeasuredPatch]:
+def module_rows(source: OpenAdapter, item: InspectedPatch, cuts: TruncatedDirections) -> list[MeasuredPatch]:
     """A row for each weight that a patch changes; each expert is a weight.
 
     Raises:

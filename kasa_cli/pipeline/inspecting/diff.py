@@ -29,7 +29,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ComparedWeight:
     """The compared quantities of one weight; `top` and `bottom` are left singular vectors."""
 
     S: Tensor
@@ -76,14 +76,16 @@ def distance(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> float:
     return _ratio(math.sqrt(change), math.sqrt(norm))
 
 
-def _measured(bench: Bench, rank: int, reach: int) -> Measured:
+def _measured(bench: Bench, rank: int, reach: int) -> ComparedWeight:
     """Measure one side; its Gram matrix is freed before that of the other side is formed."""
     top = bench.top(reach * rank).U
     bottom = bench.bottom(rank).U if rank < min(bench.weight.shape) else top  # a vector has one direction
-    return Measured(bench.values().S, bench.extremes(), top, bottom, bench.is_new)
+    return ComparedWeight(bench.values().S, bench.extremes(), top, bottom, bench.is_new)
 
 
-def _row(pair: Pair, sides: tuple[Measured, Measured], relative_distance: float, rank: int) -> DiffRow:
+def _row(
+    pair: Pair, sides: tuple[ComparedWeight, ComparedWeight], relative_distance: float, rank: int
+) -> DiffRow:
     a, b = sides
     S, T, first, other = a.S, b.S, a.extremes, b.extremes
     likeness = best_cosines(b.top, a.top)

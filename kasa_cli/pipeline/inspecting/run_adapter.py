@@ -23,7 +23,7 @@ from kasa_cli.pipeline.adapter_on_base import (
     provenance,
     read_adapter,
 )
-from kasa_cli.pipeline.inspecting.adapter import Item, MeasuredPatch, OpenAdapter, module_rows
+from kasa_cli.pipeline.inspecting.adapter import InspectedPatch, MeasuredPatch, OpenAdapter, module_rows
 from kasa_cli.pipeline.inspecting.share_in_cut import (
     CUT_ALREADY,
     NO_BASE,
@@ -32,11 +32,19 @@ from kasa_cli.pipeline.inspecting.share_in_cut import (
     what_base_is,
 )
 from kasa_cli.pipeline.measuring import Facts, open_facts, store_notes
-from kasa_cli.pipeline.opening import Where, survey
-from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
+from kasa_cli.pipeline.opening import ModelLocation, survey
+from kasa_cli.pipeline.workers import (
+    RunOptions,
+    Silent,
+    Task,
+    Watcher,
+    blas_threads,
+    check_running,
+    run_stage,
+)
 from kasa_cli.report import AdapterReport, AdapterTotals, ModuleRow, ValueRow
 
-__all__ = ["Running", "Where", "adapter"]
+__all__ = ["ModelLocation", "RunOptions", "adapter"]
 
 COMMAND = "inspect adapter"
 BETA, GAMMA = 1e-4, 1e-3
@@ -56,9 +64,9 @@ class PlacedAdapter:
 
 def adapter(
     path: Path,
-    where: Where | None = None,
+    where: ModelLocation | None = None,
     base_is: str = "auto",
-    running: Running | None = None,
+    running: RunOptions | None = None,
     watcher: Watcher | None = None,
 ) -> AdapterReport:
     """Measure an adapter: scaling, norm, singular values, diagonal, orthogonality, penalties, share in the cut.
@@ -68,7 +76,7 @@ def adapter(
     Raises:
         KasaError: by the kind of trouble.
     """
-    running, watcher = running or Running(), watcher or Silent()
+    running, watcher = running or RunOptions(), watcher or Silent()
     check_running(running)
     if base_is not in BASES:
         raise UsageError(f"unknown kind of base {base_is!r}", "", f"known: {', '.join(BASES)}")
@@ -98,7 +106,7 @@ def adapter(
     )
 
 
-def _base(adapter_file: Adapter, where: Where, running: Running) -> PlacedAdapter:
+def _base(adapter_file: Adapter, where: ModelLocation, running: RunOptions) -> PlacedAdapter:
     """The base, with the adapter placed on it; every tensor must fit."""
     facts = open_facts(running)
     _, checkpoint, names = survey(where, facts.store)
@@ -130,14 +138,14 @@ def _measure(
     source: OpenAdapter,
     base: PlacedAdapter | None,
     cuts: TruncatedDirections,
-    running: Running,
+    running: RunOptions,
     watcher: Watcher,
 ) -> list[MeasuredPatch]:
     """Measure every patch, in the order of the layers."""
-    items = [Item(place.patch, place) for place in base.fitted.places] if base else []
-    items = items or [Item(patch) for patch in source.adapter.patches]
+    items = [InspectedPatch(place.patch, place) for place in base.fitted.places] if base else []
+    items = items or [InspectedPatch(patch) for patch in source.adapter.patches]
     items.sort(key=lambda item: _natural(item.name))
-    task: Task[Item, list[MeasuredPatch]] = Task(
+    task: Task[InspectedPatch, list[MeasuredPatch]] = Task(
         lambda item: module_rows(source, item, cuts),
         name=lambda item: item.name,
         memory=lambda item: item.num_bytes,

@@ -8,21 +8,29 @@ from kasa_cli.errors import UsageError
 from kasa_cli.methods import rank_correlation
 from kasa_cli.pipeline.inspecting.diff import ComparedPair, Pair, contrast
 from kasa_cli.pipeline.measuring import Facts, open_facts, room, store_notes
-from kasa_cli.pipeline.opening import Where, survey
-from kasa_cli.pipeline.workers import Running, Silent, Task, Watcher, blas_threads, check_running, run_stage
+from kasa_cli.pipeline.opening import ModelLocation, survey
+from kasa_cli.pipeline.workers import (
+    RunOptions,
+    Silent,
+    Task,
+    Watcher,
+    blas_threads,
+    check_running,
+    run_stage,
+)
 from kasa_cli.report import DiffReport, Skipped
 from kasa_cli.targets import Candidate, Patterns, candidates, patterns
 
-__all__ = ["Patterns", "Running", "Where", "diff", "patterns"]
+__all__ = ["ModelLocation", "Patterns", "RunOptions", "diff", "patterns"]
 
 ANY_SIDE = 1 << 62
 RANK = 16
 
 
 def diff(
-    models: tuple[Where, Where],
+    models: tuple[ModelLocation, ModelLocation],
     patterns: Patterns | None = None,
-    running: Running | None = None,
+    running: RunOptions | None = None,
     rank: int = RANK,
     watcher: Watcher | None = None,
 ) -> DiffReport:
@@ -33,7 +41,7 @@ def diff(
     Raises:
         KasaError: by the kind of trouble.
     """
-    running, watcher, patterns = running or Running(), watcher or Silent(), patterns or Patterns()
+    running, watcher, patterns = running or RunOptions(), watcher or Silent(), patterns or Patterns()
     check_running(running)
     if rank < 1:
         raise UsageError("the rank of a subspace must be positive")
@@ -68,7 +76,7 @@ def diff(
 
 
 def _open(
-    models: tuple[Where, Where], patterns: Patterns, facts: Facts
+    models: tuple[ModelLocation, ModelLocation], patterns: Patterns, facts: Facts
 ) -> tuple[tuple[Checkpoint, Checkpoint], list[tuple[Candidate, ...]], list[str]]:
     """Both checkpoints, and the weights to compare in each."""
     checkpoints, chosen, notes = [], [], []
@@ -115,7 +123,7 @@ def _contrasted(
     pairs: Sequence[Pair],
     sources: tuple[Checkpoint, Checkpoint],
     facts: Facts,
-    how: tuple[Running, int],
+    how: tuple[RunOptions, int],
     watcher: Watcher,
 ) -> dict[str, ComparedPair | Skipped]:
     """Compare every pair, in the order given; with `keep_going`, pairs that cannot be measured are skipped."""

@@ -10,12 +10,12 @@ from kasa_cli.checkpoint import Matrix
 from kasa_cli.files import write_file
 from kasa_cli.pipeline.inspecting.spectrum import best_and_worst, curve, spectrum_row
 from kasa_cli.pipeline.measuring import Asked, Bench, ask, measure_plan, open_facts, require_some, store_notes
-from kasa_cli.pipeline.opening import Where, survey
-from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
+from kasa_cli.pipeline.opening import ModelLocation, survey
+from kasa_cli.pipeline.workers import RunOptions, Silent, Watcher, check_running
 from kasa_cli.report import Curve, MeasurePlan, SpectrumReport, SpectrumRow, SpectrumTotals, module_type
 from kasa_cli.targets import Candidate, Patterns, candidates, patterns
 
-__all__ = ["Patterns", "Running", "Where", "patterns", "plan", "spectrum"]
+__all__ = ["ModelLocation", "Patterns", "RunOptions", "patterns", "plan", "spectrum"]
 
 COMMAND = "inspect spectrum"
 ANY_SIDE = 1 << 62
@@ -30,13 +30,15 @@ class MeasuredSpectrum:
     values: Tensor | None = field(repr=False)
 
 
-def plan(where: Where, patterns: Patterns | None = None, running: Running | None = None) -> MeasurePlan:
+def plan(
+    where: ModelLocation, patterns: Patterns | None = None, running: RunOptions | None = None
+) -> MeasurePlan:
     """The weights that `spectrum` would measure, from headers alone.
 
     Raises:
         KasaError: the errors that `spectrum` raises before it reads a weight.
     """
-    running = running or Running()
+    running = running or RunOptions()
     check_running(running)
     _, checkpoint, names = survey(where)
     chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), "kasa", ANY_SIDE)
@@ -45,9 +47,9 @@ def plan(where: Where, patterns: Patterns | None = None, running: Running | None
 
 
 def spectrum(
-    where: Where,
+    where: ModelLocation,
     patterns: Patterns | None = None,
-    running: Running | None = None,
+    running: RunOptions | None = None,
     values: Path | None = None,
     watcher: Watcher | None = None,
 ) -> SpectrumReport:
@@ -58,7 +60,7 @@ def spectrum(
     Raises:
         KasaError: by the kind of trouble.
     """
-    running, watcher = running or Running(), watcher or Silent()
+    running, watcher = running or RunOptions(), watcher or Silent()
     check_running(running)
     facts = open_facts(running)
     _, checkpoint, names = survey(where, facts.store)

@@ -38,7 +38,7 @@ from kasa_cli.linalg import (
     tops_of,
     values_of,
 )
-from kasa_cli.pipeline.workers import Running
+from kasa_cli.pipeline.workers import RunOptions
 
 SOLVER_EDITION = 2
 """Increase it when the solvers change: facts and parts of another edition are not reused."""
@@ -231,7 +231,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_facts(running: Running) -> Facts:
+def open_facts(running: RunOptions) -> Facts:
     """The facts of earlier runs in the same numerical environment; none without a store."""
     store = open_store(running.store) if running.use_store else None
     environment = numeric_environment(running.threads_per_worker, pick_device(running.device).type)

@@ -8,7 +8,7 @@ from kasa_cli.checkpoint import Matrix, TensorSource
 from kasa_cli.pipeline import workers
 from kasa_cli.pipeline.measuring.facts import Bench, Facts, pick_device
 from kasa_cli.pipeline.measuring.weights import weigh
-from kasa_cli.pipeline.workers import Running, Task, Watcher, blas_threads, run_stage
+from kasa_cli.pipeline.workers import RunOptions, Task, Watcher, blas_threads, run_stage
 from kasa_cli.report import Decompositions, Skipped
 
 Answer = TypeVar("Answer")
@@ -36,7 +36,7 @@ def ask(
     matrices: Sequence[Matrix],
     question: Callable[[Bench], Answer],
     facts: Facts,
-    running: Running,
+    running: RunOptions,
     watcher: Watcher,
 ) -> Asked[Answer]:
     """Ask every matrix, the largest first; answers in the order given. Tied weights are one matrix, asked once.

@@ -4,19 +4,19 @@ from kasa_cli.checkpoint import Checkpoint
 from kasa_cli.errors import UsageError
 from kasa_cli.model_names import NameMap
 from kasa_cli.pipeline.costs import decomposition_cost
-from kasa_cli.pipeline.opening import Where
-from kasa_cli.pipeline.workers import Running
+from kasa_cli.pipeline.opening import ModelLocation
+from kasa_cli.pipeline.workers import RunOptions
 from kasa_cli.report import MeasurePlan, Skipped, ToMeasure
 from kasa_cli.targets import Candidate
 
 
 def measure_plan(
     command: str,
-    where: Where,
+    where: ModelLocation,
     model: tuple[Checkpoint, NameMap],
     chosen: tuple[Candidate, ...],
     skipped: tuple[Skipped, ...],
-    running: Running,
+    running: RunOptions,
 ) -> MeasurePlan:
     """The matrices that a question reads, and its cost, from headers alone."""
     note = model[1].note

@@ -21,7 +21,7 @@ LEAST_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file as a matrix, whose rows have the length of its last side."""
 
     container: Container
@@ -76,9 +76,9 @@ class StreamedTensor:
     """
 
     name: str
-    before: Stored
+    before: StoredTensor
     num_matrices: int = 1
-    value: Stored | None = None
+    value: StoredTensor | None = None
     trained: Sequence[TrainedRows] = ()
     changes: Mapping[int, Sequence[Change]] = field(default_factory=dict)
     _sums: list[Sum] = field(default_factory=list)

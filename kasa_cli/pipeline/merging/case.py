@@ -26,12 +26,12 @@ from kasa_cli.pipeline.adapter_on_base import (
 from kasa_cli.pipeline.measuring import Facts
 from kasa_cli.pipeline.merging.edits import Merging, TensorEdits, edits_by_tensor
 from kasa_cli.pipeline.merging.layout import MergedLayout, settle_layout
-from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.pipeline.opening import ModelLocation, survey
 from kasa_cli.report import AdapterRow
 
 
 @dataclass(frozen=True)
-class Options:
+class MergeRequest:
     """The options of `kasa merge`. Without `weights`, each adapter has weight 1."""
 
     weights: tuple[float, ...] = ()
@@ -46,13 +46,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Case:
+class MergeCase:
     """Adapters and their base, the edits of each tensor, and the layout of the result.
 
     `base_is`: whether the base of KaSA adapters is the original or truncated; None without such adapters.
     """
 
-    options: Options
+    options: MergeRequest
     source: Source
     base: Origin
     names: NameMap
@@ -68,7 +68,7 @@ class Case:
         return self.base.checkpoint
 
 
-def check(adapters: Sequence[Path], options: Options) -> None:
+def check(adapters: Sequence[Path], options: MergeRequest) -> None:
     """Refuse options that are unsound whatever the base.
 
     Raises:
@@ -92,8 +92,12 @@ def check(adapters: Sequence[Path], options: Options) -> None:
 
 
 def opened_case(
-    paths: Sequence[Path], where: Where, output: Path, options: Options, facts: Facts | None = None
-) -> Case:
+    paths: Sequence[Path],
+    where: ModelLocation,
+    output: Path,
+    options: MergeRequest,
+    facts: Facts | None = None,
+) -> MergeCase:
     """Read the base and every adapter, check that they fit, and collect the edits of each tensor.
 
     Raises:
@@ -115,11 +119,13 @@ def opened_case(
         base_is = own or base_is
     layout, mergings = settle_layout(base, names, mergings, options.untie)
     notes = (*([names.note] if names.note else []), *layout.notes, *_initialisation_notes(mergings))
-    return Case(options, source, base, names, tuple(rows), base_is, layout, edits_by_tensor(mergings), notes)
+    return MergeCase(
+        options, source, base, names, tuple(rows), base_is, layout, edits_by_tensor(mergings), notes
+    )
 
 
 def _merging(
-    match: AdapterOnBase, base: Origin, weight: float, options: Options
+    match: AdapterOnBase, base: Origin, weight: float, options: MergeRequest
 ) -> tuple[Merging, str | None]:
     """An adapter that fits this base, and which base a KaSA adapter has."""
     match.require_start(base)

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kasa_cli.adapters import Item, TiedItems, tied_items
+from kasa_cli.adapters import PlacedItem, TiedItems, tied_items
 from kasa_cli.checkpoint import Checkpoint, model_config
 from kasa_cli.errors import InvalidInput
 from kasa_cli.files import enumerated
-from kasa_cli.model_names import Group, Kind, NameMap, Shapes, UnknownFamily
+from kasa_cli.model_names import Group, ModuleKind, NameMap, Shapes, UnknownFamily
 from kasa_cli.pipeline.adapter_on_base import Origin
 from kasa_cli.pipeline.merging.edits import Merging
 
 NOT_NEEDED = "--untie has no effect: the adapters leave tied weights equal"
-VOCABULARIES = (Kind.EMBEDDING, Kind.HEAD)
+VOCABULARIES = (ModuleKind.EMBEDDING, ModuleKind.HEAD)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _still_tied(mergings: Sequence[Merging], tied: Sequence[TiedItems]) -> Inval
 
 def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> list[Group]:
     """The groups of tied weights, if an adapter changes one. Weights that differ on disk are not tied."""
-    places: list[Item] = []
+    places: list[PlacedItem] = []
     for merging in mergings:
         places += [*merging.placed, *merging.values]
     on_disk = {part.piece.name for place in places for parts in place.matrices for part in parts}

@@ -28,7 +28,7 @@ from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapter_kinds import BaseChange, Change, Term, transposed, weighted
 from kasa_cli.pipeline.adapter_on_base import change_of, expert_changes, is_stack, module_of
 from kasa_cli.pipeline.measuring import Facts
-from kasa_cli.pipeline.merging.by_rows import Stored, StreamedTensor, TrainedRows
+from kasa_cli.pipeline.merging.by_rows import StoredTensor, StreamedTensor, TrainedRows
 from kasa_cli.pipeline.merging.edits import Edit, TensorEdits
 from kasa_cli.pipeline.merging.whole_tensor import View, WholeTensor
 
@@ -107,12 +107,12 @@ class Merger:
         self, name: str, source: str, edits: TensorEdits, changes: Mapping[int, Sequence[Change]]
     ) -> StreamedTensor:
         entry = self.checkpoint.tensors[source]
-        before = Stored(self.checkpoint.shards[self.checkpoint.shard_of(source)], source)
+        before = StoredTensor(self.checkpoint.shards[self.checkpoint.shard_of(source)], source)
         value = None
         if edits.replacement is not None:
             adapter, replacement = edits.replacement
             require_fit(adapter, replacement, entry.shape, name)
-            value = Stored(adapter.container, replacement.value.tensor)
+            value = StoredTensor(adapter.container, replacement.value.tensor)
         num_matrices = prod(entry.shape[:-2]) if any(index is not None for index in edits.by_matrix()) else 1
         return StreamedTensor(name, before, num_matrices, value, self._trained(edits), changes)
 

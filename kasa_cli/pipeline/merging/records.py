@@ -22,12 +22,12 @@ from kasa_cli.files import MANIFEST, write_file
 from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.base_writer import WrittenBase, WrittenTensor
 from kasa_cli.pipeline.file_records import file_records
-from kasa_cli.pipeline.merging.case import Case
-from kasa_cli.pipeline.workers import Running
+from kasa_cli.pipeline.merging.case import MergeCase
+from kasa_cli.pipeline.workers import RunOptions
 from kasa_cli.report import AdapterRow
 
 
-def recorded(case: Case, running: Running) -> MergeManifest:
+def recorded(case: MergeCase, running: RunOptions) -> MergeManifest:
     """What the bytes depend on besides the base. It holds no path."""
     options = case.options
     adapters = [
@@ -46,7 +46,7 @@ def recorded(case: Case, running: Running) -> MergeManifest:
 
 
 def write_records(
-    case: Case,
+    case: MergeCase,
     folder: Path,
     record: MergeManifest,
     sheets: Sequence[Sheet],

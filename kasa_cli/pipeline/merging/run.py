@@ -10,30 +10,30 @@ from kasa_cli.files import Staging, require_space
 from kasa_cli.pipeline.base_writer import WrittenTensor, write_base
 from kasa_cli.pipeline.costs import streaming_cost
 from kasa_cli.pipeline.measuring import open_facts, store_notes
-from kasa_cli.pipeline.merging.case import Case, Options, check, opened_case
+from kasa_cli.pipeline.merging.case import MergeCase, MergeRequest, check, opened_case
 from kasa_cli.pipeline.merging.edits import TensorEdits
 from kasa_cli.pipeline.merging.merger import Merger
 from kasa_cli.pipeline.merging.records import recorded, write_records
-from kasa_cli.pipeline.opening import Where
-from kasa_cli.pipeline.workers import Running, Silent, Watcher, blas_threads, check_running
+from kasa_cli.pipeline.opening import ModelLocation
+from kasa_cli.pipeline.workers import RunOptions, Silent, Watcher, blas_threads, check_running
 from kasa_cli.report import MergedRow, MergePlan, MergeReport, MergeTotals, ToChange
 
-__all__ = ["Options", "Running", "Where", "merge", "plan"]
+__all__ = ["MergeRequest", "ModelLocation", "RunOptions", "merge", "plan"]
 
 
 def plan(
     adapters: Sequence[Path],
-    where: Where,
+    where: ModelLocation,
     output: Path,
-    options: Options | None = None,
-    running: Running | None = None,
+    options: MergeRequest | None = None,
+    running: RunOptions | None = None,
 ) -> MergePlan:
     """What `merge` would do.
 
     Raises:
         KasaError: whatever `merge` would refuse before it changes a weight.
     """
-    options, running = options or Options(), running or Running()
+    options, running = options or MergeRequest(), running or RunOptions()
     check(adapters, options)
     check_running(running)
     case = opened_case(adapters, where, output, options)
@@ -64,10 +64,10 @@ def plan(
 
 def merge(
     adapters: Sequence[Path],
-    where: Where,
+    where: ModelLocation,
     output: Path,
-    options: Options | None = None,
-    running: Running | None = None,
+    options: MergeRequest | None = None,
+    running: RunOptions | None = None,
     watcher: Watcher | None = None,
 ) -> MergeReport:
     """Merge adapters, in their order, into a copy of their base, which appears only when it is complete.
@@ -75,7 +75,7 @@ def merge(
     Raises:
         KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
     """
-    options, running, watcher = options or Options(), running or Running(), watcher or Silent()
+    options, running, watcher = options or MergeRequest(), running or RunOptions(), watcher or Silent()
     check(adapters, options)
     check_running(running)
     facts = open_facts(running)
@@ -111,7 +111,7 @@ def merge(
     )
 
 
-def _sheets(case: Case) -> list[Sheet]:
+def _sheets(case: MergeCase) -> list[Sheet]:
     """The files of the merged model."""
     checkpoint, layout, dtype = case.checkpoint, case.layout, DTYPES[case.options.dtype]
     before = {name: checkpoint.tensors[layout.sources.get(name, name)].dtype for name in case.edits}

@@ -8,15 +8,24 @@ from kasa_cli.errors import UsageError
 from kasa_cli.methods import CRITERIA, RULES, SIGNS, Amount, matched_rank
 from kasa_cli.model_names import NameMap
 from kasa_cli.pipeline.measuring import Asked, Facts, ask, measure_plan, open_facts, require_some, store_notes
-from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.pipeline.opening import ModelLocation, survey
 from kasa_cli.pipeline.selecting import ranking
 from kasa_cli.pipeline.selecting.export import EMISSIONS, export
 from kasa_cli.pipeline.selecting.ranking import Judged, Ranking, Scored
-from kasa_cli.pipeline.workers import Running, Silent, Watcher, check_running
+from kasa_cli.pipeline.workers import RunOptions, Silent, Watcher, check_running
 from kasa_cli.report import MeasurePlan, SelectReport, Skipped
 from kasa_cli.targets import AsIn, Candidate, Patterns, candidates, patterns
 
-__all__ = ["Amount", "Choice", "Patterns", "Running", "Where", "patterns", "plan", "select_targets"]
+__all__ = [
+    "Amount",
+    "ModelLocation",
+    "Patterns",
+    "RunOptions",
+    "SelectRequest",
+    "patterns",
+    "plan",
+    "select_targets",
+]
 
 COMMAND = "select-targets"
 TOP_P = 0.2
@@ -24,7 +33,7 @@ RANK = 16
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectRequest:
     """The options of a selection.
 
     An empty `amount` is the best fifth; `prefer` None is the criterion's own end; `rule` applies to kappa only.
@@ -43,27 +52,27 @@ class Choice:
 
 
 def plan(
-    where: Where,
-    options: Choice | None = None,
+    where: ModelLocation,
+    options: SelectRequest | None = None,
     patterns: Patterns | None = None,
-    running: Running | None = None,
+    running: RunOptions | None = None,
 ) -> MeasurePlan:
     """The weights that `select_targets` would score, from headers alone.
 
     Raises:
         KasaError: the errors that `select_targets` raises before it reads a weight.
     """
-    options, running = options or Choice(), running or Running()
+    options, running = options or SelectRequest(), running or RunOptions()
     check_running(running)
     checkpoint, names, chosen, skipped = _survey(where, options, check(options), patterns)
     return measure_plan(COMMAND, where, (checkpoint, names), chosen, skipped, running)
 
 
 def select_targets(
-    where: Where,
-    options: Choice | None = None,
+    where: ModelLocation,
+    options: SelectRequest | None = None,
     patterns: Patterns | None = None,
-    running: Running | None = None,
+    running: RunOptions | None = None,
     watcher: Watcher | None = None,
 ) -> SelectReport:
     """Score every candidate and choose the best.
@@ -71,7 +80,7 @@ def select_targets(
     Raises:
         KasaError: by the kind of trouble; for a weight that is not finite it names the tensor.
     """
-    options, running, watcher = options or Choice(), running or Running(), watcher or Silent()
+    options, running, watcher = options or SelectRequest(), running or RunOptions(), watcher or Silent()
     rank_by = check(options)
     check_running(running)
     facts = open_facts(running)
@@ -115,8 +124,8 @@ def select_targets(
 
 
 def _survey(
-    where: Where,
-    options: Choice,
+    where: ModelLocation,
+    options: SelectRequest,
     rank_by: Ranking,
     patterns: Patterns | None,
     facts: Facts | None = None,
@@ -129,7 +138,7 @@ def _survey(
     return checkpoint, names, chosen, skipped
 
 
-def check(options: Choice) -> Ranking:
+def check(options: SelectRequest) -> Ranking:
     """The ranking that the options ask for.
 
     Raises:
@@ -186,7 +195,7 @@ def _scored(chosen: Sequence[Candidate], answers: Asked[Judged]) -> list[Scored]
     return scored
 
 
-def _matched(options: Choice, scored: Sequence[Scored], best: Sequence[Scored]) -> int | None:
+def _matched(options: SelectRequest, scored: Sequence[Scored], best: Sequence[Scored]) -> int | None:
     if options.match_budget is None:
         return None
     if not best:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kasa_cli.adapters import Entry, peft, stack_entry, wrapper_names
+from kasa_cli.adapters import FactorEntry, peft, stack_entry, wrapper_names
 from kasa_cli.checkpoint import filling, lay_out
 from kasa_cli.files import Staging, make_folder, write_file
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.truncating.factors import Measured, read_factors
-from kasa_cli.pipeline.truncating.options import Options
+from kasa_cli.pipeline.truncating.factors import MeasuredTarget, read_factors
+from kasa_cli.pipeline.truncating.options import TruncateRequest
 from kasa_cli.pipeline.truncating.plan import Plan
 from kasa_cli.pipeline.workers import Watcher
 from kasa_cli.targets import Target
@@ -26,7 +26,7 @@ Forms = list[tuple[str, str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Member:
+class FileMember:
     """The tensors of one module or parameter in a file: their shapes, and the function that makes them."""
 
     name: str
@@ -35,7 +35,7 @@ class Member:
 
 
 def write_adapter(
-    plan: Plan, options: Options, staging: Staging, measured: list[Measured], watcher: Watcher
+    plan: Plan, options: TruncateRequest, staging: Staging, measured: list[MeasuredTarget], watcher: Watcher
 ) -> None:
     """The fresh KaSA adapter, as PEFT stores one; no file where all targets are experts."""
     modules = [measurement for measurement in measured if measurement.target.expert is None]
@@ -46,7 +46,7 @@ def write_adapter(
         rank, kasa.scaling(float(options.lora_alpha), rank, options.use_rslora), options.seed
     )
 
-    def make(measurement: Measured) -> dict[str, Tensor]:
+    def make(measurement: MeasuredTarget) -> dict[str, Tensor]:
         names = peft.tensor_names(measurement.target.module)
         initial = kasa.initialise(
             read_factors(staging, measurement), recipe, options.diag_init, measurement.target.module
@@ -56,20 +56,20 @@ def write_adapter(
     lora = _lora_config(plan, [module.target for module in modules], rank, options.lora_alpha)
     config = peft.kasa_config(lora, beta=options.beta, gamma=options.gamma, use_rslora=options.use_rslora)
     members = [
-        Member(module.target.name, _forms(module.target, rank, with_diag=True), partial(make, module))
+        FileMember(module.target.name, _forms(module.target, rank, with_diag=True), partial(make, module))
         for module in modules
     ]
     _write_peft(staging.out / "adapter", config, members, watcher)
 
 
-def write_tail(plan: Plan, staging: Staging, measured: list[Measured], watcher: Watcher) -> None:
+def write_tail(plan: Plan, staging: Staging, measured: list[MeasuredTarget], watcher: Watcher) -> None:
     """The dropped components as a plain LoRA of scaling 1; no file when none are dropped."""
     cut = [measurement for measurement in measured if measurement.target.dropped]
     if not cut:
         return
     rank = max(item.target.dropped for item in cut)  # one rank for all modules: servers know no other
 
-    def make(item: Measured) -> dict[str, Tensor]:
+    def make(item: MeasuredTarget) -> dict[str, Tensor]:
         names = peft.tensor_names(item.target.module)
         A, B = kasa.tail(read_factors(staging, item))
         pad, missing = torch.nn.functional.pad, rank - len(A)
@@ -77,7 +77,7 @@ def write_tail(plan: Plan, staging: Staging, measured: list[Measured], watcher: 
 
     modules = [item for item in cut if item.target.expert is None]
     members = [
-        Member(module.target.name, _forms(module.target, rank, with_diag=False), partial(make, module))
+        FileMember(module.target.name, _forms(module.target, rank, with_diag=False), partial(make, module))
         for module in modules
     ]
     stacks = _stacks(plan, cut)
@@ -92,7 +92,7 @@ def write_tail(plan: Plan, staging: Staging, measured: list[Measured], watcher: 
     _write_peft(staging.out / "tail", config, members, watcher)
 
 
-def _stacks(plan: Plan, measured: list[Measured]) -> list[Entry]:
+def _stacks(plan: Plan, measured: list[MeasuredTarget]) -> list[FactorEntry]:
     """The tensors of every parameter of fused experts."""
     counts = Counter(
         measurement.target.module for measurement in measured if measurement.target.expert is not None
@@ -105,7 +105,9 @@ def _stacks(plan: Plan, measured: list[Measured]) -> list[Entry]:
     ]
 
 
-def _stack_member(stack: Entry, rank: int, staging: Staging, measured: list[Measured]) -> Member:
+def _stack_member(
+    stack: FactorEntry, rank: int, staging: Staging, measured: list[MeasuredTarget]
+) -> FileMember:
     """The tail of a parameter of fused experts."""
     experts = [measurement for measurement in measured if measurement.target.module == stack.target]
 
@@ -114,7 +116,7 @@ def _stack_member(stack: Entry, rank: int, staging: Staging, measured: list[Meas
         left, right = (torch.stack(side).to(torch.float32) for side in zip(*terms, strict=True))
         return stack.tensors(left, right, rank)
 
-    return Member(stack.target, stack.shapes(rank), make)
+    return FileMember(stack.target, stack.shapes(rank), make)
 
 
 def _lora_config(plan: Plan, targets: list[Target], rank: int, alpha: float) -> dict[str, Any]:
@@ -136,7 +138,7 @@ def _forms(target: Target, rank: int, *, with_diag: bool) -> Forms:
     return [*factors, (names["diag"], "F32", (rank,))] if with_diag else factors
 
 
-def _write_peft(folder: Path, config: dict[str, Any], members: list[Member], watcher: Watcher) -> None:
+def _write_peft(folder: Path, config: dict[str, Any], members: list[FileMember], watcher: Watcher) -> None:
     make_folder(folder)
     layout = lay_out(triple for member in members for triple in member.forms)
     watcher.stage(folder.name, len(members), len(members))

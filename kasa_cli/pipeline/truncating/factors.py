@@ -17,7 +17,7 @@ from kasa_cli.targets import Target
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTarget:
     """A measured target: the key of its factors, the hash of its bytes, and its facts."""
 
     target: Target
@@ -39,7 +39,7 @@ class Measurer:
 
 def measure(
     measurer: Measurer, targets: tuple[Target, ...], num_workers: int, watcher: Watcher
-) -> list[Measured]:
+) -> list[MeasuredTarget]:
     """Decompose every target that has neither a part nor facts in the store; results in the order given."""
     task = Task(
         partial(_measure_one, measurer),
@@ -50,7 +50,7 @@ def measure(
     return run_stage("measure", task, targets, num_workers, watcher)
 
 
-def read_factors(staging: Staging, measured: Measured) -> Ends:
+def read_factors(staging: Staging, measured: MeasuredTarget) -> Ends:
     """The factors of a target, from its part.
 
     Raises:
@@ -78,17 +78,17 @@ def spectral_facts(ends: Ends) -> SpectralFacts:
     )
 
 
-def _measure_one(measurer: Measurer, target: Target) -> Measured:
+def _measure_one(measurer: Measurer, target: Target) -> MeasuredTarget:
     hashed = weigh(measurer.checkpoint, target.matrix, measurer.device)
     key = _part_key(target, hashed)
     path = measurer.staging.part(key)
     if path is not None:
         ends = unpack(Ends, path.read_bytes())
-        return Measured(target, key, hashed.digest, spectral_facts(ends), is_new=False)
+        return MeasuredTarget(target, key, hashed.digest, spectral_facts(ends), is_new=False)
     bench = measurer.facts.bench(hashed)
     ends = bench.bottom(target.dropped)
     measurer.staging.keep_part(key, pack(ends, {"name": target.name}))
-    return Measured(target, key, hashed.digest, spectral_facts(ends), bench.is_new)
+    return MeasuredTarget(target, key, hashed.digest, spectral_facts(ends), bench.is_new)
 
 
 def _part_key(target: Target, hashed: HashedMatrix) -> str:

@@ -9,7 +9,7 @@ from kasa_cli.checkpoint import DTYPES, TruncateOptions
 from kasa_cli.errors import UsageError
 from kasa_cli.linalg import ROUNDINGS
 from kasa_cli.methods import kasa
-from kasa_cli.pipeline.workers import Running, check_running
+from kasa_cli.pipeline.workers import RunOptions, check_running
 from kasa_cli.targets import Patterns
 
 PARTS = ("base", "adapter", "tail")
@@ -17,7 +17,7 @@ SHARD_SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s?[KMGT]B", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Options:
+class TruncateRequest:
     """The options of `kasa truncate`, except those that locate the model.
 
     `truncation_rank` None is the rank, `alpha` None twice the rank, `workers` 0 the number of cores.
@@ -48,9 +48,9 @@ class Options:
     restart: bool = False
 
     @property
-    def running(self) -> Running:
+    def running(self) -> RunOptions:
         """Workers, threads, device and store."""
-        return Running(self.workers, self.threads_per_worker, self.device, self.store, self.use_store)
+        return RunOptions(self.workers, self.threads_per_worker, self.device, self.store, self.use_store)
 
     @property
     def dropped(self) -> int:
@@ -68,7 +68,7 @@ class Options:
         return self.running.num_workers
 
 
-def check(options: Options) -> None:
+def check(options: TruncateRequest) -> None:
     """Refuse options that no model can satisfy.
 
     Raises:
@@ -98,7 +98,7 @@ def check(options: Options) -> None:
     _check_names(options)
 
 
-def recorded(options: Options) -> TruncateOptions:
+def recorded(options: TruncateRequest) -> TruncateOptions:
     """The options on which the bytes of the output depend."""
     return TruncateOptions(
         alpha=options.lora_alpha,
@@ -117,7 +117,7 @@ def recorded(options: Options) -> TruncateOptions:
     )
 
 
-def _check_names(options: Options) -> None:
+def _check_names(options: TruncateRequest) -> None:
     for values, known, what in (
         (options.emit, PARTS, "part to emit"),
         ((options.dtype,), DTYPES, "dtype"),

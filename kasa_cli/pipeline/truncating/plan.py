@@ -7,7 +7,7 @@ from kasa_cli.checkpoint import Checkpoint, Source
 from kasa_cli.errors import UsageError
 from kasa_cli.model_names import NameMap
 from kasa_cli.pipeline.measuring import Facts
-from kasa_cli.pipeline.opening import Where, survey
+from kasa_cli.pipeline.opening import ModelLocation, survey
 from kasa_cli.targets import Patterns, RankRule, Selection, Target, select
 from kasa_cli.targets import patterns as asked_for
 
@@ -23,7 +23,7 @@ class Plan:
 
 
 def make_plan(
-    where: Where,
+    where: ModelLocation,
     patterns: Patterns,
     from_file: Path | None,
     rank_rule: RankRule,

@@ -17,14 +17,14 @@ from kasa_cli.checkpoint import (
 )
 from kasa_cli.files import MANIFEST, Staging, write_file
 from kasa_cli.pipeline.file_records import file_records
-from kasa_cli.pipeline.truncating.factors import Measured
-from kasa_cli.pipeline.truncating.options import Options, recorded
+from kasa_cli.pipeline.truncating.factors import MeasuredTarget
+from kasa_cli.pipeline.truncating.options import TruncateRequest, recorded
 from kasa_cli.pipeline.truncating.plan import Plan
 from kasa_cli.pipeline.truncating.rewrite import Truncated
 
 
 def write_records(
-    plan: Plan, options: Options, staging: Staging, environment: Environment, done: Truncated
+    plan: Plan, options: TruncateRequest, staging: Staging, environment: Environment, done: Truncated
 ) -> bytes:
     """Write the model cards, then the manifest; returns its bytes. A manifest is there only once all else is."""
     carried = model_card.source_facts(plan.checkpoint.root, plan.checkpoint.companions)
@@ -74,7 +74,7 @@ def _tensor_records(plan: Plan, done: Truncated) -> dict[str, TensorRecord]:
     return records
 
 
-def _truncation(measured: Measured) -> TruncationRecord:
+def _truncation(measured: MeasuredTarget) -> TruncationRecord:
     target = measured.target
     return TruncationRecord(target.dropped, target.matrix.is_transposed, measured.facts)
 
@@ -106,7 +106,7 @@ def _expert_records(done: Truncated) -> dict[str, ExpertRecord]:
     }
 
 
-def _card_body(plan: Plan, options: Options) -> str:
+def _card_body(plan: Plan, options: TruncateRequest) -> str:
     parts = {
         "base": "- `base/`: the truncated model, loaded like the original.",
         "adapter": f"- `adapter/`: a fresh KaSA adapter of rank {options.rank} for PEFT.",

@@ -16,14 +16,14 @@ from kasa_cli.files import Staging
 from kasa_cli.linalg import Ends, Outcome, Sums, measured_sums, rounding
 from kasa_cli.methods import kasa
 from kasa_cli.pipeline.base_writer import RowReader, WrittenBase, require_finite
-from kasa_cli.pipeline.truncating.factors import Measured, read_factors
+from kasa_cli.pipeline.truncating.factors import MeasuredTarget, read_factors
 
 
 @dataclass(frozen=True)
 class Share:
     """Rows [start, stop), as stored, of a target. `index` is the number of its matrix in a tensor of several."""
 
-    measured: Measured
+    measured: MeasuredTarget
     index: int | None
     start: int
     stop: int
@@ -50,7 +50,7 @@ SumsByTarget = Mapping[str, Sums]
 class Truncated:
     """The measured targets, and the base that was written."""
 
-    measured: list[Measured]
+    measured: list[MeasuredTarget]
     base: WrittenBase[SumsByTarget]
 
     @cached_property
@@ -68,7 +68,7 @@ class Truncated:
         return {tensor.name: tensor.dtype for tensor in self.base.tensors}
 
 
-def shares_of(checkpoint: Checkpoint, measured: Iterable[Measured]) -> dict[str, list[Share]]:
+def shares_of(checkpoint: Checkpoint, measured: Iterable[MeasuredTarget]) -> dict[str, list[Share]]:
     """The shares that each tensor on disk holds, in the order of its bytes."""
     shares: defaultdict[str, list[Share]] = defaultdict(list)
     for measurement in measured:
@@ -94,7 +94,7 @@ class Truncation:
         """The rewrite of a tensor; it reads one matrix at a time."""
         return TruncatedTensor(name, self, self.shares[name])
 
-    def exact(self, measured: Measured) -> Exact:
+    def exact(self, measured: MeasuredTarget) -> Exact:
         """Read a target and its factors."""
         factors = read_factors(self.staging, measured)
         W = measured.target.matrix.read(self.checkpoint)

@@ -15,10 +15,10 @@ from kasa_cli.methods import kasa
 from kasa_cli.pipeline.base_writer import WrittenBase, write_base
 from kasa_cli.pipeline.costs import memory_needed, seconds_needed
 from kasa_cli.pipeline.measuring import Facts, open_facts, pick_device, store_notes
-from kasa_cli.pipeline.opening import Where
+from kasa_cli.pipeline.opening import ModelLocation
 from kasa_cli.pipeline.truncating.adapter_and_tail import write_adapter, write_tail
-from kasa_cli.pipeline.truncating.factors import Measured, Measurer, measure
-from kasa_cli.pipeline.truncating.options import PARTS, Options, check, recorded
+from kasa_cli.pipeline.truncating.factors import MeasuredTarget, Measurer, measure
+from kasa_cli.pipeline.truncating.options import PARTS, TruncateRequest, check, recorded
 from kasa_cli.pipeline.truncating.plan import Plan, make_plan, require_rank
 from kasa_cli.pipeline.truncating.records import write_records
 from kasa_cli.pipeline.truncating.rewrite import SumsByTarget, Truncated, Truncation, shares_of
@@ -34,10 +34,10 @@ from kasa_cli.report import (
 )
 from kasa_cli.targets import Patterns, Target
 
-__all__ = ["Options", "Patterns", "Where", "plan", "truncate"]
+__all__ = ["ModelLocation", "Patterns", "TruncateRequest", "plan", "truncate"]
 
 
-def plan(where: Where, options: Options) -> PlanReport:
+def plan(where: ModelLocation, options: TruncateRequest) -> PlanReport:
     """The plan of `truncate`, from headers alone.
 
     Raises:
@@ -71,14 +71,14 @@ def plan(where: Where, options: Options) -> PlanReport:
 
 
 def truncate(
-    where: Where, output: Path, options: Options | None = None, watcher: Watcher | None = None
+    where: ModelLocation, output: Path, options: TruncateRequest | None = None, watcher: Watcher | None = None
 ) -> TruncateReport:
     """Truncate a checkpoint into `output`, which appears only when it is complete.
 
     Raises:
         KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
     """
-    options, watcher = options or Options(), watcher or Silent()
+    options, watcher = options or TruncateRequest(), watcher or Silent()
     check(options)
     device = pick_device(options.device)
     facts = open_facts(options.running)
@@ -99,7 +99,7 @@ def truncate(
     return replace(report, notes=(*report.notes, *store_notes(facts)))
 
 
-def _plan(where: Where, options: Options, facts: Facts | None = None) -> Plan:
+def _plan(where: ModelLocation, options: TruncateRequest, facts: Facts | None = None) -> Plan:
     rule = kasa.COMPATS[options.compat]
     whole_plan = make_plan(
         where,
@@ -114,7 +114,7 @@ def _plan(where: Where, options: Options, facts: Facts | None = None) -> Plan:
     return whole_plan
 
 
-def _sheets(whole_plan: Plan, options: Options) -> list[Sheet]:
+def _sheets(whole_plan: Plan, options: TruncateRequest) -> list[Sheet]:
     """The files of the base; none when no base is emitted."""
     if "base" not in options.emit:
         return []
@@ -125,7 +125,7 @@ def _sheets(whole_plan: Plan, options: Options) -> list[Sheet]:
     return base_sheets(whole_plan.checkpoint, changing, options.max_shard_size)
 
 
-def _bytes_to_write(whole_plan: Plan, options: Options, sheets: Sequence[Sheet]) -> int:
+def _bytes_to_write(whole_plan: Plan, options: TruncateRequest, sheets: Sequence[Sheet]) -> int:
     """Bytes of the output, and of the parts in staging."""
     root, targets = whole_plan.checkpoint.root, whole_plan.selection.targets
     sides = sum(sum(target.shape) for target in targets)
@@ -138,7 +138,7 @@ def _bytes_to_write(whole_plan: Plan, options: Options, sheets: Sequence[Sheet])
     return parts + base + adapter + tail
 
 
-def _job(whole_plan: Plan, options: Options, environment: manifest.Environment) -> dict[str, Any]:
+def _job(whole_plan: Plan, options: TruncateRequest, environment: manifest.Environment) -> dict[str, Any]:
     """Everything that the bytes of the output depend on: a run continues only the same job."""
     headers = [[file, shard.identity.size] for file, shard in whole_plan.checkpoint.shards.items()]
     return {
@@ -153,10 +153,10 @@ def _job(whole_plan: Plan, options: Options, environment: manifest.Environment) 
 
 def _write_parts(
     whole_plan: Plan,
-    options: Options,
+    options: TruncateRequest,
     sheets: list[Sheet],
     staging: Staging,
-    measured: list[Measured],
+    measured: list[MeasuredTarget],
     watcher: Watcher,
 ) -> WrittenBase[SumsByTarget]:
     """Write base, adapter and tail; returns the written base."""
@@ -176,7 +176,7 @@ def _write_parts(
     return written
 
 
-def _notes(whole_plan: Plan, options: Options) -> tuple[str, ...]:
+def _notes(whole_plan: Plan, options: TruncateRequest) -> tuple[str, ...]:
     """Notes on how other tools read the output."""
     notes = [whole_plan.names.note] if whole_plan.names.note else []
     modules, config = [target.module for target in whole_plan.selection.modules], whole_plan.checkpoint.config
@@ -210,9 +210,9 @@ def _notes(whole_plan: Plan, options: Options) -> tuple[str, ...]:
 
 
 def _report(
-    where: Where,
+    where: ModelLocation,
     output: Path,
-    options: Options,
+    options: TruncateRequest,
     whole_plan: Plan,
     done: Truncated,
     sealed: bytes,
@@ -248,7 +248,7 @@ def _planned(target: Target) -> ToTruncate:
     return ToTruncate(target.name, target.module, target.shape, matrix.dtype, is_transposed, target.dropped)
 
 
-def _row(measurement: Measured, done: Truncated) -> TensorRow:
+def _row(measurement: MeasuredTarget, done: Truncated) -> TensorRow:
     spectral = {name: value for name, value in asdict(measurement.facts).items() if name != "angle"}
     outcome, matrix = done.outcomes.get(measurement.target.name), measurement.target.matrix
     return TensorRow(
@@ -263,7 +263,7 @@ def _row(measurement: Measured, done: Truncated) -> TensorRow:
     )
 
 
-def _totals(rows: Sequence[TensorRow], done: Truncated, options: Options) -> TruncateTotals:
+def _totals(rows: Sequence[TensorRow], done: Truncated, options: TruncateRequest) -> TruncateTotals:
     realised = [row.realised for row in rows if row.realised is not None]
     return {
         "tensors_operated": len(rows),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from kasa_cli.adapters import Entry, peft, stack_entry
+from kasa_cli.adapters import FactorEntry, peft, stack_entry
 from kasa_cli.checkpoint import (
     Container,
     ConvertManifest,
@@ -105,7 +105,7 @@ def _check_parts(output: Path, manifest: TruncateManifest) -> None:
         _require_small(output / "tail", _small_tensors(truncated, rank, with_diag=False) | experts)
 
 
-def expert_entries(manifest: TruncateManifest) -> dict[str, Entry]:
+def expert_entries(manifest: TruncateManifest) -> dict[str, FactorEntry]:
     """The tensors in the tail of each parameter of fused experts."""
     stacks: dict[str, list[ExpertRecord]] = {}
     for record in manifest.experts.values():

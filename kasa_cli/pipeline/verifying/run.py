@@ -4,19 +4,19 @@ from pathlib import Path
 
 from kasa_cli.checkpoint import TruncateManifest, manifest
 from kasa_cli.errors import InvalidInput, UsageError
-from kasa_cli.pipeline.opening import Where, find
+from kasa_cli.pipeline.opening import ModelLocation, find
 from kasa_cli.pipeline.verifying import integrity, recompute
 from kasa_cli.pipeline.workers import Silent, Watcher, blas_threads, num_cores
 from kasa_cli.report import Compared, VerifyReport
 
-__all__ = ["Where", "verify"]
+__all__ = ["ModelLocation", "verify"]
 
 
 def verify(
     output: Path,
     *,
     read_data: bool = False,
-    against: Where | None = None,
+    against: ModelLocation | None = None,
     workers: int = 0,
     watcher: Watcher | None = None,
 ) -> VerifyReport:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kasa_cli.errors import IntegrityError
 from kasa_cli.pipeline.measuring.facts import Bench
-from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
+from kasa_cli.pipeline.merging.run import MergeRequest, ModelLocation, RunOptions, merge
 from tests.builders import tiny_models
 from tests.builders.adapters import disturb_saved
 from tests.builders.matrices import assert_close, kept
@@ -34,10 +34,10 @@ class Output:
         return self.out / "adapter"
 
     def merged(
-        self, base: Path, out: Path, running: Running | None = None, **options
+        self, base: Path, out: Path, running: RunOptions | None = None, **options
     ) -> dict[str, torch.Tensor]:
-        running = running or Running(1, use_store=False)
-        merge([self.adapter], Where(str(base)), out, Options(**options), running)
+        running = running or RunOptions(1, use_store=False)
+        merge([self.adapter], ModelLocation(str(base)), out, MergeRequest(**options), running)
         return load_file(out / "model.safetensors")
 
 
@@ -74,11 +74,11 @@ def test_the_cut_of_the_original_is_as_deep_as_that_of_the_truncated_base(output
 def test_factors_of_the_tail_the_store_and_a_decomposition_agree(output, tmp_path, monkeypatch):
     from_scratch = Output(output.model, shutil.copytree(output.out, tmp_path / "copy"))
     shutil.rmtree(from_scratch.out / "tail")
-    computed = from_scratch.merged(output.model, tmp_path / "a", Running(1, store=tmp_path / "store"))
+    computed = from_scratch.merged(output.model, tmp_path / "a", RunOptions(1, store=tmp_path / "store"))
     asked = []
     decompose = Bench._found
     monkeypatch.setattr(Bench, "_found", lambda *args: asked.append(args) or decompose(*args))
-    stored = from_scratch.merged(output.model, tmp_path / "b", Running(1, store=tmp_path / "store"))
+    stored = from_scratch.merged(output.model, tmp_path / "b", RunOptions(1, store=tmp_path / "store"))
     assert not asked
     monkeypatch.setattr(Bench, "bottom", lambda *args: pytest.fail("the tail was there"))
     by_tail = output.merged(output.model, tmp_path / "c")
@@ -134,7 +134,7 @@ def test_of_two_adapters_the_one_that_lacks_more_says_how_deep_the_cut_is(tmp_pa
         (place / "adapter_config.json").write_text(json.dumps({**words, "peft_version": "0.21.2"}))
         adapters.append(place)
         exact = exact + (B.double() * d.double()) @ A.double()
-    options = Options(base_is="original")
-    merge(adapters, Where(str(model)), tmp_path / "OUT", options, Running(1, use_store=False))
+    options = MergeRequest(base_is="original")
+    merge(adapters, ModelLocation(str(model)), tmp_path / "OUT", options, RunOptions(1, use_store=False))
     found = load_file(tmp_path / "OUT" / "model.safetensors")[f"{name}.weight"]
     assert float((found - exact).abs().max()) <= 1e-6 * float(exact.abs().max())

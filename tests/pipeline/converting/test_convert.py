@@ -21,10 +21,10 @@ from kasa_cli.methods.adapter_kinds.as_lora import Limit, of_terms, of_weight
 from kasa_cli.methods.adapter_kinds.change import Change, Term
 from kasa_cli.pipeline.converting import factors as factors_file
 from kasa_cli.pipeline.converting import run as verb
-from kasa_cli.pipeline.converting.run import Options, Running, Where, convert
-from kasa_cli.pipeline.merging.run import Options as MergeOptions
+from kasa_cli.pipeline.converting.run import ConvertRequest, ModelLocation, RunOptions, convert
+from kasa_cli.pipeline.merging.run import ConvertRequest as MergeOptions
 from kasa_cli.pipeline.merging.run import merge
-from kasa_cli.pipeline.truncating.run import Options as Truncation
+from kasa_cli.pipeline.truncating.run import ConvertRequest as Truncation
 from kasa_cli.pipeline.truncating.run import Patterns, truncate
 from tests.builders.adapters import CASES, CONFIG, WEIGHTS, base_of, fill_b, live, saved, tampered
 from tests.builders.checkpoints import load, logits
@@ -32,7 +32,7 @@ from tests.builders.folders import tree_hash
 from tests.builders.matrices import close
 from tests.builders.runs import finished, inside
 
-HERE = Running(1, use_store=False)
+HERE = RunOptions(1, use_store=False)
 EXACT = {
     *(
         "lora",
@@ -80,7 +80,9 @@ MORE = {
 
 
 def converted(adapter, base, out, running=HERE, **options):
-    return convert(adapter, Where(str(base)), out, Options(**{"base_is": "original", **options}), running)
+    return convert(
+        adapter, ModelLocation(str(base)), out, ConvertRequest(**{"base_is": "original", **options}), running
+    )
 
 
 def with_peft(base, adapter):
@@ -203,7 +205,7 @@ def operated(model, folder):
     """A truncated output (of a truncation rank above the adapter's), its trained adapter, and the logits."""
     out = folder / "operated"
     options = {"rank": 3, "truncation_rank": 5, "alpha": 7, "workers": 1, "use_store": False}
-    truncate(Where(str(model)), out, Truncation(patterns=Patterns(("q_proj", "v_proj")), **options))
+    truncate(ModelLocation(str(model)), out, Truncation(patterns=Patterns(("q_proj", "v_proj")), **options))
     with warnings.catch_warnings(action="ignore"):
         fresh = PeftModel.from_pretrained(load(out / "base"), out / "adapter", is_trainable=True)
         trained = train(fresh)
@@ -253,7 +255,7 @@ def test_the_cut_is_as_deep_as_the_manifest_says_and_from_the_tail_where_there_i
 def test_tail_store_and_decomposition_agree(operated, model, tmp_path):
     out, _, _ = operated
     copy = shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns("tail", "base"))
-    stored = Running(1, store=tmp_path / "store")
+    stored = RunOptions(1, store=tmp_path / "store")
     for name, given, running in (
         ("tail", out, HERE),
         ("computed", copy, HERE),
@@ -300,7 +302,7 @@ def test_a_lora_for_the_other_base_knows_which_that_is(operated, model, tmp_path
     converted(out / "adapter", model, tmp_path / "T", base_is="auto", on="truncated")
     converted(out / "adapter", out / "base", tmp_path / "O", base_is="auto", on="original")
     into = lambda adapter, base, name, **o: merge(  # noqa: E731
-        [adapter], Where(str(base)), tmp_path / name, MergeOptions(**o), HERE
+        [adapter], ModelLocation(str(base)), tmp_path / name, MergeOptions(**o), HERE
     )
     into(tmp_path / "T", out / "base", "a")
     into(tmp_path / "O", model, "b")
@@ -329,7 +331,7 @@ def test_names_on_disk_are_those_of_tensors_of_these_shapes(name, tmp_path):
     converted(adapter, base, tmp_path / "OUT", names="disk")
     tensors, config = parts(tmp_path / "OUT")
     before = load_file(base / "model.safetensors")
-    merge([adapter], Where(str(base)), tmp_path / "merged", MergeOptions(), HERE)
+    merge([adapter], ModelLocation(str(base)), tmp_path / "merged", MergeOptions(), HERE)
     after = load_file(tmp_path / "merged" / "model.safetensors")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     named = set()
@@ -609,7 +611,7 @@ def test_a_lora_lite_file_reads_back_and_merges_to_the_same(name, tmp_path):
     assert taken == {row.module for row in report.tensors}
     for number, one in enumerate((adapter, tmp_path / "OUT" / "adapter.safetensors")):
         options = MergeOptions(base_is="original")
-        merge([one], Where(str(base)), tmp_path / f"merged{number}", options, HERE)
+        merge([one], ModelLocation(str(base)), tmp_path / f"merged{number}", options, HERE)
     ours, theirs = (load_file(tmp_path / f"merged{number}" / "model.safetensors") for number in (1, 0))
     for key, tensor in theirs.items():
         assert float((ours[key] - tensor).abs().max()) <= 1e-6 * float(tensor.abs().max()), key

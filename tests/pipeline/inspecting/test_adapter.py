@@ -18,8 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from kasa_cli.errors import ExitCode, IntegrityError, InvalidInput, UsageError
-from kasa_cli.pipeline.inspecting.run_adapter import Running, Where, adapter
-from kasa_cli.pipeline.truncating.run import Options, Patterns, truncate
+from kasa_cli.pipeline.inspecting.run_adapter import ModelLocation, RunOptions, adapter
+from kasa_cli.pipeline.truncating.run import Patterns, TruncateRequest, truncate
 from kasa_cli.render.adapters import adapter_tables
 from kasa_cli.render.tables import _table, as_text
 from kasa_cli.report import AdapterReport, ModuleRow
@@ -28,7 +28,7 @@ from tests.builders.adapters import CASES, CONFIG, WEIGHTS, base_of, disturb_sav
 from tests.builders.checkpoints import load
 from tests.builders.runs import ROOT, inside
 
-HERE = Running(1, use_store=False)
+HERE = RunOptions(1, use_store=False)
 EXACT = 1e-12
 BY_SVD = 5e-6
 """Kinds that PEFT decomposes in float32."""
@@ -48,7 +48,7 @@ TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
 
 def looked(path, base=None, base_is="auto") -> AdapterReport:
-    return adapter(path, Where(str(base)) if base else None, base_is, HERE)
+    return adapter(path, ModelLocation(str(base)) if base else None, base_is, HERE)
 
 
 def numpy(tensor) -> np.ndarray:
@@ -462,8 +462,8 @@ def test_an_altered_tail_and_another_base_are_mismatches(pretruncated, tmp_path)
 
 def test_a_fresh_adapter_has_a_zero_update_and_sound_json(tmp_path, capsys):
     model = tiny_models.save("llama", tmp_path / "model")
-    options = Options(rank=3, workers=1, patterns=Patterns(("q_proj",)), use_store=False)
-    truncate(Where(str(model)), tmp_path / "OUT", options)
+    options = TruncateRequest(rank=3, workers=1, patterns=Patterns(("q_proj",)), use_store=False)
+    truncate(ModelLocation(str(model)), tmp_path / "OUT", options)
     done = inside(capsys, "inspect", "adapter", tmp_path / "OUT" / "adapter", "--json")
     assert done.code == 0
     for row in done.json["modules"]:
@@ -656,8 +656,8 @@ def test_what_is_not_known_has_no_column():
 
 def test_the_report_does_not_depend_on_the_number_of_workers(pretruncated):
     _, out, _ = pretruncated
-    one = adapter(out / "adapter", None, "auto", Running(1, use_store=False))
-    three = adapter(out / "adapter", None, "auto", Running(3, use_store=False))
+    one = adapter(out / "adapter", None, "auto", RunOptions(1, use_store=False))
+    three = adapter(out / "adapter", None, "auto", RunOptions(3, use_store=False))
     assert one == three
 
 

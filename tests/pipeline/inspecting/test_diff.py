@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from kasa_cli.checkpoint import matrix
 from kasa_cli.errors import ExitCode, IntegrityError, NumericalError, UsageError
 from kasa_cli.pipeline.inspecting import diff as diff_file
-from kasa_cli.pipeline.inspecting.run_diff import Patterns, Running, Where, diff
+from kasa_cli.pipeline.inspecting.run_diff import ModelLocation, Patterns, RunOptions, diff
 from kasa_cli.report import DiffReport, DiffRow
 from tests.builders import tiny_models
 from tests.builders.checkpoints import changed, plain_model, save_plain
@@ -28,7 +28,12 @@ FIGURE = 1e-9
 def compared(one, other, *patterns: str, **options) -> DiffReport:
     """The report, computed in this process with the store of the test and `rank` 8."""
     rank = options.pop("rank", RANK)
-    return diff((Where(str(one)), Where(str(other))), Patterns(patterns), Running(1, **options), rank)
+    return diff(
+        (ModelLocation(str(one)), ModelLocation(str(other))),
+        Patterns(patterns),
+        RunOptions(1, **options),
+        rank,
+    )
 
 
 def tensors(model) -> dict[str, torch.Tensor]:

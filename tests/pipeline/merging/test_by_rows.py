@@ -17,7 +17,7 @@ from kasa_cli.errors import IntegrityError
 from kasa_cli.files import direct_io
 from kasa_cli.pipeline import base_writer
 from kasa_cli.pipeline.merging import by_rows
-from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
+from kasa_cli.pipeline.merging.run import MergeRequest, ModelLocation, RunOptions, merge
 from kasa_cli.pipeline.merging.whole_tensor import WholeTensor
 from kasa_cli.pipeline.verifying.integrity import check_hashes
 from kasa_cli.pipeline.workers import Silent
@@ -36,8 +36,8 @@ def merged(name, tmp_path, out, **options):
     base = tmp_path / "half"
     if not base.exists():
         tiny_models.save(CASES[name].family, base, dtype=torch.bfloat16)
-    options = Options(base_is="original", force_base=True, untie=name in UNTIED, **options)
-    report = merge([saved(name)], Where(str(base)), out, options, Running(1, use_store=False))
+    options = MergeRequest(base_is="original", force_base=True, untie=name in UNTIED, **options)
+    report = merge([saved(name)], ModelLocation(str(base)), out, options, RunOptions(1, use_store=False))
     return report, (out / MODEL).read_bytes()
 
 
@@ -87,10 +87,14 @@ def test_few_tensors_are_ever_held_whole(name, tmp_path, monkeypatch):
 
 def test_many_workers_and_one_make_the_same_output(tmp_path):
     base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora")
-    options = Options(max_shard_size="20KB")
+    options = MergeRequest(max_shard_size="20KB")
     for workers in (1, 16):
         merge(
-            [adapter], Where(str(base)), tmp_path / str(workers), options, Running(workers, use_store=False)
+            [adapter],
+            ModelLocation(str(base)),
+            tmp_path / str(workers),
+            options,
+            RunOptions(workers, use_store=False),
         )
     assert tree_hash(tmp_path / "1") == tree_hash(tmp_path / "16")
     check_hashes(tmp_path / "1", load_manifest(tmp_path / "1"), 1, Silent())
@@ -99,7 +103,7 @@ def test_many_workers_and_one_make_the_same_output(tmp_path):
 def test_of_many_files_few_are_open(tmp_path, monkeypatch):
     """A process may open only a limited number of files, fewer than a checkpoint may have shards."""
     base, adapter = tiny_models.save("llama", tmp_path / "base"), saved("lora")
-    options = Options(max_shard_size="20KB")
+    options = MergeRequest(max_shard_size="20KB")
     num_open, most = [0], [0]
 
     @contextmanager
@@ -112,7 +116,7 @@ def test_of_many_files_few_are_open(tmp_path, monkeypatch):
 
     monkeypatch.setattr(base_writer, "opened_directly", counted)
     monkeypatch.setattr(base_writer, "OPEN_FILES", 2)
-    merge([adapter], Where(str(base)), tmp_path / "OUT", options, Running(2, use_store=False))
+    merge([adapter], ModelLocation(str(base)), tmp_path / "OUT", options, RunOptions(2, use_store=False))
     assert most[0] == 2 and len(list((tmp_path / "OUT").glob("*.safetensors"))) > 4
     check_hashes(tmp_path / "OUT", load_manifest(tmp_path / "OUT"), 1, Silent())
 
@@ -185,9 +189,10 @@ def one_weight(folder, rows, kind):
 ONE_AFTER_THE_OTHER = """
 import sys
 from pathlib import Path
-from kasa_cli.pipeline.merging.run import Options, Running, Where, merge
+from kasa_cli.pipeline.merging.run import MergeRequest, RunOptions, ModelLocation, merge
 for folder in map(Path, sys.argv[1:]):
-    merge([folder / "adapter"], Where(str(folder / "base")), folder / "OUT", Options(), Running(1, use_store=False))
+    base, running = ModelLocation(str(folder / "base")), RunOptions(1, use_store=False)
+    merge([folder / "adapter"], base, folder / "OUT", MergeRequest(), running)
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(int(peak.split()[1]) << 10)
 """

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from kasa_cli.errors import ExitCode
 from kasa_cli.methods.criteria import CRITERIA, Spectrum
-from kasa_cli.pipeline.selecting.run import Amount, Choice, Running, Where, select_targets
+from kasa_cli.pipeline.selecting.run import Amount, ModelLocation, RunOptions, SelectRequest, select_targets
 from tests.builders import tiny_models
 from tests.builders.checkpoints import changed, load, plain_model
 from tests.builders.runs import inside
@@ -38,7 +38,7 @@ def case(request, tmp_path_factory):
 def chosen(case, amount, **options):
     _, model, _, store = case
     return select_targets(
-        Where(str(model)), Choice(amount=amount, **options), running=Running(1, store=store)
+        ModelLocation(str(model)), SelectRequest(amount=amount, **options), running=RunOptions(1, store=store)
     )
 
 
@@ -98,7 +98,7 @@ def test_the_one_line_of_peft_gives_the_two_lists_of_the_json(family, tmp_path, 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss", "granite-moe"])
 def test_experts_are_scored_one_by_one_and_count_by_their_mean(family, tmp_path):
     model = tiny_models.save(family, tmp_path / "model")
-    report = select_targets(Where(str(model)), running=Running(1))
+    report = select_targets(ModelLocation(str(model)), running=RunOptions(1))
     weights = dict(load(model).named_parameters())
     rows = [row for row in report.candidates if row.kind == "parameter"]
     assert rows
@@ -173,7 +173,9 @@ def test_a_singular_weight_is_last_and_a_zero_one_first_by_peft_and_both_last_by
 @pytest.mark.parametrize("family", ["gpt2", "qwen3-moe"])
 def test_every_criterion_scores_all_linear_weights_of_the_blocks(family, criterion, tmp_path):
     model = tiny_models.save(family, tmp_path / "model")
-    report = select_targets(Where(str(model)), Choice(criterion=criterion, rule="strict"), running=Running(1))
+    report = select_targets(
+        ModelLocation(str(model)), SelectRequest(criterion=criterion, rule="strict"), running=RunOptions(1)
+    )
     weights = dict(load(model).named_parameters())
     scored = {row.module: row for row in report.candidates}
     silent = {one.name for one in report.skipped if "nothing to say" in one.reason}
@@ -195,18 +197,18 @@ def test_every_criterion_scores_all_linear_weights_of_the_blocks(family, criteri
 
 
 def test_the_other_end_can_be_preferred(tmp_path):
-    model = Where(str(tiny_models.save("llama", tmp_path / "model")))
+    model = ModelLocation(str(tiny_models.save("llama", tmp_path / "model")))
     low, high = (
-        select_targets(model, Choice(Amount(top_p=1.0), prefer=end), running=Running(1))
+        select_targets(model, SelectRequest(Amount(top_p=1.0), prefer=end), running=RunOptions(1))
         for end in ("low", "high")
     )
     assert low.target_modules == high.target_modules[::-1]
 
 
 def test_within_each_type_as_many_are_chosen(tmp_path):
-    model = Where(str(tiny_models.save("llama", tmp_path / "model")))
-    options = Choice(Amount(num_modules=1), per_type=True)
-    report = select_targets(model, options, running=Running(1))
+    model = ModelLocation(str(tiny_models.save("llama", tmp_path / "model")))
+    options = SelectRequest(Amount(num_modules=1), per_type=True)
+    report = select_targets(model, options, running=RunOptions(1))
     types = [row.module_type for row in report.candidates if row.selected]
     assert sorted(types) == sorted({row.module_type for row in report.candidates})
     for row in report.candidates:
@@ -217,9 +219,9 @@ def test_within_each_type_as_many_are_chosen(tmp_path):
 
 def test_a_fair_ranking_is_not_one_of_shapes(tmp_path):
     """Random weights: without its expected value for noise, κ does not depend on the shape."""
-    model = Where(str(tiny_models.save("llama", tmp_path / "model")))
-    plain = select_targets(model, Choice(Amount(top_p=0.5)), running=Running(1))
-    fair = select_targets(model, Choice(Amount(top_p=0.5), shape_fair=True), running=Running(1))
+    model = ModelLocation(str(tiny_models.save("llama", tmp_path / "model")))
+    plain = select_targets(model, SelectRequest(Amount(top_p=0.5)), running=RunOptions(1))
+    fair = select_targets(model, SelectRequest(Amount(top_p=0.5), shape_fair=True), running=RunOptions(1))
     square = [row.module for row in plain.candidates if row.shape[0] == row.shape[1]]
     assert not set(square) & set(plain.target_modules)
     assert set(square) & set(fair.target_modules)
@@ -252,9 +254,9 @@ def test_a_budget_is_matched_by_counting_parameters(tmp_path, capsys):
 
 
 def test_criteria_are_compared_by_overlap_and_rank_correlation(tmp_path):
-    model = Where(str(tiny_models.save("llama", tmp_path / "model")))
-    options = Choice(Amount(num_modules=4), compare=("stable-rank", "kappa", "snr"))
-    report = select_targets(model, options, running=Running(1))
+    model = ModelLocation(str(tiny_models.save("llama", tmp_path / "model")))
+    options = SelectRequest(Amount(num_modules=4), compare=("stable-rank", "kappa", "snr"))
+    report = select_targets(model, options, running=RunOptions(1))
     assert [one["criterion"] for one in report.comparison] == ["stable-rank", "snr"]
     for one in report.comparison:
         other = {row.module: row.others[one["criterion"]] for row in report.candidates}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kasa_cli.errors import IntegrityError, UsageError
-from kasa_cli.pipeline.truncating.run import Options, Where, plan
+from kasa_cli.pipeline.truncating.run import ModelLocation, TruncateRequest, plan
 from kasa_cli.pipeline.verifying.run import verify
 from kasa_cli.report import TensorRow
 from kasa_cli.targets.patterns import Patterns
@@ -153,14 +153,14 @@ def test_experts_are_left_alone_unless_they_are_named(tmp_path: Path) -> None:
         (Patterns(("q_proj",)), fused),
         (Patterns(("*experts*", "q_proj"), ("*experts*",)), "excluded"),
     ):
-        report = plan(Where(str(model)), Options(rank=T, patterns=patterns))
+        report = plan(ModelLocation(str(model)), TruncateRequest(rank=T, patterns=patterns))
         assert not any("experts" in row.module for row in report.tensors)
         assert {one.reason for one in report.skipped if ".experts." in one.name} == {reason}
 
 
 def test_a_plan_has_a_row_for_every_expert(tmp_path: Path) -> None:
     model = tiny_models.save("mixtral", tmp_path / "model")
-    report = plan(Where(str(model)), Options(rank=T, patterns=Patterns(("gate_up_proj",))))
+    report = plan(ModelLocation(str(model)), TruncateRequest(rank=T, patterns=Patterns(("gate_up_proj",))))
     assert [row.name for row in report.tensors][:2] == [
         "model.layers.0.mlp.experts.gate_up_proj[0]",
         "model.layers.0.mlp.experts.gate_up_proj[1]",
@@ -174,13 +174,16 @@ def test_a_plan_has_a_row_for_every_expert(tmp_path: Path) -> None:
 def test_a_rank_that_an_expert_cannot_have_is_refused(tmp_path: Path) -> None:
     model = tiny_models.save("mixtral", tmp_path / "model")
     with pytest.raises(UsageError, match="the truncation rank 32 is not below"):
-        plan(Where(str(model)), Options(rank=4, truncation_rank=32, patterns=Patterns(("*experts*",))))
+        plan(
+            ModelLocation(str(model)),
+            TruncateRequest(rank=4, truncation_rank=32, patterns=Patterns(("*experts*",))),
+        )
 
 
 @pytest.mark.parametrize(("family", "layout"), [("mixtral", "separate"), ("gpt-oss", "fused")])
 def test_verify_recomputes_every_expert(family: str, layout: str, tmp_path: Path) -> None:
     case = truncated(family, tmp_path, layout)
-    report = verify(case.out, read_data=True, against=Where(str(case.model)))
+    report = verify(case.out, read_data=True, against=ModelLocation(str(case.model)))
     compared = {one["name"]: one for one in report.compared}
     assert compared.keys() == {row.name for row in case.report.tensors}
     assert all(one["ulps"] <= 0.5 + 1e-6 and one["tail_error"] < 1e-6 for one in compared.values())
@@ -191,7 +194,7 @@ def test_verify_finds_an_expert_that_differs(changed: str, tmp_path: Path) -> No
     case = truncated("mixtral", tmp_path)
     other = tiny_models.save("qwen3-moe", tmp_path / "other")
     with pytest.raises(IntegrityError):
-        verify(case.out, against=Where(str(other)))
+        verify(case.out, against=ModelLocation(str(other)))
     file = next((case.out / changed).glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-3] ^= 0x40
@@ -204,7 +207,7 @@ def test_verify_finds_an_expert_that_differs(changed: str, tmp_path: Path) -> No
 def test_only_what_is_asked_for_is_written(emit: str, tmp_path: Path) -> None:
     case = truncated("mixtral", tmp_path, emit=(emit,))
     assert sorted(path.name for path in case.out.iterdir() if path.is_dir()) == [emit]
-    verify(case.out, read_data=True, against=Where(str(case.model)))
+    verify(case.out, read_data=True, against=ModelLocation(str(case.model)))
 
 
 def test_the_command_line_names_them_by_a_glob(tmp_path: Path, capsys: Any) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kasa_cli.pipeline.truncating.run import Options, Where, truncate
+from kasa_cli.pipeline.truncating.run import ModelLocation, TruncateRequest, truncate
 from tests.builders import tiny_models
 from tests.builders.checkpoints import INDEX, tensors_of, weight_files
 from tests.builders.matrices import kept
@@ -82,7 +82,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     fill_folder(model)
     before = hashes(model)
     out = model.parent / "out"
-    report = truncate(Where(str(model)), out, Options(rank=RANK, workers=1))
+    report = truncate(ModelLocation(str(model)), out, TruncateRequest(rank=RANK, workers=1))
     yield Case(name, model, out, report, before)
     shutil.rmtree(model.parent)
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kasa_cli.adapters import peft as peft_format
-from kasa_cli.pipeline.truncating.run import Options, Patterns, Where, truncate
+from kasa_cli.pipeline.truncating.run import ModelLocation, Patterns, TruncateRequest, truncate
 from tests.builders import tiny_models
 from tests.builders.adapters import wrapped
 from tests.builders.checkpoints import load, logits
@@ -99,17 +99,17 @@ def test_peft_refuses_what_mamba_reads_by_itself(tmp_path: Path) -> None:
     model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, bos_token_id=1, eos_token_id=2))
     tiny_models.fill(model)
     model.save_pretrained(tmp_path / "model")
-    whole = truncate(Where(str(tmp_path / "model")), tmp_path / "out", Options(rank=RANK))
+    whole = truncate(ModelLocation(str(tmp_path / "model")), tmp_path / "out", TruncateRequest(rank=RANK))
     assert any("--exclude out_proj" in note for note in whole.notes)
     for part in ("adapter", "tail"):
         with pytest.raises(ValueError, match="incompatible with Mamba"):
             PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "out" / part)
-    options = Options(rank=RANK, patterns=Patterns(excludes=("out_proj",)))
+    options = TruncateRequest(rank=RANK, patterns=Patterns(excludes=("out_proj",)))
     case = Truncated(
         "mamba",
         tmp_path / "model",
         tmp_path / "out2",
-        truncate(Where(str(tmp_path / "model")), tmp_path / "out2", options),
+        truncate(ModelLocation(str(tmp_path / "model")), tmp_path / "out2", options),
     )
     assert not case.report.notes
     check_tail(case)
@@ -119,7 +119,7 @@ def test_peft_refuses_what_mamba_reads_by_itself(tmp_path: Path) -> None:
 def test_a_model_with_a_head_of_its_own_loads_both(architecture: str, tmp_path: Path) -> None:
     model = getattr(transformers, architecture)(tiny_models.bert_config())
     model.save_pretrained(tmp_path / "model")
-    truncate(Where(str(tmp_path / "model")), tmp_path / "out", Options(rank=RANK))
+    truncate(ModelLocation(str(tmp_path / "model")), tmp_path / "out", TruncateRequest(rank=RANK))
     for part in ("adapter", "tail"):
         adapted = PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "out" / part)
         assert close(logits(adapted), logits(load(tmp_path / "out" / "base")), 1e-4)
@@ -134,7 +134,7 @@ def test_the_residual_start_is_the_original(tmp_path: Path) -> None:
 
 def test_a_base_in_bfloat16(tmp_path: Path) -> None:
     tiny_models.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    report = truncate(Where(str(tmp_path / "model")), tmp_path / "out", Options(rank=RANK))
+    report = truncate(ModelLocation(str(tmp_path / "model")), tmp_path / "out", TruncateRequest(rank=RANK))
     case = Truncated("llama", tmp_path / "model", tmp_path / "out", report)
     config = LoraConfig(kasa_config=KasaConfig(), r=RANK, target_modules=case.modules)
     theirs, ours = get_peft_model(case.original(), config).base_model.model, case.truncated()
@@ -151,7 +151,9 @@ def test_a_base_in_bfloat16(tmp_path: Path) -> None:
 
 def test_the_tail_on_a_widened_original_is_a_base_stored_wide(tmp_path: Path) -> None:
     tiny_models.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    truncate(Where(str(tmp_path / "model")), tmp_path / "out", Options(rank=RANK, dtype="float32"))
+    truncate(
+        ModelLocation(str(tmp_path / "model")), tmp_path / "out", TruncateRequest(rank=RANK, dtype="float32")
+    )
     original = load(tmp_path / "model", dtype=torch.float32)
     tail = PeftModel.from_pretrained(original, tmp_path / "out/tail")
     assert close(logits(tail), logits(load(tmp_path / "out/base")), 1e-5)
@@ -163,7 +165,9 @@ def test_the_tail_has_one_rank_where_the_published_rule_drops_less(tmp_path: Pat
     tiny_models.fill(model)
     model.save_pretrained(tmp_path / "model")
     report = truncate(
-        Where(str(tmp_path / "model")), tmp_path / "out", Options(rank=RANK, compat="reference")
+        ModelLocation(str(tmp_path / "model")),
+        tmp_path / "out",
+        TruncateRequest(rank=RANK, compat="reference"),
     )
     dropped = {row.module: row.truncation_rank for row in report.tensors}
     by_type = {module.split(".")[-1]: t for module, t in dropped.items()}
@@ -201,8 +205,8 @@ def test_names_that_end_other_names_become_a_pattern(excludes: tuple[str, ...], 
     torch.manual_seed(0)
     save_file(Twice().state_dict(), tmp_path / "model/model.safetensors", {"format": "pt"})
     (tmp_path / "model/config.json").write_text('{"model_type": "of nobody"}')
-    options = Options(rank=2, patterns=Patterns(excludes=excludes))
-    report = truncate(Where(str(tmp_path / "model")), tmp_path / "out", options)
+    options = TruncateRequest(rank=2, patterns=Patterns(excludes=excludes))
+    report = truncate(ModelLocation(str(tmp_path / "model")), tmp_path / "out", options)
     modules = sorted(row.module for row in report.tensors)
     assert modules == (["layers.0.fc"] if len(excludes) > 1 else ["layers.0.fc", "layers.0.out"])
     for part in ("adapter", "tail"):

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.pipeline.truncating.options import check
-from kasa_cli.pipeline.truncating.run import Options, Patterns, Where, plan
+from kasa_cli.pipeline.truncating.run import ModelLocation, Patterns, TruncateRequest, plan
 from tests.builders import tiny_models
 from tests.builders.adapters import wrapped
 from tests.builders.checkpoints import WEIGHTS, Tensors, load, logits, rewritten, tensors_of
@@ -45,8 +45,8 @@ def test_patterns_choose(
 
 
 def test_what_is_not_chosen_says_why(llama: Path) -> None:
-    options = Options(rank=RANK, patterns=Patterns(("*.self_attn.*",), ("k_proj",)))
-    reasons = {one.name: one.reason for one in plan(Where(str(llama)), options).skipped}
+    options = TruncateRequest(rank=RANK, patterns=Patterns(("*.self_attn.*",), ("k_proj",)))
+    reasons = {one.name: one.reason for one in plan(ModelLocation(str(llama)), options).skipped}
     assert reasons["model.layers.0.self_attn.k_proj.weight"] == "excluded"
     assert reasons["model.layers.0.mlp.up_proj.weight"] == reasons["lm_head.weight"] == "not named"
     assert reasons["model.embed_tokens.weight"] == "embedding"
@@ -101,7 +101,9 @@ def test_a_tied_head_is_refused_by_name(tmp_path: Path) -> None:
 
     both = rewritten(tied, tmp_path / "both", doubled)
     assert "same tensor in memory as model.embed_tokens" in refused(both, "lm_head")
-    skipped = {one.name: one.reason for one in plan(Where(str(both)), Options(rank=RANK)).skipped}
+    skipped = {
+        one.name: one.reason for one in plan(ModelLocation(str(both)), TruncateRequest(rank=RANK)).skipped
+    }
     assert skipped["lm_head.weight"].startswith("output head, the same tensor")
 
 
@@ -171,4 +173,4 @@ def test_the_published_rule_keeps_in_features_less_the_rank(tmp_path: Path) -> N
 )
 def test_weights_of_losses_are_finite_and_alpha_positive(wrong):
     with pytest.raises(UsageError, match="finite"):
-        check(Options(**wrong))
+        check(TruncateRequest(**wrong))

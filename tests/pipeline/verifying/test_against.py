@@ -11,7 +11,7 @@ from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.files.staging import MANIFEST
 from kasa_cli.files.typed_json import to_json
 from kasa_cli.pipeline.file_records import file_records
-from kasa_cli.pipeline.truncating.run import Options, Where, truncate
+from kasa_cli.pipeline.truncating.run import ModelLocation, TruncateRequest, truncate
 from kasa_cli.pipeline.verifying.run import verify
 from tests.builders.checkpoints import changed, plain_model
 from tests.builders.folders import tree_hash
@@ -23,7 +23,7 @@ Q0 = "model.layers.0.self_attn.q_proj"
 @pytest.fixture
 def single(model, tmp_path):
     """An output whose base is one file."""
-    truncate(Where(str(model)), tmp_path / "OUT", Options(rank=2, workers=1))
+    truncate(ModelLocation(str(model)), tmp_path / "OUT", TruncateRequest(rank=2, workers=1))
     return tmp_path / "OUT"
 
 
@@ -44,12 +44,14 @@ def reseal(output, **tensors):
 
 def test_another_base_of_the_same_shapes_is_named(model, single, tmp_path):
     other = changed(model, tmp_path / "other", model__layers__1__mlp__up_proj=lambda W: W * 1.0001)
-    assert "model.layers.1.mlp.up_proj.weight" in refusal(single, against=Where(str(other)))
+    assert "model.layers.1.mlp.up_proj.weight" in refusal(single, against=ModelLocation(str(other)))
     copied = changed(model, tmp_path / "copied", model__embed_tokens=lambda W: -W)
-    assert "model.embed_tokens.weight" in refusal(single, against=Where(str(copied)))
-    assert "model." in refusal(single, against=Where(str(plain_model(tmp_path / "wide", dim=17))))
-    assert "layers.1" in refusal(single, against=Where(str(plain_model(tmp_path / "short", layers=1))))
-    assert "layers.2" in refusal(single, against=Where(str(plain_model(tmp_path / "long", layers=3))))
+    assert "model.embed_tokens.weight" in refusal(single, against=ModelLocation(str(copied)))
+    assert "model." in refusal(single, against=ModelLocation(str(plain_model(tmp_path / "wide", dim=17))))
+    assert "layers.1" in refusal(
+        single, against=ModelLocation(str(plain_model(tmp_path / "short", layers=1)))
+    )
+    assert "layers.2" in refusal(single, against=ModelLocation(str(plain_model(tmp_path / "long", layers=3))))
 
 
 def rewrite(path, name, function):
@@ -80,7 +82,7 @@ def test_a_forger_who_mends_the_hashes_is_found_by_the_numbers(model, single, fi
     rewrite(single / file, name, lambda W: forge(W, original))
     reseal(single)
     verify(single, read_data=True)
-    said = refusal(single, against=Where(str(model)))
+    said = refusal(single, against=ModelLocation(str(model)))
     assert (Q0 if Q0 in name else name) in said
 
 
@@ -88,16 +90,16 @@ def test_a_forged_companion_is_found(model, single):
     (single / "base" / "tokenizer.json").write_text("[]")
     reseal(single)
     verify(single, read_data=True)
-    assert "tokenizer.json" in refusal(single, against=Where(str(model)))
+    assert "tokenizer.json" in refusal(single, against=ModelLocation(str(model)))
 
 
 def test_a_copied_tensor_is_compared_with_the_base_and_not_only_its_record(model, single):
     rewrite(single / "base/model.safetensors", "model.embed_tokens.weight", lambda W: -W)
     verify(single)
-    assert "model.embed_tokens.weight" in refusal(single, against=Where(str(model)))
+    assert "model.embed_tokens.weight" in refusal(single, against=ModelLocation(str(model)))
 
 
 def test_the_base_is_only_read(model, single):
     before = tree_hash(model)
-    verify(single, against=Where(str(model)))
+    verify(single, against=ModelLocation(str(model)))
     assert tree_hash(model) == before

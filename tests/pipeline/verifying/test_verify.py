@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from kasa_cli.checkpoint.safetensors_file import read_header
 from kasa_cli.errors import ExitCode
 from kasa_cli.files.staging import MANIFEST
-from kasa_cli.pipeline.truncating.run import Options, Where, truncate
+from kasa_cli.pipeline.truncating.run import ModelLocation, TruncateRequest, truncate
 from kasa_cli.pipeline.verifying.run import verify
 from tests.builders import tiny_models
 from tests.builders.checkpoints import plain_model
@@ -33,7 +33,7 @@ SHARDS = "base/model-00001-of-00003.safetensors", "base/model-00002-of-00003.saf
 def fresh(model):
     """An output in three shards, with an index."""
     output = model.parent / "fresh"
-    truncate(Where(str(model)), output, Options(rank=2, workers=1, max_shard_size="4KB"))
+    truncate(ModelLocation(str(model)), output, TruncateRequest(rank=2, workers=1, max_shard_size="4KB"))
     return output
 
 
@@ -49,12 +49,12 @@ def output(fresh, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        Options(rank=4),
-        Options(rank=4, emit=("adapter", "tail")),
-        Options(rank=4, emit=("base",), rounding="preserve", dtype="bfloat16"),
-        Options(rank=3, truncation_rank=5, dtype="float16", diag_init="residual", use_rslora=True),
-        Options(rank=4, truncation_rank=0, max_shard_size="20KB", diag_init="ones"),
-        Options(rank=2, compat="reference", alpha=3, seed=7),
+        TruncateRequest(rank=4),
+        TruncateRequest(rank=4, emit=("adapter", "tail")),
+        TruncateRequest(rank=4, emit=("base",), rounding="preserve", dtype="bfloat16"),
+        TruncateRequest(rank=3, truncation_rank=5, dtype="float16", diag_init="residual", use_rslora=True),
+        TruncateRequest(rank=4, truncation_rank=0, max_shard_size="20KB", diag_init="ones"),
+        TruncateRequest(rank=2, compat="reference", alpha=3, seed=7),
     ],
     ids=["plain", "no base", "preserve", "residual", "nothing dropped", "reference"],
 )
@@ -62,8 +62,8 @@ def test_a_fresh_output_passes_at_every_depth(tmp_path_factory, tmp_path, family
     model = tmp_path_factory.getbasetemp() / f"verify-{family}"
     if not model.exists():
         tiny_models.save(family, model)
-    truncate(Where(str(model)), tmp_path / "OUT", options)
-    report = verify(tmp_path / "OUT", read_data=True, against=Where(str(model)))
+    truncate(ModelLocation(str(model)), tmp_path / "OUT", options)
+    report = verify(tmp_path / "OUT", read_data=True, against=ModelLocation(str(model)))
     assert report.depth == ("manifest", "files", "structure", "data", "base")
     sizes = [path.stat().st_size for path in (tmp_path / "OUT").rglob("*") if path.is_file()]
     assert report.files == len(sizes)
@@ -76,8 +76,10 @@ def test_a_fresh_output_passes_at_every_depth(tmp_path_factory, tmp_path, family
 def test_a_model_of_another_precision_passes(tmp_path, dtype, rounding):
     model = plain_model(tmp_path / "model", dtype=dtype, dim=24)
     for name in ("auto", "float32"):
-        truncate(Where(str(model)), tmp_path / name, Options(rank=3, dtype=name, rounding=rounding))
-        report = verify(tmp_path / name, read_data=True, against=Where(str(model)))
+        truncate(
+            ModelLocation(str(model)), tmp_path / name, TruncateRequest(rank=3, dtype=name, rounding=rounding)
+        )
+        report = verify(tmp_path / name, read_data=True, against=ModelLocation(str(model)))
         assert max(one["ulps"] for one in report.compared) <= (0.5001 if rounding == "nearest" else 1.0001)
 
 
@@ -87,7 +89,7 @@ def test_verify_never_writes(model, fresh):
         return [(path, os.stat_result(path.lstat())[:7], path.lstat().st_mtime_ns) for path in paths]
 
     before, trees = state(), tree_hash(fresh.parent)
-    verify(fresh, read_data=True, against=Where(str(model)))
+    verify(fresh, read_data=True, against=ModelLocation(str(model)))
     assert (state(), tree_hash(fresh.parent)) == (before, trees)
 
 
@@ -95,7 +97,7 @@ def test_an_output_may_be_moved_and_need_not_be_writable(model, output):
     for path in sorted(output.rglob("*"), reverse=True):
         path.chmod(0o500 if path.is_dir() else 0o400)
     moved = output.rename(output.with_name("elsewhere"))
-    verify(moved, read_data=True, against=Where(str(model)))
+    verify(moved, read_data=True, against=ModelLocation(str(model)))
 
 
 # --- alterations ---
@@ -214,7 +216,7 @@ def test_a_folder_replaced_by_a_link_is_named(output):
 
 def test_two_tensors_of_equal_shape_that_were_swapped_are_named(model, tmp_path):
     single = tmp_path / "OUT"
-    truncate(Where(str(model)), single, Options(rank=2, workers=1))
+    truncate(ModelLocation(str(model)), single, TruncateRequest(rank=2, workers=1))
     path = single / "base" / "model.safetensors"
     tensors = load_file(path)
     tensors[f"{Q0}.weight"], tensors[f"{Q1}.weight"] = tensors[f"{Q1}.weight"], tensors[f"{Q0}.weight"]
