@@ -11,7 +11,7 @@ from kasa_cli.files import enumerated, quote
 from kasa_cli.methods.adapter_kinds import KINDS, BaseChange, Kind
 
 UNKNOWN_PARAMETER = ""
-"""The parameter of a patch that only the base tells: an adapter's tensors do not name fused experts."""
+"""The parameter of a patch before the base is read: an adapter's tensors do not name parameters of fused experts."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class Patch:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A parameter in memory that the file replaces, and why: modules_to_save, bias, base layer, resized, norm.
+    """A parameter in memory that the file replaces.
 
-    `copies` are tensors of the file that repeat it, and `before` those with its value before training.
+    `why` is modules_to_save, bias, base layer, resized or norm. `copies` are equal tensors of the file, and `before`
+    are those with the value before training.
     """
 
     parameter: str
@@ -55,7 +56,7 @@ class Replacement:
 
     @property
     def is_base(self) -> bool:
-        """Whether it is the weight under the adapter, saved with it, and not its trained value."""
+        """Whether it is the weight under the adapter, saved with the adapter, and not a trained value."""
         return self.why in ("base layer", "resized")
 
 
@@ -70,7 +71,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter with every tensor accounted for."""
+    """An adapter whose tensors are all used by its parts."""
 
     path: Path
     kind: str
@@ -87,7 +88,7 @@ class Adapter:
 
     @property
     def touched(self) -> frozenset[str]:
-        """Every module that it changes."""
+        """Every module that the adapter changes."""
         values = [replacement.parameter for replacement in self.replacements] + [
             row.parameter for row in self.token_rows
         ]
@@ -102,14 +103,14 @@ def consumed(adapter: Adapter) -> frozenset[str]:
         name for patch in adapter.patches for name in (*patch.tensors.values(), *patch.copies.values())
     ]
     values: tuple[Replacement | TokenRows, ...] = (*adapter.replacements, *adapter.token_rows)
-    more = [
+    copies = [
         name for replacement in adapter.replacements for name in (*replacement.copies, *replacement.before)
     ]
-    return frozenset((*patches, *(value.tensor for value in values), *more))
+    return frozenset((*patches, *(value.tensor for value in values), *copies))
 
 
 def unconsumed(names: Iterable[str], container: Container) -> InvalidInput:
-    """The error for tensors that nothing in the config accounts for."""
+    """The error for tensors that no field of the config explains."""
     listed = enumerated([quote(name) for name in names], 3)
     return InvalidInput(f"tensors that nothing accounts for: {listed}", str(container.path))
 

@@ -21,7 +21,7 @@ from kasa_cli.model_names import (
 
 Tensors = Mapping[str, TensorEntry]
 REORDERED = ("PermuteForRope", "Interleave")
-"""Operations of transformers that reorder rows: kasa changes no weight that is made by them."""
+"""Operations of transformers that reorder rows: kasa changes no weight that is converted by them."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class BaseIndex:
         return slot.module if is_whole or slot.kind is ModuleKind.ROUTER else module
 
     def weight(self, module: str) -> Weight | None:
-        """The matrix of a module: a linear map, an embedding, a router, or a matrix of that name in an old layout."""
+        """The matrix of a module: a linear layer, an embedding, a router, or a matrix of an old layout."""
         if module in self.weights and self.weights[module].is_module:
             return self.weights[module]
         name = self.holder(module, "weight")
@@ -103,7 +103,7 @@ class BaseIndex:
 
 
 def pieces_of(base: BaseIndex, weight: Weight) -> StoredPieces:
-    """The pieces of a weight, and which rows of it each holds."""
+    """The pieces of a weight, each with its rows of the weight."""
     try:
         require_known_rows(weight)
         by_matrix = matrices(weight.shape, weight.made_of, base.shapes)
@@ -119,13 +119,17 @@ def require_known_rows(weight: Weight) -> None:
     operations, sides = weight.made_of.operations, weight.shape[-2:]
     reordered = [op for op in operations if op.startswith(REORDERED)]
     if reordered:
-        raise NotAssembled(f"transformers makes it by {reordered[0]}, which reorders its rows: not followed")
+        raise NotAssembled(
+            f"transformers converts it by {reordered[0]}, which reorders its rows: kasa does not follow this"
+        )
     if sides[0] == sides[1] and any(op.startswith("Transpose") for op in operations):
-        raise NotAssembled("square, and transformers may turn it when it loads: which way is not known")
+        raise NotAssembled(
+            "it is square, and transformers may transpose it when it loads: its orientation is unknown"
+        )
 
 
 def check_dtypes(base: BaseIndex, weight: Weight) -> None:
-    """Refuse a weight that is not of floats."""
+    """Refuse a weight whose numbers are not floats."""
     for name in weight.made_of.names:
         dtype = base.tensors[name].dtype
         if dtype not in FLOATS:

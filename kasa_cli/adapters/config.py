@@ -1,4 +1,4 @@
-"""An `adapter_config.json`: read within bounds, every field known and of its type. No name in it is followed."""
+"""Reads `adapter_config.json` within limits; every field must be known and of its type. No path in it is opened."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +48,7 @@ def check_object(config: Any, path: Path) -> None:
 
 
 def check_label(config: Config, path: Path) -> None:
-    """The base's name is never followed; but it is shown, and must not talk to the terminal."""
+    """Refuse a base's name with control characters: the name is never opened, but it is shown in the terminal."""
     name = config.get("base_model_name_or_path")
     if isinstance(name, str) and name and not name.isprintable():
         raise UnsafeInput(f"base_model_name_or_path {quote(name)} is not printable", str(path))
@@ -58,7 +58,7 @@ def kinds_of(config: Config, path: Path) -> tuple[Kind, ...]:
     """The kinds of adapters that have configs of this type, the config checked.
 
     Raises:
-        InvalidInput: the type cannot be merged, or a field is unknown, missing or unsound.
+        InvalidInput: the type cannot be merged, or a field is unknown, missing or invalid.
     """
     name = str(config.get("peft_type"))
     if name not in PEFT_TYPES:
@@ -68,14 +68,14 @@ def kinds_of(config: Config, path: Path) -> tuple[Kind, ...]:
     return PEFT_TYPES[name]
 
 
-def check_fields(config: Config, type_: ConfigType, path: Path) -> None:
-    """Refuse an unknown field, a value that does not fit its field, and a config without a field that it must have.
+def check_fields(config: Config, config_type: ConfigType, path: Path) -> None:
+    """Refuse an unknown field, a value that does not fit its field, and a config without a required field.
 
     Raises:
         InvalidInput: naming the field.
     """
-    check_values(config, type_.fields, path)
-    missing = [field for field in type_.needed if config.get(field) is None]
+    check_values(config, config_type.fields, path)
+    missing = [field for field in config_type.needed if config.get(field) is None]
     if missing:
         raise InvalidInput(f"{enumerated(missing)} is missing", str(path))
 
@@ -84,8 +84,8 @@ def check_values(config: Config, fields: Mapping[str, Field], path: Path) -> Non
     """Refuse an unknown field, and a value that does not fit its field."""
     unknown = [quote(name) for name, value in config.items() if name not in fields and not is_absent(value)]
     if unknown:
-        what = f"unknown fields that may change the result: {enumerated(unknown, 3)}"
-        raise InvalidInput(what, str(path), "use a newer kasa, or remove them if they mean nothing")
+        problem = f"unknown fields that may change the result: {enumerated(unknown, 3)}"
+        raise InvalidInput(problem, str(path), "use a newer kasa, or remove them if they have no effect")
     for name, value in config.items():
         if name in fields and not fields[name].holds(value):
             raise InvalidInput(f"{name} is {quote(str(value))}: {fields[name].expects}", str(path))
@@ -95,7 +95,7 @@ def kind_of(config: Config, path: Path) -> Kind:
     """The kind of adapter that a config describes.
 
     Raises:
-        InvalidInput: the config is not sound, or describes several kinds at once.
+        InvalidInput: the config is invalid, or describes several kinds at once.
     """
     kinds = kinds_of(config, path)
     named = [kind for kind in kinds if kind.is_named(config)]

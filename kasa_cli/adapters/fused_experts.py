@@ -1,4 +1,4 @@
-"""A plain LoRA on parameters of fused experts, as PEFT stores one for `target_parameters`.
+"""A plain LoRA on parameters of fused experts, in PEFT's layout for `target_parameters`.
 
 PEFT nests the wrappers of a module's parameters, the first parameter innermost, and names tensors by the nesting.
 """
@@ -33,7 +33,7 @@ def wrapper_names(parameters: Sequence[str]) -> dict[str, str]:
 def stack_entry(
     parameter: str, wrapper: str, num_experts: int, shape: tuple[int, int], model_class: str | None
 ) -> FactorEntry:
-    """The pair of tensors of a parameter; `shape` is that of an expert in memory."""
+    """The pair of tensors of a parameter; `shape` is the shape of one expert in memory."""
     is_in_out = holds_experts_in_out(model_class or "")
     names = peft.tensor_names(wrapper)
     members = tuple(StackMember(number, 0, shape[0]) for number in range(num_experts))
@@ -42,7 +42,7 @@ def stack_entry(
 
 
 def expert_factors(entry: FactorEntry, tensors: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
-    """The factors (left, right) whose product is added in memory to one expert."""
+    """The factors (left, right) of one expert, whose product is added to it in memory."""
     num_experts = len(entry.members)
     A, B = tensors[entry.A], tensors[entry.B]
     rank = len(A) // num_experts

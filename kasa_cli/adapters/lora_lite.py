@@ -19,8 +19,8 @@ def open_lite(path: Path) -> Adapter:
     container = read_header(path)
     text = container.metadata.get("cfg")
     if text is None:
-        what = "no adapter: neither a folder that PEFT wrote nor a lora-lite file (no cfg in its header)"
-        raise InvalidInput(what, str(path))
+        problem = "no adapter: neither a folder that PEFT wrote nor a lora-lite file (no cfg in its header)"
+        raise InvalidInput(problem, str(path))
     config = parse_json(text.encode(), path)
     check_object(config, path)
     kind = kind_of(config, path)
@@ -31,7 +31,7 @@ def open_lite(path: Path) -> Adapter:
 
 
 def kind_of(config: Mapping[str, Any], path: Path) -> Kind:
-    """The kind that a config describes, every field checked."""
+    """Check every field of a config; returns the kind that it describes."""
     name = config.get("variant")
     kind = LITE_VARIANTS.get(name) if isinstance(name, str) else None
     if kind is None:
@@ -42,7 +42,7 @@ def kind_of(config: Mapping[str, Any], path: Path) -> Kind:
 
 
 def patches_of(container: Container, config: Mapping[str, Any], kind: Kind) -> list[Patch]:
-    """One patch a module, complete and of the right shapes."""
+    """One patch for each module, checked to be complete and of the right shapes."""
     of_module: defaultdict[str, dict[str, str]] = defaultdict(dict)
     groups = kind.groups_for(config)
     for name in container.tensors:

@@ -1,7 +1,6 @@
-"""The numbers of each module: its rank, alpha and scaling after the patterns, as PEFT resolves them.
+"""The rank, alpha and scaling of each module, resolved from the patterns as in PEFT.
 
-Patterns are untrusted regular expressions: only simple ones are accepted, and the engine that matches them can be
-stopped.
+Patterns are untrusted regular expressions: only simple ones are accepted, and matching has a time limit.
 """
 
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import regex  # transformers needs it; unlike re, it can be stopped
+import regex  # a dependency of transformers; unlike re, it has a timeout
 
 from kasa_cli.adapters.config import Config, initialisation, kind_of
 from kasa_cli.errors import InvalidInput
@@ -26,13 +25,13 @@ PLAIN = re.compile(
                  (?: (?: [*+?] | \{ \d{1,2} (?: ,\d{0,2} )? \} ) [?+]? )?
              | \( (?: \?: )? | \) \?? | [|^$] )*"""
 )
-"""Patterns in which nothing but one character, or a class, is repeated. Others can fill the memory or never end."""
+"""Patterns that repeat only single characters or classes. Others can fill the memory or never finish."""
 COMPILE_SECONDS = 20.0  # for all patterns of one adapter
 MATCH_SECONDS = 20.0  # for all matches of one adapter
 
 
 class ValuePatterns:
-    """A map from PEFT's patterns to values: the first that matches the end of a name counts, in the file's order."""
+    """A map from PEFT's patterns to values: the first pattern of the file that matches the end of a name decides."""
 
     def __init__(self, field: str, patterns: Any, path: Path) -> None:
         self._field, self._path = field, path
@@ -55,15 +54,19 @@ class ValuePatterns:
                 f"{self._field} {quote(key)} is longer than {MAX_PATTERN} characters", str(self._path)
             )
         if not PLAIN.fullmatch(key):
-            what = f"{self._field} {quote(key)} repeats groups, looks around or counts: not matched here"
-            raise InvalidInput(what, str(self._path), "write it with names, dots and simple repetitions")
+            problem = (
+                f"{self._field} {quote(key)} repeats groups, looks around or counts: kasa does not match it"
+            )
+            raise InvalidInput(problem, str(self._path), "write it with names, dots and simple repetitions")
         if time.monotonic() > self._latest:
             raise InvalidInput(f"the patterns of {self._field} take too long to compile", str(self._path))
         try:
             with warnings.catch_warnings(action="ignore"):
                 return regex.compile(rf"(.*\.)?({key})$")
         except (regex.error, OverflowError, RecursionError, MemoryError) as error:
-            raise InvalidInput(f"{self._field} {quote(key)} is no pattern", str(self._path)) from error
+            raise InvalidInput(
+                f"{self._field} {quote(key)} is not a valid pattern", str(self._path)
+            ) from error
 
     def _matches(self, pattern: Any, name: str) -> bool:
         try:
@@ -95,16 +98,16 @@ class Resolver:
 
     def settings(self, name: str) -> dict[str, Any]:
         """Plain data: the kept fields of the config, rank, alpha and scaling."""
-        type_ = self.kind.config
-        fields = {key: self.config.get(key) for key in (*type_.settings, "peft_version")}
+        config_type = self.kind.config
+        fields = {key: self.config.get(key) for key in (*config_type.settings, "peft_version")}
         settings = {key: value for key, value in fields.items() if value is not None}
-        if type_.rank:
-            settings["r"] = int(self.ranks.value(name, self.config[type_.rank]))
-        if type_.alpha:
-            settings["alpha"] = self.alphas.value(name, self.config[type_.alpha])
+        if config_type.rank:
+            settings["r"] = int(self.ranks.value(name, self.config[config_type.rank]))
+        if config_type.alpha:
+            settings["alpha"] = self.alphas.value(name, self.config[config_type.alpha])
         if self.kind.scaling:
             settings["scaling"] = self.kind.scaling(settings)
-        if type_.initialisations:
+        if config_type.initialisations:
             settings["init_lora_weights"] = self.config.get("init_lora_weights", True)
         return settings
 

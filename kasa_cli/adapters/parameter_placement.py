@@ -12,10 +12,10 @@ from kasa_cli.model_names import ModuleKind, NameMap, Weight, split_name
 
 @dataclass(frozen=True)
 class PlacedValue:
-    """The place of a replaced parameter: `shape` is that in memory, the pieces as in `Placed`.
+    """The place of a replaced parameter. `shape` is its shape in memory; the pieces are as in `Placed`.
 
-    `vocabulary` is the number of rows (on disk, in the adapter) where they differ: the vocabulary was resized. `tied`
-    is, as there, whether `tied_with`, the same tensor, is left alone.
+    `vocabulary` is the number of rows (on disk, in the adapter) if the vocabulary was resized. `tied_with` and `tied`
+    are as in `Placed`.
     """
 
     value: Replacement | TokenRows
@@ -29,10 +29,10 @@ class PlacedValue:
 
 
 def placed_values(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[PlacedValue, ...]:
-    """The tensors on disk that the parameters of an adapter replace, wholly or by rows.
+    """The tensors on disk that the parameters of an adapter replace, completely or by rows.
 
     Raises:
-        InvalidInput: the base has no such parameter, or one of another shape.
+        InvalidInput: the base lacks a parameter, or its shape differs.
     """
     base = BaseIndex(names, tensors)
     values: tuple[Replacement | TokenRows, ...] = (*adapter.replacements, *adapter.token_rows)
@@ -40,25 +40,25 @@ def placed_values(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[P
 
 
 def place_value(adapter: Adapter, base: BaseIndex, value: Replacement | TokenRows) -> PlacedValue:
-    """One replaced parameter, its shape checked. Only an embedding or a head may have another number of rows."""
+    """Place one parameter and check its shape. Only an embedding or a head may have another number of rows."""
     weight, touched = parameter_of(base, value), adapter.touched
     stored = pieces_of(base, weight) if len(weight.shape) in (2, 3) else whole(weight)
     new = adapter.container.tensors[value.tensor].shape
     old = weight.shape
     vocabulary = None
     if isinstance(value, TokenRows):
-        anew = [
+        replacing = [
             replacement.tensor
             for replacement in adapter.replacements
             if replacement.parameter == value.parameter
         ]
-        check_rows(value, new, adapter.container.tensors[anew[0]].shape if anew else old)
+        check_rows(value, new, adapter.container.tensors[replacing[0]].shape if replacing else old)
     elif new != old:
         is_vocabulary = value.why != "bias" and len(new) == len(old) and new[1:] == old[1:]
         if not (is_vocabulary and weight.kind in (ModuleKind.EMBEDDING, ModuleKind.HEAD)):
             raise InvalidInput(f"shape {list(new)}, in the base {list(old)}", value.tensor)
         vocabulary = (old[0], new[0])
-    # PEFT ties trained rows to the tied module by itself, but not a whole parameter
+    # PEFT applies trained rows to the tied module too, but not a whole parameter
     is_alone = (
         isinstance(value, Replacement) and weight.tied_with is not None and weight.tied_with not in touched
     )
@@ -82,13 +82,13 @@ def parameter_of(base: BaseIndex, value: Replacement | TokenRows) -> Weight:
         )
         weight = replace(tied_weight, tied_with=base.names.slots[other].module)
     if weight is None:
-        what = f"no such parameter in the base: {quote(value.parameter)}"
-        raise InvalidInput(what, value.tensor, "name the base that it was trained on")
+        problem = f"no such parameter in the base: {quote(value.parameter)}"
+        raise InvalidInput(problem, value.tensor, "name the base that it was trained on")
     return weight
 
 
 def whole(weight: Weight) -> StoredPieces:
-    """A parameter that is no matrix, which is one tensor on disk."""
+    """The piece of a parameter that is not a matrix: it is one tensor on disk."""
     return StoredPieces(
         ((Part(Piece(weight.made_of.names[0]), 0, weight.shape[0] if weight.shape else 1),),), False
     )
@@ -99,4 +99,4 @@ def check_rows(value: TokenRows, new: tuple[int, ...], old: tuple[int, ...]) -> 
     if new[1:] != old[1:] or len(new) != len(old):
         raise InvalidInput(f"rows of shape {list(new)} for {list(old)} in the base", value.tensor)
     if value.indices and max(value.indices) >= old[0]:
-        raise InvalidInput(f"row {max(value.indices)} of {old[0]} in the base", value.tensor)
+        raise InvalidInput(f"row {max(value.indices)} is outside the {old[0]} rows of the base", value.tensor)

@@ -16,14 +16,14 @@ TASKS = {
     "LMHeadModel": "CAUSAL_LM",
     **{f"{family}ForConditionalGeneration": "SEQ_2_SEQ_LM" for family in TEXT_TO_TEXT},
 }
-"""PEFT's task, by the end of a class name. No task elsewhere: PEFT 0.21 would call speech and vision models as
-text ones, and with a classification task it fails unless the adapter holds a head (`modules_to_save`)."""
+"""PEFT's task, by the end of a class name. Other classes get no task: PEFT 0.21 would call speech and vision models
+like text models, and with a classification task it fails unless the adapter holds a head (`modules_to_save`)."""
 
 EXPERT_NAMES = {
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
     "mixtral": ("gate", "w1", "w2", "w3"),
 }
-"""Last names that PEFT 0.21 takes for those of routed experts (peft#3711), by the layout of a family's files."""
+"""Last names that PEFT 0.21 mistakes for routed experts (peft#3711), by the layout of a family's files."""
 MAMBA_NAMES = ("out_proj", "conv1d")
 MAMBA_FAMILIES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Last names that PEFT 0.21 refuses in these families."""
@@ -38,7 +38,7 @@ def lora_config(
     base: tuple[str | None, str | None],
     model_class: str | None,
 ) -> dict[str, Any]:
-    """A plain LoRA on exactly these of all modules. `base` is (Hub id, commit), None for a local model."""
+    """The config of a plain LoRA on exactly the `chosen` modules. `base` is (Hub id, commit), or None if local."""
     config = plain_config(target_modules(chosen, modules), rank, base, model_class)
     return {**config, "lora_alpha": alpha}
 
@@ -46,7 +46,7 @@ def lora_config(
 def plain_config(
     modules: Sequence[str], rank: int, base: tuple[str | None, str | None], model_class: str | None
 ) -> dict[str, Any]:
-    """A plain LoRA of scaling 1 on the modules that PEFT takes by these names, or this pattern."""
+    """The config of a plain LoRA of scaling 1 on the modules that PEFT matches with these names or this pattern."""
     repo, commit = base
     return {
         "alpha_pattern": {},
@@ -74,12 +74,12 @@ def plain_config(
 
 
 def kasa_config(lora: Mapping[str, Any], *, beta: float, gamma: float, use_rslora: bool) -> dict[str, Any]:
-    """The same with KaSA's two loss weights: without this field PEFT drops `lora_diag` in silence."""
+    """The config with KaSA's two loss weights: without this field PEFT silently drops `lora_diag`."""
     return {**lora, "kasa_config": {"beta": beta, "gamma": gamma}, "use_rslora": use_rslora}
 
 
 def target_modules(chosen: Sequence[str], modules: Iterable[str]) -> list[str] | str:
-    """Names that PEFT, which matches a list by the end of a name, takes for exactly these modules.
+    """Names, or a pattern, that PEFT matches with exactly these modules. PEFT matches a list by the ends of names.
 
     >>> target_modules(["layers.0.fc"], ["layers.0.fc", "layers.1.fc"])
     ['layers.0.fc']
@@ -109,9 +109,9 @@ def named(modules: Sequence[str], last_names: Iterable[str]) -> list[str]:
 
 
 def expert_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Last names that PEFT 0.21 takes, in this family, for those of routed experts (peft#3711)."""
+    """Last names that PEFT 0.21 mistakes, in this family, for routed experts (peft#3711)."""
     from transformers.conversion_mapping import (
-        _MODEL_TO_CONVERSION_PATTERN,  # the table that PEFT itself asks
+        _MODEL_TO_CONVERSION_PATTERN,  # the table that PEFT itself reads
     )
 
     family = str(config.get("model_type", ""))
@@ -125,7 +125,7 @@ def taken_for_experts(modules: Sequence[str], config: Mapping[str, Any]) -> list
 
 
 def by_parameter(lora: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
-    """The same LoRA with these modules named by their weight, which PEFT does not replace (but bars in KaSA)."""
+    """The config with these modules in `target_parameters`, where PEFT does not replace them (but refuses KaSA)."""
     if not modules or isinstance(lora["target_modules"], str):
         return dict(lora)
     others = [module for module in lora["target_modules"] if module not in set(modules)]
@@ -133,7 +133,7 @@ def by_parameter(lora: Mapping[str, Any], modules: Sequence[str]) -> dict[str, A
 
 
 def difficulties(modules: Sequence[str], config: Mapping[str, Any], *, has_conv1d: bool = False) -> list[str]:
-    """Where PEFT 0.21 refuses or misreads a KaSA adapter on these targets."""
+    """Notes on targets where PEFT 0.21 refuses or misreads a KaSA adapter."""
     notes = []
     if has_conv1d:
         notes.append(
@@ -141,7 +141,7 @@ def difficulties(modules: Sequence[str], config: Mapping[str, Any], *, has_conv1
         )
     if experts := taken_for_experts(modules, config):
         notes.append(
-            f"PEFT 0.21 takes {experts[0]} for routed experts (peft#3711) and refuses the adapter: "
+            f"PEFT 0.21 mistakes {experts[0]} for routed experts (peft#3711) and refuses the adapter: "
             f"{_excludes(experts)}, or train on base/ with other targets"
         )
     return notes
@@ -159,5 +159,5 @@ def refusals(modules: Sequence[str], config: Mapping[str, Any]) -> list[str]:
 
 
 def _excludes(modules: Iterable[str]) -> str:
-    """The flags that leave modules of these last names out."""
+    """The flags that exclude modules of these last names."""
     return " ".join(f"--exclude {name}" for name in sorted({module.split(".")[-1] for module in modules}))

@@ -1,7 +1,7 @@
 """The places of an adapter's patches: from modules in memory to the tensors of the base on disk.
 
-PEFT's W is (out x in) whatever way it is stored. A patch goes to the tensors on disk that hold its weight: one, or,
-for fused experts, as many as there are experts and projections.
+In PEFT, W is always (out x in), however it is stored. A patch changes the tensors on disk that hold its weight: one
+tensor, or, for fused experts, as many as there are experts and projections.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ REMEDY = "the file is incomplete, or belongs to another base"
 NARROWED = ("exclude_modules", "layers_to_transform")
 
 FIRST_BY_LAYOUT = (0, 19)
-"""The first PEFT that reads from a module of fused experts how it stores them. Before, it took all for (in, out)."""
+"""The first PEFT that reads the orientation of fused experts from their module. Older ones assume (in, out)."""
 TURNED_CLASSES = ("GptOss", "OpenAIPrivacyFilter", "Aria")
 """Beginnings of the names of classes whose experts are stored (in, out)."""
 
@@ -58,7 +58,7 @@ class Placed:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """(out_features, in_features), as the adapter counts them."""
+        """(out_features, in_features) of the adapter's product."""
         return (self.shape[1], self.shape[0]) if self.is_transposed else self.shape
 
 
@@ -66,7 +66,7 @@ def placed(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[Placed, 
     """The tensors on disk that every patch of an adapter changes.
 
     Raises:
-        InvalidInput: the base has no such module, or one that does not fit; a target of the base has no tensors.
+        InvalidInput: the base lacks a module, or its shape does not fit; or a target in the base has no tensors.
     """
     base = BaseIndex(names, tensors)
     settled = settle(adapter, base)
@@ -86,7 +86,7 @@ def placed(adapter: Adapter, names: NameMap, tensors: Tensors) -> tuple[Placed, 
 def place(
     adapter: Adapter, base: BaseIndex, patch: Patch, resized: tuple[int, ...] | None, touched: frozenset[str]
 ) -> Placed:
-    """One patch on its weight, every shape checked."""
+    """Place one patch on its weight and check every shape."""
     weight = weight_of(base, patch)
     stored = pieces_of(base, weight)
     shape = (weight.shape[-2], weight.shape[-1])
@@ -124,9 +124,11 @@ def weight_of(base: BaseIndex, patch: Patch) -> Weight:
     weight = weight or base.weight(patch.module)
     if weight is None:
         is_there = any(slot.module == patch.module for slot in base.names.slots.values())
-        what = "no matrix in the base: nothing to merge into" if is_there else "no such module in the base"
+        problem = "no matrix in the base: nothing to merge into" if is_there else "no such module in the base"
         tensor = next(iter(patch.tensors.values()))
-        raise InvalidInput(f"{what}: {quote(patch.module)}", tensor, "name the base that it was trained on")
+        raise InvalidInput(
+            f"{problem}: {quote(patch.module)}", tensor, "name the base that it was trained on"
+        )
     return weight
 
 
@@ -138,13 +140,13 @@ def is_in_out(
         return is_expert_in_out(adapter, base, patch, shape)
     if is_of_embedding(patch.tensors):
         return True
-    if base.names.model_class is None:  # without the class, only the config tells a Conv1D
+    if base.names.model_class is None:  # without the class, only the config identifies a Conv1D
         return bool(patch.settings.get("fan_in_fan_out"))
     return weight.kind is ModuleKind.CONV1D
 
 
 def is_expert_in_out(adapter: Adapter, base: BaseIndex, patch: Patch, shape: tuple[int, int]) -> bool:
-    """Whether PEFT took the experts for stored (in, out). The shapes tell, unless the matrices are square."""
+    """Whether PEFT treated the experts as stored (in, out). The shapes determine this unless they are square."""
     entries = adapter.container.tensors
     sides = (entries[patch.tensors["lora_B"]].shape[0], entries[patch.tensors["lora_A"]].shape[-1])
     if shape[0] != shape[1]:
@@ -153,13 +155,13 @@ def is_expert_in_out(adapter: Adapter, base: BaseIndex, patch: Patch, shape: tup
         return True
     if base.names.model_class is None:
         raise InvalidInput(
-            "square experts of an unknown class: which way they are stored is not known", patch.module
+            "the experts are square and their class is unknown, so their orientation is unknown", patch.module
         )
     return holds_experts_in_out(base.names.model_class)
 
 
 def holds_experts_in_out(model_class: str) -> bool:
-    """Whether PEFT takes the experts of a class for stored (in, out) in memory."""
+    """Whether PEFT treats the experts of a class as stored (in, out) in memory."""
     return model_class.startswith(TURNED_CLASSES)
 
 
@@ -179,7 +181,7 @@ def bias_of(base: BaseIndex, patch: Patch) -> str | None:
     name = base.holder(patch.module, "bias") or base.tied(patch.module, "bias")
     if BIAS in patch.tensors and name is None:
         raise InvalidInput(
-            f"a bias for {quote(patch.module)}, which has none in the base", patch.tensors[BIAS]
+            f"a bias for {quote(patch.module)}, which has no bias in the base", patch.tensors[BIAS]
         )
     return name if BIAS in patch.tensors or patch.row.changes_bias(patch.settings) else None
 
@@ -217,19 +219,19 @@ def parameters(
         targeted = ["weight"]
     depths = sorted(patch.depth for patch in patches)
     if depths != list(range(len(targeted))):
-        what = f"{len(patches)} wrappers for {len(targeted)} targeted parameters ({enumerated(targeted)})"
+        problem = f"{len(patches)} wrappers for {len(targeted)} targeted parameters ({enumerated(targeted)})"
         raise InvalidInput(
-            what, next(iter(patches[0].tensors.values())), "name the base that it was trained on"
+            problem, next(iter(patches[0].tensors.values())), "name the base that it was trained on"
         )
     if len(targeted) > 1 and base.names.model_class is None:
         raise InvalidInput(
-            "several parameters of a module of unknown class: their order is not known", module
+            "several parameters of a module whose class is unknown, so their order is unknown", module
         )
     return zip(sorted(patches, key=lambda patch: -patch.depth), targeted, strict=True)
 
 
 def settled(resolver: Resolver, patch: Patch, parameter: str) -> Patch:
-    """A patch whose parameter is known, with the numbers that PEFT's patterns give that."""
+    """The patch with its parameter, and with the settings that PEFT's patterns give this parameter."""
     full = f"{patch.module}.{parameter}"
     is_named = any(ends_with(full, target) for target in resolver.config["target_parameters"])
     numbers = resolver.settings(full if is_named else patch.module)
@@ -243,13 +245,13 @@ def require_complete(adapter: Adapter, base: BaseIndex, touched: frozenset[str])
     Raises:
         InvalidInput: naming the first of them.
     """
-    for what, absent in (
+    for problem, absent in (
         ("targets in the base without tensors in the adapter", _targets(adapter, base, touched)),
         ("modules_to_save without tensors in the adapter", _saved(adapter, base, touched)),
-        ("biases of the base that the config says are trained, not in the adapter", _biases(adapter, base)),
+        ("biases that the config trains, without tensors in the adapter", _biases(adapter, base)),
     ):
         if listed := [quote(name) for name in absent]:
-            raise InvalidInput(f"{what}: {enumerated(listed, 3)}", str(adapter.container.path), REMEDY)
+            raise InvalidInput(f"{problem}: {enumerated(listed, 3)}", str(adapter.container.path), REMEDY)
 
 
 def _targets(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> Iterator[str]:
@@ -276,7 +278,7 @@ def _saved(adapter: Adapter, base: BaseIndex, touched: frozenset[str]) -> Iterat
 
 
 def _biases(adapter: Adapter, base: BaseIndex) -> Iterator[str]:
-    """Biases that the config says are trained and that the file lacks. Old files name masks so too."""
+    """Biases that the config trains and that the file lacks. Masks in old files, also named bias, are not vectors."""
     which = adapter.config.get("bias") or "none"
     if which == "none":
         return

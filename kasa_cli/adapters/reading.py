@@ -1,4 +1,4 @@
-"""Reads an adapter from its files as plain data: no PEFT, no base, no values of weights.
+"""Reads an adapter from its files as plain data, without PEFT, without the base, and without values of weights.
 
 PEFT silently drops tensors that it does not know. Here each tensor is part of a patch of one module, a replaced
 parameter, or the trained rows of an embedding; any other tensor is an error that names it.
@@ -60,7 +60,7 @@ def open_adapter(path: Path, *, hub_cache: Path | None = None) -> Adapter:
 
 
 def require_files(path: Path) -> None:
-    """Refuse a folder that is no adapter, with an error that says what it is."""
+    """Refuse a folder that is not an adapter, with an error that says what is missing."""
     if not (path / CONFIG).exists():
         inside = [name for name in ("adapter", "tail") if (path / name / CONFIG).exists()]
         remedy = f"name {' or '.join(str(path / name) for name in inside)}" if inside else ""
@@ -97,7 +97,7 @@ def assembled(path: Path, container: Container, resolver: Resolver) -> Adapter:
 
 
 def on_own_base(patch: Patch, replaced: Iterable[Replacement]) -> Patch:
-    """The patch as it is on a weight that the file holds too, as the initialisation left it."""
+    """The patch of a weight that is also in the file, with the changes of the initialisation."""
     has_base = any(
         replacement.parameter == f"{patch.module}.weight" and replacement.why == "base layer"
         for replacement in replaced
@@ -110,7 +110,7 @@ def on_own_base(patch: Patch, replaced: Iterable[Replacement]) -> Patch:
 
 
 def parsed(container: Container, shorts: frozenset[str]) -> dict[str, Place]:
-    """The place of every tensor, none twice, all of one adapter."""
+    """The place of every tensor. Two tensors at one place are refused, and so are several adapters in one file."""
     places, adapters = {}, set()
     owners: dict[tuple[str, str, int], str] = {}
     for name in container.tensors:
@@ -135,7 +135,7 @@ def parsed(container: Container, shorts: frozenset[str]) -> dict[str, Place]:
 def patches_of(
     container: Container, resolver: Resolver, parts: Mapping[str, Place], shared: Mapping[str, str]
 ) -> tuple[Patch, ...]:
-    """The tensors of each module together, complete and of the right shapes."""
+    """The tensors grouped by module, checked to be complete and of the right shapes."""
     of_module: defaultdict[tuple[str, int], dict[str, str]] = defaultdict(dict)
     for name, place in parts.items():
         if place.is_shared:
@@ -192,7 +192,7 @@ def known_sizes(resolver: Resolver, module: str, settings: Mapping[str, Any]) ->
 
 
 def may_be_parameter(config: Mapping[str, Any], module: str, depth: int) -> bool:
-    """Whether only the base tells the parameter of a module's tensors: no list of targets names the module."""
+    """Whether a module's tensors may be for a parameter that only the base determines: no target names the module."""
     if not config.get("target_parameters"):
         return False
     listed = config.get("target_modules")
@@ -201,7 +201,7 @@ def may_be_parameter(config: Mapping[str, Any], module: str, depth: int) -> bool
 
 
 def require_targets(resolver: Resolver, patches: Iterable[Patch], replaced: Iterable[Replacement]) -> None:
-    """Check that the file has every target with a number in its name, which is a single module."""
+    """Check that the file has every target with a number in its name: such a target is a single module."""
     listed = resolver.config.get("target_modules")
     if not isinstance(listed, list) or not is_absent(resolver.config.get("exclude_modules")):
         return
@@ -222,8 +222,8 @@ def require_targeted(resolver: Resolver, patches: Iterable[Patch]) -> None:
         return
     for patch in patches:
         if not is_targeted(resolver.config, patch.module, listed):
-            what = f"tensors of {quote(patch.module)}, which the config does not target"
-            raise InvalidInput(what, str(resolver.path), "PEFT would drop them: correct the config")
+            problem = f"tensors of {quote(patch.module)}, which the config does not target"
+            raise InvalidInput(problem, str(resolver.path), "PEFT would drop them: correct the config")
 
 
 def is_targeted(config: Mapping[str, Any], module: str, listed: list[str]) -> bool:
@@ -237,7 +237,7 @@ def is_targeted(config: Mapping[str, Any], module: str, listed: list[str]) -> bo
 
 
 def is_in_layers(config: Mapping[str, Any], module: str, listed: Iterable[str]) -> bool:
-    """Whether a module is in the layers to be transformed. Untrusted patterns are not matched."""
+    """Whether a module is in `layers_to_transform`. Untrusted patterns are not matched."""
     layers = config.get("layers_to_transform")
     if layers in (None, []) or module in listed or not is_absent(config.get("layers_pattern")):
         return True

@@ -13,17 +13,17 @@ TOKENS, NORM = "trainable_tokens_delta", "ln_tuning_layers"
 WRAPPER = ".token_adapter"
 """PEFT's wrapper of an embedding with trained rows."""
 PARTS = ("modules_to_save", "original_module")
-"""The parts of PEFT's wrapper of a saved module: as trained, and before."""
+"""The parts of PEFT's wrapper of a saved module: the trained one, and the original one."""
 EMBEDDINGS = frozenset(
     {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "proj_out"}
 )
-"""Modules that PEFT saves whole, though no config declares them, after the vocabulary was resized."""
+"""Modules that PEFT saves completely after the vocabulary was resized, though no config declares them."""
 
 
 def token_rows(
     container: Container, config: Mapping[str, Any], rest: Mapping[str, Place]
 ) -> Iterator[TokenRows]:
-    """The trained rows of embeddings, and which rows they are."""
+    """The trained rows of embeddings, with their indices."""
     listed = config.get("trainable_token_indices") or config.get("token_indices")
     for name, place in rest.items():
         if place.short != TOKENS:
@@ -41,7 +41,7 @@ def token_rows(
 
 
 def indices_of(listed: Any, module: str) -> tuple[int, ...] | None:
-    """The rows that the config lists for a module: whole numbers, none twice."""
+    """The rows that the config lists for a module; None unless they are distinct whole numbers."""
     if isinstance(listed, dict):
         listed = next((rows for end, rows in listed.items() if ends_with(module, end)), None)
     if not isinstance(listed, list) or not all(type(row) is int and row >= 0 for row in listed):
@@ -55,21 +55,21 @@ def replacements(
     """The parameters that the file replaces, each with the reason in the config."""
     patched = {patch.module for patch in patches}
     patched |= {place.module.removesuffix(WRAPPER) for place in rest.values() if place.short == TOKENS}
-    repeated, left = repeats(rest), []
+    repeated, unused = repeats(rest), []
     for name, place in rest.items():
         if place.short == TOKENS or name in repeated:
             continue
         parameter, leaf = parameter_of(place)
         why = reason_for(config, parameter, place, patched)
         if why is None or (place.short and leaf not in ("weight", "bias")):
-            left.append(name)
+            unused.append(name)
             continue
         copies, before = (
             tuple(other for other, of in repeated.items() if of == (parameter, part)) for part in PARTS
         )
         yield Replacement(parameter, name, why, copies, before)
-    if left:
-        raise unconsumed(left, container)
+    if unused:
+        raise unconsumed(unused, container)
 
 
 def repeats(rest: Mapping[str, Place]) -> dict[str, tuple[str, str]]:
@@ -96,7 +96,7 @@ def parameter_of(place: Place) -> tuple[str, str]:
 
 
 def reason_for(config: Mapping[str, Any], parameter: str, place: Place, patched: set[str]) -> str | None:
-    """Why a file replaces a parameter; None if the config gives no reason."""
+    """The reason for which a file replaces a parameter; None if the config gives no reason."""
     module, _, leaf = parameter.rpartition(".")
     bias = config.get("bias", "none")
     if place.short == NORM:
@@ -120,7 +120,7 @@ def declared(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def ends_with_name(module: str, saved: str) -> bool:
-    """PEFT's loose rule: the name of a module, or of one around it, ends with these letters.
+    """PEFT's loose rule: the name of a module, or of a module that contains it, ends with these letters.
 
     >>> ends_with_name("layers.0.input_layernorm", "norm"), ends_with_name("score.dense", "score")
     (True, True)

@@ -1,4 +1,4 @@
-"""The tensor names of an adapter, parsed: the module, its tensor, the depth in nested wrappers.
+"""Parses the tensor names of an adapter: the module, its tensor, and the depth in nested wrappers.
 
 >>> parse("base_model.model.layers.0.fc.lora_A.default.weight", frozenset({"lora_A"})).module
 'layers.0.fc'
@@ -47,21 +47,21 @@ def parse(name: str, shorts: frozenset[str]) -> Place | None:
 
 
 def without_prefix(segments: list[str]) -> tuple[list[str], bool]:
-    """A name without PEFT's prefix. Files made by injection have none; shared tensors have half of it."""
+    """A name without PEFT's prefix. Files made by injection have no prefix; shared tensors have half of it."""
     if segments[:2] == ["base_model", "model"]:
         return segments[2:], True
     return segments, False
 
 
 def tail_of(segments: list[str]) -> tuple[str, str] | None:
-    """The leaf and the adapter's name after the root of a tensor's name, each or both absent."""
+    """The leaf and the adapter's name after the root of a tensor's name; an absent one is empty."""
     leaf = segments[-1] if segments and segments[-1] in LEAVES else ""
     rest = segments[:-1] if leaf else segments
     return (leaf, rest[0] if rest else "") if len(rest) <= 1 else None
 
 
 def trailing(path: list[str]) -> int:
-    """How many wrappers end a path.
+    """Number of wrappers at the end of a path.
 
     >>> trailing(["experts", "base_layer", "base_layer"])
     2

@@ -1,7 +1,7 @@
 """Whether an adapter keeps tied weights equal, and the tensors that each of its parts changes.
 
-PEFT wraps tied modules one by one. In training each module is the shared tensor and its own wrapper; only PEFT's
-merge, which is in place, applies the change of one module to all of them.
+PEFT wraps tied modules separately. In training each module uses the shared tensor and its own wrapper; only PEFT's
+merge, which works in place, applies the change of one module to all of them.
 """
 
 from collections import defaultdict
@@ -30,16 +30,16 @@ TURNED = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
 
 @dataclass(frozen=True)
 class TiedItems:
-    """The parts of an adapter, each with the tied parameters that it changes; with none for other weights.
+    """The parts of an adapter, each with the tied parameters that it changes, if any.
 
-    `apart` are the groups of tied weights that it makes different.
+    `apart` are the groups of tied weights that the adapter makes different.
     """
 
     items: tuple[tuple[PlacedItem, tuple[str, ...]], ...]
     apart: tuple[Group, ...]
 
     def placed_at(self, names: Mapping[str, str]) -> tuple[tuple[Placed, ...], tuple[PlacedValue, ...]]:
-        """All parts on these tensors, by tied parameter. A parameter without a tensor shares that of another."""
+        """All parts, placed on the tensors of `names`, by tied parameter. A parameter without a tensor shares one."""
         items = [
             member
             for item, ends in self.items
@@ -53,7 +53,7 @@ def tied_items(adapter: Adapter, items: Sequence[PlacedItem], groups: Iterable[G
     """The tied parameters that each part of an adapter changes, and the groups that it unties.
 
     Raises:
-        InvalidInput: the values of the other tied parameters are not known.
+        InvalidInput: the values of the other tied parameters are unknown.
     """
     ends: defaultdict[int, tuple[str, ...]] = defaultdict(tuple)
     dropped, apart = set(), []
@@ -86,8 +86,10 @@ def touched(item: PlacedItem) -> tuple[str, ...]:
 
 
 def _shared(adapter: Adapter, own: Own) -> tuple[list[PlacedItem], list[PlacedItem]]:
-    """The parts that hold for all tied parameters: a base in the file, and rows, which PEFT ties by itself if they
-    are of the embedding. Beside them, the parts that only repeat them."""
+    """The parts that apply to all tied parameters, and their repetitions.
+
+    Such parts are a base in the file, and rows of the embedding, which PEFT applies to the tied modules too.
+    """
     values = [item for parts in own.values() for item in parts if isinstance(item, PlacedValue)]
     bases: list[PlacedItem] = [value for value in values if _is_base(value)]
     rows: list[PlacedItem] = [value for value in values if isinstance(value.value, TokenRows)]
@@ -110,9 +112,11 @@ def _replaces(items: Sequence[PlacedItem]) -> bool:
 def _require_known(adapter: Adapter, group: Group, shared: Sequence[PlacedItem], rest: Own) -> None:
     has_rows = any(isinstance(item, PlacedValue) and isinstance(item.value, TokenRows) for item in shared)
     if has_rows and any(rest.values()):
-        what = f"trained rows of tied weights, and other changes of one of them: {enumerated([*group.ends])}"
+        problem = (
+            f"trained rows of tied weights, and other changes of one of them: {enumerated([*group.ends])}"
+        )
         raise InvalidInput(
-            what, str(adapter.container.path), "merge it with PEFT, and compare the tied weights"
+            problem, str(adapter.container.path), "merge it with PEFT, and compare the tied weights"
         )
 
 

@@ -1,6 +1,6 @@
-"""The files of a plain LoRA: the tensors of one update under the names of PEFT, of the files, or of lora-lite.
+"""Writes a plain LoRA, with the module names of PEFT, of the tensors on disk, or of lora-lite.
 
-Every server reads a uniform LoRA: one rank, alpha = rank, no patterns, only `lora_A` and `lora_B`.
+The LoRA is uniform, so that every server reads it: one rank, alpha = rank, no patterns, only `lora_A` and `lora_B`.
 """
 
 import json
@@ -35,8 +35,8 @@ class StackMember(NamedTuple):
 class FactorEntry:
     """One pair of tensors in the file, and its target in the config.
 
-    `sides` are (out, in) as PEFT counts them. `is_turned`: memory holds (in, out), so the factors go in transposed.
-    Several members are experts, stacked as PEFT stacks them.
+    `sides` are PEFT's (out, in). `is_turned`: memory holds (in, out), so the factors are transposed. Several members
+    are experts, stacked as in PEFT.
     """
 
     target: str
@@ -76,7 +76,7 @@ def in_memory(base: BaseIndex, place: Placed) -> list[FactorEntry]:
     """PEFT's own names: of the modules in memory, and of fused experts by the nesting of their wrappers.
 
     Raises:
-        InvalidInput: the module is one of an older layout, which the model in memory does not have.
+        InvalidInput: the module belongs to an older layout and does not exist in memory.
     """
     module, weight = place.patch.module, weight_of(base, place.patch)
     if (module, "weight") not in base.holders and module not in base.weights and module not in base.stacks:
@@ -95,18 +95,18 @@ def in_memory(base: BaseIndex, place: Placed) -> list[FactorEntry]:
 
 
 def on_disk(base: BaseIndex, place: Placed) -> list[FactorEntry]:
-    """The names of the tensors on disk, which vLLM and llama.cpp map themselves: each expert is a matrix.
+    """The names of the tensors on disk, which vLLM and llama.cpp map themselves; each expert has its own entry.
 
     Raises:
-        InvalidInput: experts lie together in one tensor.
+        InvalidInput: one tensor holds several experts.
     """
     weight = weight_of(base, place.patch)
     turned, entries = is_turned(base, place, weight), []
     for number, parts in enumerate(place.matrices):
         for part in parts:
             if part.piece.index is not None:
-                what = "experts in one tensor on disk have no separate names"
-                raise InvalidInput(what, part.piece.name, "use --names peft, or kasa merge")
+                problem = "experts in one tensor on disk have no separate names"
+                raise InvalidInput(problem, part.piece.name, "use --names peft, or kasa merge")
             name = part.piece.name.removesuffix(".weight")
             sides = _sides((part.stop - part.start, place.shape[1]), turned)
             ends = "lora_embedding_{}" if is_embedding(weight) else "lora_{}.weight"
@@ -162,8 +162,8 @@ def padded_rank(rank: int) -> int:
     """
     padded = next((served for served in SERVED_RANKS if served >= rank), None)
     if padded is None:
-        what = f"rank {rank} is above {SERVED_RANKS[-1]}, the largest that servers accept"
-        raise UsageError(what, "--pad-rank", f"recompress it with --rank {SERVED_RANKS[-1]} and --restart")
+        problem = f"rank {rank} is above {SERVED_RANKS[-1]}, the largest that servers accept"
+        raise UsageError(problem, "--pad-rank", f"recompress it with --rank {SERVED_RANKS[-1]} and --restart")
     return padded
 
 

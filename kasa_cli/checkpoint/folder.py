@@ -147,8 +147,8 @@ def foreign_weights(names: Iterable[str], where: str) -> UnsafeInput | None:
     formats = {name: kind for name in weights if (kind := match(name, {**FORMATS, "*.npz": "NumPy archive"}))}
     if not formats:
         return None
-    what = f"only {' and '.join(sorted(set(formats.values())))} weights ({next(iter(formats))})"
-    return UnsafeInput(what, where, "convert them to safetensors first")
+    problem = f"only {' and '.join(sorted(set(formats.values())))} weights ({next(iter(formats))})"
+    return UnsafeInput(problem, where, "convert them to safetensors first")
 
 
 def require_inside(root: Path, name: str, hub_cache: Path | None) -> None:

@@ -373,8 +373,8 @@ def load(output: Path) -> Manifest:
     if not _is_sealed(content, raw):
         raise IntegrityError("altered: its digest does not fit", str(path))
     if content.get("schema") != SCHEMA:
-        what = f"schema {content.get('schema')} is not known to this kasa"
-        raise InvalidInput(what, str(path), "use the version of kasa that made it, or make it again")
+        problem = f"schema {content.get('schema')} is not known to this kasa"
+        raise InvalidInput(problem, str(path), "use the version of kasa that made it, or make it again")
     if not all(isinstance(content.get(section), dict) for section in SECTIONS):
         raise IntegrityError("altered: a section is missing", str(path))
     try:

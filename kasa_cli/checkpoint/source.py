@@ -98,8 +98,8 @@ def require_repo_id(model: str) -> None:
     try:
         validate_repo_id(model)
     except HFValidationError as error:
-        what = f"no such directory, and not a Hub id: {quote(model)}"
-        raise UsageError(what, remedy="give a folder, or an id such as org/name") from error
+        problem = f"no such directory, and not a Hub id: {quote(model)}"
+        raise UsageError(problem, remedy="give a folder, or an id such as org/name") from error
 
 
 def from_hub(request: Wanted) -> Source:
@@ -239,9 +239,9 @@ def explained(error: Exception, request: Wanted) -> KasaError:
     """An error of the Hub, the network or the disk as one of kasa's."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return ResourceError(f"cannot write the Hub cache ({error.strerror})", str(request.cache_dir))
-    for kind, what, remedy in known_errors(request):
+    for kind, problem, remedy in known_errors(request):
         if isinstance(error, kind):
-            return NetworkError(what, request.repo, remedy)
+            return NetworkError(problem, request.repo, remedy)
     status = getattr(getattr(error, "response", None), "status_code", None)
     first_line = next(iter(str(error).splitlines()), "")[:200]
     cause = (

@@ -115,8 +115,8 @@ def _guarded(arguments: list[str]) -> int:
     except (OSError, MemoryError) as error:
         return _fail(_resource(error), ExitCode.RESOURCE, arguments)
     except Exception as error:  # a bug must not look like a result
-        what = f"internal error: {type(error).__name__}: {error}: please report it, with --verbose"
-        return _fail(what, ExitCode.INTERNAL, arguments)
+        problem = f"internal error: {type(error).__name__}: {error}: please report it, with --verbose"
+        return _fail(problem, ExitCode.INTERNAL, arguments)
 
 
 def _run(arguments: list[str]) -> int:
@@ -145,9 +145,9 @@ def _resource(error: OSError | MemoryError) -> str:
 def _one_line(error: TyperException) -> str:
     """An error of Typer in the form of kasa's: what, where, what to do."""
     describe: Callable[[], str] = getattr(error, "format_message", lambda: str(error))
-    what = " ".join(describe().split()).removesuffix(".").replace("Value error, ", "")
+    problem = " ".join(describe().split()).removesuffix(".").replace("Value error, ", "")
     command = getattr(getattr(error, "ctx", None), "command_path", "kasa")
-    return f"{what}: {command}: see {command} --help"
+    return f"{problem}: {command}: see {command} --help"
 
 
 def _leave(code: int) -> NoReturn:

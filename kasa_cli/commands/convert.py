@@ -39,7 +39,7 @@ def convert(
     nothing is written. An interrupted call continues when it is repeated.
 
     Raises:
-        KasaError: one of its subclasses, by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     case = (
         path(adapter),

@@ -25,7 +25,7 @@ def inspect_adapter(
     Each keyword is the option of `kasa inspect adapter` of that name.
 
     Raises:
-        KasaError: one of its subclasses, by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     where = None if base is None else location(base, revision, cache_dir, local_files_only)
     running = run.RunOptions(workers, threads_per_worker, "cpu", optional_path(store), not no_store)

@@ -32,7 +32,7 @@ def inspect_diff(
     Each keyword is the option of `kasa inspect diff` of that name.
 
     Raises:
-        KasaError: one of its subclasses, by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     return run.diff(
         (

@@ -38,7 +38,7 @@ def inspect_spectrum(
     written. With `dry_run` the result is a `MeasurePlan`.
 
     Raises:
-        KasaError: one of its subclasses, by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     page, pictures, file = (optional_path(value) for value in (html, png, values))
     refuse_occupied(page, file, overwrite=overwrite, folder=pictures)

@@ -40,7 +40,7 @@ def merge(
     the result is a `MergePlan`, and nothing is written. An interrupted call continues when it is repeated.
 
     Raises:
-        KasaError: one of its subclasses, by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     case = (

@@ -48,7 +48,7 @@ def select_targets(
     `dry_run` the result is a `MeasurePlan`.
 
     Raises:
-        KasaError: one of its subclasses, by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     file = optional_path(output)
     refuse_occupied(file, overwrite=overwrite)

@@ -9,6 +9,6 @@ def store_ls(*, store: PathLike | None = None) -> StoreReport:
     """List the tensors whose spectra are in the store, the one used last first.
 
     Raises:
-        KasaError: one of its subclasses, by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     return store_contents.ls(optional_path(store))

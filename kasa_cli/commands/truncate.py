@@ -59,7 +59,7 @@ def truncate(
     nothing is written. An interrupted call continues when it is repeated.
 
     Raises:
-        KasaError: one of its subclasses, by the kind of trouble.
+        KasaError: a subclass that fits the failure.
         BelowStandard: the output is complete, but `strict` asks for more; its `report` is the result.
     """
     where = location(model, revision, cache_dir, local_files_only)
@@ -93,6 +93,6 @@ def truncate(
     report = run.truncate(where, path(output), options, watcher(progress))
     if strict and report.totals["below_min_realised"]:
         number = report.totals["below_min_realised"]
-        what = f"{number} tensors realise less than {min_realised} of the truncation"
-        raise BelowStandard(what, str(output), "use --rounding preserve or a wider --dtype", report)
+        problem = f"{number} tensors realise less than {min_realised} of the truncation"
+        raise BelowStandard(problem, str(output), "use --rounding preserve or a wider --dtype", report)
     return report

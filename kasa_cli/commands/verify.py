@@ -23,7 +23,7 @@ def verify(
 
     Raises:
         IntegrityError: the first file or tensor that is missing, extra or altered.
-        KasaError: another of its subclasses, by the kind of trouble.
+        KasaError: another subclass that fits the failure.
     """
     base = location(against, revision, cache_dir, local_files_only) if against else None
     return run.verify(

@@ -221,9 +221,9 @@ class Staging:
             return
         differing = _differing(self._job.read_bytes(), self._fingerprint)
         if differing:
-            what = f"the interrupted run was another job ({', '.join(differing)})"
+            problem = f"the interrupted run was another job ({', '.join(differing)})"
             remedy = "repeat its command, or discard its work with --restart"
-            raise IntegrityError(what, str(self._folder), remedy)
+            raise IntegrityError(problem, str(self._folder), remedy)
         self.resumed = True
 
     def _discard(self) -> None:
@@ -260,8 +260,8 @@ def require_space(folder: Path, num_bytes: int) -> None:
         state = os.statvfs(place)
     available = state.f_bavail * state.f_frsize
     if num_bytes > available:
-        what = f"the output needs {num_bytes:,} bytes and {available:,} are available"
-        raise ResourceError(what, str(folder), "free some space or choose another disk")
+        problem = f"the output needs {num_bytes:,} bytes and {available:,} are available"
+        raise ResourceError(problem, str(folder), "free some space or choose another disk")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -50,8 +50,8 @@ def check_shapes(modules: "ModelModules", loaded: Mapping[str, LoadedTensor], sh
             and expected != actual
             and modules.kind(split_name(tensor.name)[0]) != ModuleKind.OTHER
         ):
-            what = f"shape {actual} on disk, {expected} by config.json"
-            raise InvalidInput(what, name, "the config and the weights do not belong together")
+            problem = f"shape {actual} on disk, {expected} by config.json"
+            raise InvalidInput(problem, name, "the config and the weights do not belong together")
 
 
 def misfits(config: Mapping[str, Any], shapes: Shapes) -> list[str]:

@@ -44,8 +44,8 @@ def taken_apart(config: Mapping[str, Any], shapes: Shapes, touched: Iterable[Gro
     still = set(aliases(after))
     for group in touched:
         if not still.isdisjoint(group.ends):
-            what = f"{type(after).__name__} ties {enumerated([*group.ends])} whatever config.json says"
-            raise InvalidInput(what, "--untie", "train the adapter on all of them, or on none")
+            problem = f"{type(after).__name__} ties {enumerated([*group.ends])} whatever config.json says"
+            raise InvalidInput(problem, "--untie", "train the adapter on all of them, or on none")
     groups, sources = [], {}
     for group in _groups(before, shapes):
         if still.isdisjoint(group.ends):
@@ -77,5 +77,5 @@ def _require_filled(
         name for name in memory if same.get(name) != memory[name] or (name in freed and name not in filled)
     ]
     if odd:
-        what = f"{type(after).__name__} untied has no tensor on disk for {enumerated(odd, 3)}"
-        raise InvalidInput(what, "--untie")
+        problem = f"{type(after).__name__} untied has no tensor on disk for {enumerated(odd, 3)}"
+        raise InvalidInput(problem, "--untie")

@@ -68,7 +68,7 @@ class WrittenTensor(Generic[Checks]):
 
 @dataclass(frozen=True)
 class Destination:
-    """The place of one tensor in the new base, and the tensor of the old base that it is copied from."""
+    """The place of one tensor in the new base, and the tensor of the old base that it comes from."""
 
     file: str
     target: OpenFile
@@ -132,7 +132,7 @@ def _destinations(sheet: Sheet, file: OpenFile) -> list[Destination]:
 
 
 def _in_turns(destinations: Iterable[Destination]) -> list[Destination]:
-    """The largest tensor of each file, then the next of each: only one thread at a time can write to a file."""
+    """The largest tensor of each file, then the next of each: a file accepts one writing thread at a time."""
     of_file: defaultdict[str, list[Destination]] = defaultdict(list)
     for destination in sorted(destinations, key=lambda destination: -destination.entry.num_bytes):
         of_file[destination.file].append(destination)

@@ -32,9 +32,9 @@ def decomposition_cost(shapes: Sequence[tuple[int, int]], rooms: Sequence[int], 
 
 
 def streaming_cost(num_bytes: int, num_held: int, num_workers: int) -> Cost:
-    """Peak bytes and wall seconds expected of a pass over a base of so many bytes, by `benchmarks/merge.py`.
+    """Expected peak bytes and wall seconds of one pass over a base of `num_bytes`, from `benchmarks/merge.py`.
 
-    `held`: bytes that a worker holds of one tensor, beside the rows in work.
+    `num_held`: bytes of one tensor that a worker keeps in memory, without the rows in work.
     """
     seconds = START_SECONDS + num_bytes / STREAMED_BYTES_PER_SECOND / num_workers
     return {
@@ -44,13 +44,13 @@ def streaming_cost(num_bytes: int, num_held: int, num_workers: int) -> Cost:
 
 
 def memory_needed(targets: tuple[Target, ...], num_workers: int) -> int:
-    """Peak bytes expected: the runtime, and for each worker its weight twice, two Gram matrices and panels."""
+    """Expected peak bytes: the runtime, and for each worker its weight twice, two Gram matrices and panels."""
     largest = max((_working_set(target) for target in targets), default=0)
     return RUNTIME_BYTES + num_workers * largest
 
 
 def seconds_needed(targets: tuple[Target, ...], num_workers: int) -> float:
-    """Wall seconds expected, from the multiplications alone; within a factor of a few."""
+    """Expected wall seconds, from the number of multiplications alone; correct within a factor of a few."""
     return 2.5 * sum(target.matrix.work for target in targets) / GRAM_FLOPS_PER_SECOND / num_workers
 
 

@@ -20,7 +20,7 @@ def ls(store: Path | None = None) -> StoreReport:
     """Every measured tensor, the one used last first, and the number of models whose names are known."""
     facts_store = existing(store)
     entries = _entries(facts_store)
-    tensors, models = _parted(entries)
+    tensors, models = _by_shelf(entries)
     return StoreReport(
         command="store ls",
         store=str(facts_store.root),
@@ -43,18 +43,18 @@ def prune(
         UsageError: none of the three is given.
     """
     if max_bytes is None and max_days is None and not everything:
-        raise UsageError("nothing is chosen for removal", "", "give --max-size, --older-than or --all")
+        raise UsageError("no entries are selected for removal", "", "give --max-size, --older-than or --all")
     facts_store = existing(store)
     entries = _entries(facts_store)
-    doomed = entries if everything else _doomed(entries, max_bytes, max_days)
-    tensors, models = _parted(doomed)
+    to_remove = entries if everything else _to_remove(entries, max_bytes, max_days)
+    tensors, models = _by_shelf(to_remove)
     rows = tuple(_row(facts_store, entry) for entry in tensors)
     if not dry_run:
-        for shelf, entry in doomed:
+        for shelf, entry in to_remove:
             shelf.remove(entry.content)
         for shelf in _shelves(facts_store):
             shelf.sweep()
-    all_tensors, all_models = _parted(entries)
+    all_tensors, all_models = _by_shelf(entries)
     return StoreReport(
         command="store prune",
         store=str(facts_store.root),
@@ -62,10 +62,10 @@ def prune(
         totals={
             "removed": len(tensors),
             "models_removed": len(models),
-            "bytes_removed": _num_bytes(doomed),
+            "bytes_removed": _num_bytes(to_remove),
             "kept": len(all_tensors) - len(tensors),
             "models_kept": len(all_models) - len(models),
-            "bytes_kept": _num_bytes(entries) - _num_bytes(doomed),
+            "bytes_kept": _num_bytes(entries) - _num_bytes(to_remove),
             "dry_run": dry_run,
         },
     )
@@ -81,7 +81,7 @@ def _entries(facts_store: Store) -> list[ShelfEntry]:
     return sorted(entries, key=lambda pair: (-pair[1].last_used, pair[1].content))
 
 
-def _parted(entries: Iterable[ShelfEntry]) -> tuple[list[StoreEntry], list[StoreEntry]]:
+def _by_shelf(entries: Iterable[ShelfEntry]) -> tuple[list[StoreEntry], list[StoreEntry]]:
     """The measured tensors, and the models whose names are known."""
     parts: dict[str, list[StoreEntry]] = {FACTS: [], NAMES: []}
     for shelf, entry in entries:
@@ -93,22 +93,22 @@ def _num_bytes(entries: Iterable[ShelfEntry]) -> int:
     return sum(entry.num_bytes for _, entry in entries)
 
 
-def _doomed(entries: list[ShelfEntry], max_bytes: int | None, max_days: float | None) -> list[ShelfEntry]:
-    """The entries that are too old or no longer fit; `held` has the last used first."""
-    doomed, room, now = [], max_bytes, time.time()
+def _to_remove(entries: list[ShelfEntry], max_bytes: int | None, max_days: float | None) -> list[ShelfEntry]:
+    """The entries that are too old or no longer fit; `entries` has the last used first."""
+    to_remove, room, now = [], max_bytes, time.time()
     for pair in entries:
         entry = pair[1]
         is_old = max_days is not None and now - entry.last_used > max_days * DAY
         if is_old or (room is not None and entry.num_bytes > room):
-            doomed.append(pair)
-            room = 0 if room is not None and not is_old else room  # all that is older goes too
+            to_remove.append(pair)
+            room = 0 if room is not None and not is_old else room  # older entries are removed too
         elif room is not None:
             room -= entry.num_bytes
-    return doomed
+    return to_remove
 
 
 def _row(facts_store: Store, entry: StoreEntry) -> StoreRow:
-    """A row for a person: the name under which the tensor was first measured, its shape and use."""
+    """A row of the report: the name under which the tensor was first measured, its shape and its last use."""
     payload = facts_store.any_fact(entry.content, "extremes") or next(
         (fact for question in entry.questions if (fact := facts_store.any_fact(entry.content, question))),
         None,

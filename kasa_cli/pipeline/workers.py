@@ -1,7 +1,7 @@
-"""Works on several tensors at once, each with its own BLAS threads; results do not depend on how many at once.
+"""Processes several tensors at once, each with its own BLAS threads; results do not depend on the number of workers.
 
-Threads suffice: LAPACK and file reads release the interpreter. The main thread only waits, so Ctrl-C takes effect at
-once.
+Threads suffice: LAPACK and file reads release the interpreter. The main thread only waits, so Ctrl-C takes effect
+immediately.
 """
 
 import os
@@ -23,17 +23,17 @@ Result = TypeVar("Result")
 
 LEAST_BUDGET = 1 << 30
 BUDGET = max(LEAST_BUDGET, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
-"""Bytes that the items in work may occupy together: a quarter of the machine's memory."""
+"""Bytes that all running items may occupy together: a quarter of the machine's memory."""
 
 
 class Watcher(Protocol):
     """Receives the progress of a run. Its methods are called from the main thread only."""
 
     def stage(self, title: str, num_items: int, work: float) -> None:
-        """A stage of `num_items` items and of `work` in total begins."""
+        """Called when a stage begins: its number of items and their total work."""
 
     def finished(self, name: str, work: float) -> None:
-        """An item is done."""
+        """Called when an item is finished."""
 
 
 class Silent:
@@ -111,7 +111,7 @@ def run_stage(
 
 
 def _name(item: object) -> str:
-    """The name of an item in an error: its attribute `name`, or itself if it is text, else nothing."""
+    """The name of an item in an error: its attribute `name`, the item itself if it is text, or an empty string."""
     name = getattr(item, "name", item)
     return name if isinstance(name, str) else ""
 
@@ -120,14 +120,14 @@ def run(
     task: Callable[[Item], Result],
     items: Sequence[Item],
     num_workers: int,
-    done: Callable[[Item], None],
+    on_finished: Callable[[Item], None],
     memory: Callable[[Item], int] = lambda item: 0,
     name: Callable[[Item], str] = _name,
 ) -> list[Result]:
     """Start a task on the items in their order; the results are in that order. The first failure stops the rest.
 
-    `done` is called in this thread as each item ends. An item that would raise the bytes in work, by `memory`, above
-    BUDGET waits until others have ended; so large items should come first.
+    `on_finished` is called in this thread after each item. An item waits as long as the `memory` of all running items
+    would exceed BUDGET with it; so large items should come first.
 
     Raises:
         ResourceError: there is not enough memory.
@@ -148,7 +148,7 @@ def run(
             for future in wait(running, return_when=FIRST_COMPLETED)[0]:
                 index = running.pop(future)
                 results[index] = future.result()
-                done(items[index])
+                on_finished(items[index])
         return [results[index] for index in range(len(items))]
     except Interrupted:
         raise
@@ -161,7 +161,7 @@ def run(
 
 
 def _guarded(task: Callable[[Item], Result], item: Item, name: str) -> Result:
-    """Run a task; errors of memory and of LAPACK become kasa's errors and name the item."""
+    """Run a task; errors of memory and of LAPACK are raised again as kasa's errors, which name the item."""
     try:
         with torch.inference_mode():
             return task(item)
@@ -169,8 +169,8 @@ def _guarded(task: Callable[[Item], Result], item: Item, name: str) -> Result:
         raise
     except torch.linalg.LinAlgError as error:
         is_overflow = "non-finite" in str(error)
-        what = "numbers beyond float64 in a decomposition" if is_overflow else str(error).splitlines()[0]
-        raise NumericalError(what, name) from error
+        problem = "numbers beyond float64 in a decomposition" if is_overflow else str(error).splitlines()[0]
+        raise NumericalError(problem, name) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -179,7 +179,7 @@ def _guarded(task: Callable[[Item], Result], item: Item, name: str) -> Result:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out. Only threads and device can change a figure.
+    """Workers, threads, device and store of a run. Only threads and device can change a result.
 
     `workers` 0 is the number of cores. `store` None is the default store; with `use_store` False a run neither reads
     earlier results nor keeps its own. With `keep_going`, weights that cannot be measured are skipped and listed.
@@ -194,7 +194,7 @@ class RunOptions:
 
     @property
     def num_workers(self) -> int:
-        """Number of matrices in work at once."""
+        """Number of matrices processed at once."""
         return self.workers or num_cores()
 
 
@@ -205,4 +205,8 @@ def check_running(running: RunOptions) -> None:
         UsageError: a number is out of range.
     """
     if running.workers < 0 or running.threads_per_worker < 1:
-        raise UsageError("workers and threads must be positive")
+        raise UsageError(
+            f"invalid workers {running.workers} or threads per worker {running.threads_per_worker}",
+            "",
+            "give 0 or more workers and at least 1 thread",
+        )

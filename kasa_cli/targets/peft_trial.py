@@ -106,8 +106,8 @@ def refuse_odd_layers(layers: Iterable[WrappedLayer]) -> None:
     the first step of the training fails."""
     for layer in layers:
         if isinstance(layer.module, nn.Linear) and not gives_a_product(layer.module):
-            what = f"PEFT cannot train a {type(layer.module).__name__}"
-            raise IntegrityError(what, layer.path, f"--exclude {layer.path.rpartition('.')[2]}")
+            problem = f"PEFT cannot train a {type(layer.module).__name__}"
+            raise IntegrityError(problem, layer.path, f"--exclude {layer.path.rpartition('.')[2]}")
 
 
 def gives_a_product(linear: nn.Linear) -> bool:

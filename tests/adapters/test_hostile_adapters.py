@@ -298,7 +298,7 @@ def test_a_trained_bias_that_is_not_there_is_named(case, gone, tmp_path, capsys)
 
     adapter = tampered(saved(case), tmp_path / "x", drop)
     arguments = commands(adapter, qwen, tmp_path / "OUT")["merge"]
-    assert_refused(capsys, arguments, INVALID, f"biases of the base.*{gone}.bias", tmp_path)
+    assert_refused(capsys, arguments, INVALID, f"biases that the config trains.*{gone}.bias", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -317,10 +317,10 @@ def test_a_default_store_that_takes_nothing_costs_a_note(
         done = truncate(capsys, small, tmp_path / f"{number}", 4)
         assert counts(done) == (8, 0)
         assert tree_hash(tmp_path / f"{number}") == tree_hash(tmp_path / "alone")
-        assert done.err.count("note: the store could not keep everything") == 1
+        assert done.err.count("note: the store could not keep every fact") == 1
     for question in (("inspect", "spectrum", small), ("select-targets", small)):
         done = inside(capsys, *question, "--json")
-        assert (done.code, done.err.count("note: the store could not keep everything")) == (0, 1)
+        assert (done.code, done.err.count("note: the store could not keep every fact")) == (0, 1)
 
 
 # --- facts that were altered, runs that were killed, runs at once ---

@@ -1,4 +1,4 @@
-"""An adapter matched with its base: which tensors it changes, and whether the base is the right one."""
+"""Matches an adapter with its base: finds the tensors that it changes and checks that the base is the right one."""
 
 from kasa_cli.pipeline.adapter_on_base import provenance
 from kasa_cli.pipeline.adapter_on_base.match import AdapterOnBase, base_changes, on_base, read_adapter

@@ -1,4 +1,4 @@
-"""An adapter on its base: the tensors that it changes, and checks against the manifests of both."""
+"""An adapter on its base: the tensors that it changes, and the checks against the manifests of both."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,15 +45,15 @@ class AdapterOnBase:
         return self.targets if self.adapter.row.truncates_base else []
 
     def require_base(self, base: Origin) -> None:
-        """Refuse a base that the adapter was not made for, as far as its manifest tells.
+        """Refuse a base that the manifest of the adapter shows to be the wrong one.
 
         Raises:
-            IntegrityError: naming the first tensor that is another.
+            IntegrityError: naming the first tensor that differs.
         """
         provenance.require_fit(base, self.made_by, self.targets, self.adapter.path)
 
-    def require_start(self, base: Origin) -> None:
-        """Refuse an adapter whose base is lost, and a base that its initialisation was subtracted from already.
+    def require_initialisation(self, base: Origin) -> None:
+        """Refuse an adapter whose changed base is lost, and a base that its initialisation has changed already.
 
         Raises:
             InvalidInput: naming the adapter, or the tensor.
@@ -63,25 +63,28 @@ class AdapterOnBase:
         if BaseChange.LOST in changes and init:
             raise InvalidInput(init.refusal, str(self.adapter.path), init.remedy)
         if BaseChange.RECOMPUTED in changes and self.adapter.row.truncates_base:
-            what = "PEFT truncates a base without its initialisation, and adds that without the diagonal"
-            raise InvalidInput(what, str(self.adapter.path), "merge it with PEFT")
+            problem = (
+                "PEFT truncates this base after its initialisation is subtracted, "
+                "and adds it back without the diagonal"
+            )
+            raise InvalidInput(problem, str(self.adapter.path), "merge it with PEFT")
         records = base.manifest.tensors if base.manifest else {}
         recomputed = (place for place in self.places if place.patch.base_change is BaseChange.RECOMPUTED)
         for name in targets_of(recomputed):
             if name in records and records[name].role == RESIDUAL:
-                what = "a residual base: the initialisation of an adapter was subtracted from it already"
-                raise InvalidInput(what, name, f"take the original for {self.adapter.path.name}")
+                problem = "the initialisation of an adapter is subtracted from this base already"
+                raise InvalidInput(problem, name, f"give the original base for {self.adapter.path.name}")
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read an adapter, every tensor accounted for.
+    """Read an adapter, and check that every tensor is used.
 
     Raises:
-        InvalidInput, UnsafeInput: something in it is not understood, or does not fit the rest.
+        InvalidInput, UnsafeInput: a field, a name or a shape is unknown, or contradicts another.
     """
     adapter = open_adapter(path)
-    if left := sorted(adapter.container.tensors.keys() - consumed(adapter)):
-        raise unconsumed(left, adapter.container)
+    if unused := sorted(adapter.container.tensors.keys() - consumed(adapter)):
+        raise unconsumed(unused, adapter.container)
     return adapter
 
 

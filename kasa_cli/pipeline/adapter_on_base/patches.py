@@ -16,13 +16,13 @@ def label(patch: Patch) -> str:
 
 
 def module_of(place: Placed) -> Module:
-    """The module of a patch, as its kind's formula sees it."""
+    """The sides and settings of a module, as input of its kind's formula."""
     outs, ins = place.sides
     return Module(outs, ins, place.patch.settings, place.is_transposed)
 
 
 def is_stack(place: Placed) -> bool:
-    """Whether the patch is of a parameter that holds experts, even a single one."""
+    """Whether the patch changes a parameter that holds experts, even a single one."""
     is_part = place.matrices[0][0].piece.index is not None
     return is_part or place.patch.parameter != "weight" or len(place.matrices) > 1
 
@@ -48,11 +48,11 @@ def changes_of(tensors: Mapping[str, Tensor], place: Placed, weight: Callable[[]
 
 
 def change_of(tensors: Mapping[str, Tensor], place: Placed, W: Tensor | None) -> Change:
-    """The change of the one matrix of a place; W is for kinds whose formula depends on it."""
+    """The change of the only matrix of a place; W is needed for kinds whose formula depends on it."""
     return change(place.patch.kind, tensors, module_of(place), W)
 
 
 def expert_changes(tensors: Mapping[str, Tensor], module: Module, num_experts: int) -> list[Change]:
     """The change of every expert of a stack."""
-    # `placed` has settled which side is which, by the version that wrote the file
+    # `placed` has already decided which factor is which, by the PEFT version that wrote the file
     return experts(tensors, module, num_experts, PEFT_VERSION)

@@ -1,6 +1,6 @@
-"""Where a base comes from: whether an adapter was made for it, whether it is truncated, what was merged into it.
+"""The origin of a base: whether an adapter was made for it, whether it is truncated, and which adapters it contains.
 
-Manifests and hashes answer this, never names. Nothing is guessed.
+Manifests and hashes answer these questions, never names. Nothing is guessed.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def base_is(requested: str, base: Origin, made_by: Manifest | None, names: Itera
     """Whether the targets of a KaSA adapter are truncated in the base.
 
     Raises:
-        IntegrityError: no manifest tells, or the base is neither of the two that the adapter's manifest knows.
+        IntegrityError: no manifest records it, or the base is neither of the two in the adapter's manifest.
     """
     if requested != "auto":
         return requested
@@ -85,8 +85,8 @@ def require_fit(base: Origin, made_by: Manifest | None, names: Iterable[str], ad
     for name in names:
         record = made_by.tensors.get(name)
         if record and record.input_blake3 and not record.states(base.digest(name)):
-            what = f"not the base that {adapter.name} was made for"
-            raise IntegrityError(what, name, "give that base, or use --force-base")
+            problem = f"not the base that {adapter.name} was made for"
+            raise IntegrityError(problem, name, "give that base, or use --force-base")
 
 
 def digest(path: Path, weights: Path) -> str:

@@ -44,7 +44,7 @@ class Truncations:
         if self.tail is None or self.ranks.get(name) != rank or not needed <= self.tail.tensors.keys():
             return None
         A, B = (self.tail.tensor(names[side]).to(torch.float64) for side in "AB")
-        return Term(B[:, :rank], A[:rank])  # what is beyond the rank pads it to that of other modules
+        return Term(B[:, :rank], A[:rank])  # components beyond the rank are zero padding
 
     def term(
         self, checkpoint: Checkpoint, facts: Facts, matrix: Matrix, module: str, rank: int
@@ -69,7 +69,7 @@ def known_truncations(adapter: Path, base: Origin | None) -> Truncations:
     """The truncations that an adapter was trained with, from the manifest beside it or beside its base.
 
     Raises:
-        IntegrityError: the tail is not as it was written.
+        IntegrityError: the tail differs from its hash in the manifest.
     """
     beside_base = [(base.checkpoint.root, base.manifest)] if base else []
     for folder, known in ((adapter, adapter_manifest(adapter)), *beside_base):
@@ -88,5 +88,7 @@ def _tail(output: Path, known: TruncateManifest) -> Container | None:
     if record is None or not path.is_file():
         return None
     if sha256_file(path) != record.sha256:
-        raise IntegrityError("altered since kasa wrote it", str(path), "restore it, or remove the folder")
+        raise IntegrityError(
+            "altered: its hash differs from the manifest", str(path), "restore it, or remove the folder"
+        )
     return read_header(path)

@@ -1,4 +1,4 @@
-"""An adapter as the factors of a plain LoRA."""
+"""Converts an adapter into a plain LoRA."""
 
 from kasa_cli.pipeline.converting import run
 

@@ -1,4 +1,4 @@
-"""The case of `kasa convert`: the options, checked, and an adapter on its base that a plain LoRA can hold."""
+"""The input of `kasa convert`: the checked options, and an adapter on its base that a plain LoRA can express."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ BASES_OF_KASA = (ORIGINAL, TRUNCATED)
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """The options of `kasa convert`. Without rank and energy nothing is lost."""
+    """The options of `kasa convert`. Without rank and energy the conversion is exact."""
 
     to: str = LORA
     on: str = ORIGINAL
@@ -48,12 +48,12 @@ class ConvertRequest:
 
     @property
     def limit(self) -> Limit:
-        """How much of each update is kept."""
+        """The limit on the components of each update."""
         return Limit(self.rank, self.energy)
 
     @property
     def is_lite(self) -> bool:
-        """Whether the file is lora-lite's."""
+        """Whether the output is a file in lora-lite's format."""
         return self.to == LITE
 
 
@@ -68,10 +68,10 @@ class TruncationTerms:
     is_made: bool
 
     def require_known(self, places: Sequence[Placed]) -> None:
-        """Refuse, before the work, a truncated base whose truncated components are in no tail.
+        """Refuse, before any decomposition, a truncated base whose truncated components are in no tail.
 
         Raises:
-            UsageError: naming the first module without.
+            UsageError: naming the first module that no tail has.
         """
         if self.is_made:
             for place in places:
@@ -98,14 +98,17 @@ class TruncationTerms:
             return ()
         term = self.truncations.from_tail(name, module, rank)
         if term is None:
-            what = "the truncated components of this base are unknown: there is no tail/ beside it"
-            raise UsageError(what, module, "give the original base, or convert --on truncated")
+            problem = "the truncated components of this base are unknown: there is no tail/ beside it"
+            raise UsageError(problem, module, "give the original base, or convert --on truncated")
         return (term,)
 
 
 @dataclass(frozen=True)
 class ConvertCase:
-    """An adapter on its base, and the options. `base_is`: which base a KaSA adapter has; None for other kinds."""
+    """An adapter on its base, and the options.
+
+    `base_is`: whether the base of a KaSA adapter is the original or truncated; None for other kinds.
+    """
 
     options: ConvertRequest
     source: Source
@@ -132,7 +135,7 @@ class ConvertCase:
 
     @property
     def on(self) -> str | None:
-        """The one of KaSA's two bases that the LoRA is for."""
+        """The base that the LoRA is for, original or truncated; None for other kinds than KaSA."""
         return self.options.on if self.base_is else None
 
     @property
@@ -142,18 +145,18 @@ class ConvertCase:
 
     @property
     def fits_given(self) -> bool:
-        """Whether the LoRA is for the base at hand, and not for the other one of KaSA's two."""
+        """Whether the LoRA is for the given base, and not for the other one of KaSA's two bases."""
         return self.base_is == self.on
 
     @property
     def truncate_manifests(self) -> list[TruncateManifest]:
-        """The manifests of `kasa truncate` that know of the two bases."""
+        """The manifests of `kasa truncate` that record both bases."""
         manifests = (self.on_base.made_by, self.base.manifest)
         return [manifest for manifest in manifests if isinstance(manifest, TruncateManifest)]
 
     @property
     def model_it_fits(self) -> tuple[str | None, str | None]:
-        """Hub id and commit of the model that the LoRA is for; None if it is not on the Hub, or not known."""
+        """Hub id and commit of the model that the LoRA is for; None if it is not on the Hub, or unknown."""
         if self.fits_given:
             return self.source.repo, self.source.commit
         if self.on == TRUNCATED or not self.truncate_manifests:
@@ -162,7 +165,7 @@ class ConvertCase:
         return source.repo, source.commit
 
     def hash_in_other_base(self, name: str) -> str | None:
-        """The hash of a tensor in the other one of KaSA's two bases, where a manifest knows it."""
+        """The hash of a tensor in the other one of KaSA's two bases, if a manifest records it."""
         records = [manifest.tensors[name] for manifest in self.truncate_manifests if name in manifest.tensors]
         if not records:
             return None
@@ -172,27 +175,25 @@ class ConvertCase:
 
 
 def check(options: ConvertRequest) -> None:
-    """Refuse options that are unsound whatever the adapter.
+    """Refuse options that are invalid for every adapter.
 
     Raises:
         UsageError: naming the option.
     """
     if options.rank is not None and options.energy is not None:
-        raise UsageError(
-            "--rank and --energy both limit the components", "", "give one of --rank and --energy"
-        )
+        raise UsageError("--rank and --energy exclude each other", "", "give one of them")
     if options.rank is not None and options.rank < 1:
-        raise UsageError("a rank must be positive", "--rank")
+        raise UsageError(f"invalid rank {options.rank}", "--rank", "give 1 or more")
     if options.energy is not None and not 0 < options.energy <= 1:
-        raise UsageError("an energy must be above 0 and at most 1", "--energy")
-    for name, known, what in (
+        raise UsageError(f"invalid energy {options.energy}", "--energy", "give more than 0 and at most 1")
+    for name, known, label in (
         (options.to, FORMS, "form to convert to"),
         (options.on, BASES_OF_KASA, "base to convert for"),
         (options.names, tuple(FLAVOURS), "names"),
         (options.base_is, BASES, "kind of base"),
     ):
         if name not in known:
-            raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
+            raise UsageError(f"unknown {label} {name!r}", "", f"known: {', '.join(known)}")
     if options.is_lite and options.names != "peft":
         raise UsageError("lora-lite has its own names: --names does not apply", "--names", "leave it out")
 
@@ -200,10 +201,10 @@ def check(options: ConvertRequest) -> None:
 def opened_case(
     path: Path, where: ModelLocation, output: Path, options: ConvertRequest, facts: Facts | None = None
 ) -> ConvertCase:
-    """Read an adapter, place it on its base, and check that a plain LoRA can hold it.
+    """Read an adapter, place it on its base, and check that a plain LoRA can express it.
 
     Raises:
-        KasaError: by the kind of trouble; nothing was written.
+        KasaError: a subclass that fits the failure; nothing was written.
     """
     source, checkpoint, names = survey(where, facts.store if facts else None)
     check_apart(output, [source.root, path])
@@ -211,13 +212,13 @@ def opened_case(
     placed_adapter = on_base(adapter, base, names)
     _require_convertible(placed_adapter, base, options)
     require_nothing_else(adapter, placed_adapter.values, checkpoint)
-    base_is, cuts = None, Truncations()
+    base_is, truncations = None, Truncations()
     if adapter.row.truncates_base:
         base_is = provenance.base_is(options.base_is, base, placed_adapter.made_by, placed_adapter.targets)
-        cuts = known_truncations(path, base)
+        truncations = known_truncations(path, base)
     if not options.force_base:
         placed_adapter.require_base(base)
-    case = ConvertCase(options, source, base, names, placed_adapter, base_is, cuts)
+    case = ConvertCase(options, source, base, names, placed_adapter, base_is, truncations)
     if case.truncation:
         case.truncation.require_known(placed_adapter.places)
     return case
@@ -229,7 +230,7 @@ def _require_convertible(placed_adapter: AdapterOnBase, base: Origin, options: C
         raise UsageError(f"an adapter of kind {adapter.kind} has no truncated base", "--on", "leave it out")
     if not placed_adapter.places:
         raise InvalidInput("this adapter changes no weight", str(adapter.path), "use kasa merge")
-    placed_adapter.require_start(base)
+    placed_adapter.require_initialisation(base)
     require_form(placed_adapter.places, options.limit)
     if options.on == ORIGINAL:
         require_own(placed_adapter.places)

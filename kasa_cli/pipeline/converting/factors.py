@@ -1,6 +1,6 @@
-"""Every patch of an adapter as the factors of a plain LoRA: kept as parts, then written at one rank.
+"""Converts every patch of an adapter into the factors of a plain LoRA, keeps them as parts, and writes one file.
 
-The factors of all modules would not fit in memory, and the rank of the file is known only when all are there.
+All factors together may exceed the memory, and the common rank of the file is known only after the last conversion.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from kasa_cli.report import ConvertedRow
 
 @dataclass(frozen=True)
 class Converter:
-    """The inputs of the conversion of a patch. Without `truncation`, the update is what the adapter adds."""
+    """The inputs of the conversion of a patch. `truncation` is None if the update is that of the adapter alone."""
 
     adapter: Adapter
     files: OpenFiles
@@ -56,7 +56,7 @@ class Converter:
 class Converted:
     """A converted patch: the key of its factors, the hashes of the base's tensors, and the measurements.
 
-    `norm` and `error` are Frobenius norms, of the update and of what is missing of it as stored.
+    `norm` is the Frobenius norm of the update, `error` that of its difference from the stored factors.
     """
 
     place: Placed
@@ -80,11 +80,11 @@ class Converted:
         )
 
 
-def loss_of_all(done: Sequence[Converted]) -> float:
-    """The error of all updates together, relative to them."""
+def loss_of_all(results: Sequence[Converted]) -> float:
+    """The error of all updates together, relative to their norm."""
     norm, error = (
-        math.hypot(*(result.norm for result in done)),
-        math.hypot(*(result.error for result in done)),
+        math.hypot(*(result.norm for result in results)),
+        math.hypot(*(result.error for result in results)),
     )
     return error / norm if norm else 0.0
 
@@ -92,10 +92,10 @@ def loss_of_all(done: Sequence[Converted]) -> float:
 def convert_all(
     converter: Converter, places: Sequence[Placed], num_workers: int, watcher: Watcher
 ) -> list[Converted]:
-    """The factors of every patch, each kept as a part; in the order given.
+    """Convert every patch and keep its factors as a part; results are in the given order.
 
     Raises:
-        InvalidInput: naming the module that no plain LoRA can hold.
+        InvalidInput: naming the module that no plain LoRA can express.
     """
     task = Task(
         partial(_convert, converter),
@@ -114,7 +114,10 @@ def write_factors(
     staging: Staging,
     run_on: tuple[int, Watcher],
 ) -> dict[str, FactorRecord]:
-    """Write all factors at one rank; dtype, shape and hash of every tensor, by name. `run_on`: workers, watcher."""
+    """Write all factors at one rank; returns dtype, shape and hash of every tensor by name.
+
+    `run_on` is the number of workers and the watcher.
+    """
     num_workers, watcher = run_on
     layout = lay_out(
         [shape for _, entries in items for entry in entries for shape in entry.shapes(rank)], metadata
@@ -173,15 +176,15 @@ def _compact(converter: Converter, place: Placed, change: Change, weight: Callab
     terms, limit = _terms(change, weight), converter.limit
     if terms is not None:
         truncation = converter.truncation
-        cut = truncation.terms(converter.checkpoint, converter.facts, place) if truncation else ()
-        return of_terms((*terms, *cut), limit)
+        truncated = truncation.terms(converter.checkpoint, converter.facts, place) if truncation else ()
+        return of_terms((*terms, *truncated), limit)
     if not limit.is_set:
         raise no_form(place)
     return of_weight(weight(), change, limit)
 
 
 def _terms(change: Change, weight: Callable[[], Tensor]) -> tuple[Term, ...] | None:
-    """The whole change as low-rank terms; None if it is no sum of them."""
+    """The whole change as low-rank terms; None if it is not a sum of such terms."""
     if change.is_low_rank:
         return change.terms
     return (change.of_weight(weight()),) if change.of_weight else None
@@ -199,27 +202,27 @@ def _payload(staging: Staging, key: str, place: Placed) -> bytes:
     path = staging.part(key)
     if path is None:
         raise IntegrityError(
-            "a finished part was altered on disk", place.patch.module, "run the command again"
+            "a finished part is altered on disk", place.patch.module, "run the command again"
         )
     return path.read_bytes()
 
 
 def _part_key(place: Placed, hashes: Mapping[str, str]) -> str:
-    """The key of the factors in a job, which fixes the adapter and the options."""
+    """The key of the factors within a job; the job itself determines the adapter and the options."""
     patch = place.patch
     about = [SOLVER_EDITION, patch.module, patch.parameter, patch.depth, sorted(hashes.items())]
     return hashlib.sha256(canonical_json({"part": about})).hexdigest()
 
 
 def working_room(checkpoint: Checkpoint, place: Placed) -> int:
-    """Bytes that a conversion needs at most: those of a decomposition, and the difference in float32."""
+    """Bytes that a conversion needs at most: for a decomposition, and for the difference in float32."""
     entry = checkpoint.tensors[place.matrices[0][0].piece.name]
     size = math.prod(place.shape)
     return measuring_bytes(place.shape, size * BITS[entry.dtype] // 8) + 4 * size
 
 
 def is_decomposed(place: Placed, truncation: TruncationTerms | None) -> bool:
-    """Whether a conversion may decompose a weight: of the original base, or a dense update."""
+    """Whether a conversion may decompose a matrix: a weight of the original base, or a dense update."""
     patch = place.patch
     is_low_rank = patch.row.is_low_rank(patch.settings)
     return needs_weight(patch) or not is_low_rank or (truncation is not None and not truncation.is_made)

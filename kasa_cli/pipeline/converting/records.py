@@ -26,7 +26,7 @@ from kasa_cli.pipeline.workers import RunOptions
 
 
 def recorded(case: ConvertCase, running: RunOptions) -> ConvertManifest:
-    """What the bytes depend on besides the base. It holds no path."""
+    """The manifest before any factor is written: all inputs, besides the base, that determine the bytes; no path."""
     tail, options = case.truncations.tail if case.truncation else None, case.options
     sha256 = provenance.digest(case.adapter.path, case.adapter.container.path)
     return ConvertManifest(
@@ -53,9 +53,9 @@ def entries_of(case: ConvertCase) -> list[list[FactorEntry]]:
     return [flavour(base, place) for place in case.places]
 
 
-def config_facts(case: ConvertCase, done: Sequence[Converted]) -> ConfigFacts:
-    """The rank of all factors, and the other facts of the config."""
-    rank = max(result.rank for result in done)
+def config_facts(case: ConvertCase, results: Sequence[Converted]) -> ConfigFacts:
+    """The common rank of all factors, and the other facts of the config."""
+    rank = max(result.rank for result in results)
     rank = writing.padded_rank(rank) if case.options.pad_rank else rank
     is_on_disk = case.options.names == "disk"
     return ConfigFacts(rank, case.model_it_fits, case.names.model_class, case.checkpoint.config, is_on_disk)
@@ -64,7 +64,7 @@ def config_facts(case: ConvertCase, done: Sequence[Converted]) -> ConfigFacts:
 def write_config(
     case: ConvertCase, folder: Path, entries: Sequence[list[FactorEntry]], facts: ConfigFacts
 ) -> tuple[str, tuple[str, str]]:
-    """Write PEFT's config; lora-lite keeps it in the header. Returns name and metadata of the file of tensors."""
+    """Write PEFT's config; for lora-lite it is in the header. Returns name and metadata of the file of tensors."""
     all_entries = [entry for own in entries for entry in own]
     if case.options.is_lite:
         return writing.LITE_WEIGHTS, ("cfg", writing.lite_config(all_entries, facts.rank))
@@ -77,29 +77,29 @@ def write_config(
 
 
 def write_records(
-    case: ConvertCase, folder: Path, record: ConvertManifest, done: Sequence[Converted], facts: ConfigFacts
+    case: ConvertCase, folder: Path, record: ConvertManifest, results: Sequence[Converted], facts: ConfigFacts
 ) -> bytes:
-    """Write the model card, then the manifest; returns its bytes. A manifest is there only once all else is."""
+    """Write the model card, then the manifest; returns its bytes. A manifest exists only in a complete output."""
     base = case.checkpoint
-    carried = model_card.source_facts(base.root, base.companions)
-    body = _card_body(case, record.adapter.file, done, facts)
-    text = model_card.card(facts.base[0], carried, "A LoRA", body, is_adapter=True)
+    source_card = model_card.source_facts(base.root, base.companions)
+    body = _card_body(case, record.adapter.file, results, facts)
+    text = model_card.card(facts.base[0], source_card, "A LoRA", body, is_adapter=True)
     write_file(folder / CARD, [text])
-    tensors = _tensor_records(case, done)
+    tensors = _tensor_records(case, results)
     manifest = replace(
         record,
         base_fingerprint=fingerprint(tensors),
         files=file_records(folder, 1),
         tensors=tensors,
-        weights=tuple(result.row for result in done),
+        weights=tuple(result.row for result in results),
     )
     sealed = manifest.sealed()
     write_file(folder / MANIFEST, [sealed])
     return sealed
 
 
-def _tensor_records(case: ConvertCase, done: Sequence[Converted]) -> dict[str, TensorRecord]:
-    """Every tensor of the base that the LoRA is for, with its hash in that base if that is known."""
+def _tensor_records(case: ConvertCase, results: Sequence[Converted]) -> dict[str, TensorRecord]:
+    """Every tensor of the base that the LoRA is for, with its hash in that base if the hash is known."""
     return {
         name: TensorRecord(
             role="reference",
@@ -108,13 +108,13 @@ def _tensor_records(case: ConvertCase, done: Sequence[Converted]) -> dict[str, T
             before=InputTensor(digest if case.fits_given else case.hash_in_other_base(name)),
             module=result.place.patch.module,
         )
-        for result in done
+        for result in results
         for name, digest in result.hashes.items()
     }
 
 
-def _card_body(case: ConvertCase, file: str, done: Sequence[Converted], facts: ConfigFacts) -> str:
-    loss, kind = loss_of_all(done), case.adapter.kind
+def _card_body(case: ConvertCase, file: str, results: Sequence[Converted], facts: ConfigFacts) -> str:
+    loss, kind = loss_of_all(results), case.adapter.kind
     base = f" It is for the {case.on} base." if case.on else ""
     lost = f" {loss:.2%} of the norm of its updates is missing." if case.options.limit.is_set else ""
     where = "on disk" if facts.is_on_disk else "in memory"
@@ -122,6 +122,6 @@ def _card_body(case: ConvertCase, file: str, done: Sequence[Converted], facts: C
         f"Made by kasa from an adapter of kind {kind}: a plain LoRA of rank {facts.rank} and scaling 1.{base}{lost}",
         "",
         f"- `{file}`: {case.options.to}, modules named as {where}.",
-        f"- `{MANIFEST}`: what it was made from, with hashes; `kasa verify` checks it.",
+        f"- `{MANIFEST}`: its inputs, with hashes; `kasa verify` checks it.",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Checks that a plain LoRA can hold an adapter, before the work."""
+"""Checks that a plain LoRA can express an adapter, before any factor is computed."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from kasa_cli.checkpoint import Checkpoint, Reader, read_piece
 from kasa_cli.errors import InvalidInput
 from kasa_cli.methods.adapter_kinds import BaseChange, Limit
 
-MERGE = "kasa merge puts it into the base"
+MERGE = "use kasa merge to add it to the base"
 
 
 def require_nothing_else(adapter: Adapter, values: Sequence[PlacedValue], checkpoint: Checkpoint) -> None:
@@ -31,7 +31,7 @@ def require_nothing_else(adapter: Adapter, values: Sequence[PlacedValue], checkp
 
 
 def require_form(places: Sequence[Placed], limit: Limit) -> None:
-    """Refuse changes of biases and, if nothing may be lost, kinds that are no sum of low-rank terms.
+    """Refuse changes of biases and, if the conversion must be exact, kinds that are not sums of low-rank terms.
 
     Raises:
         InvalidInput: naming the first such module.
@@ -45,9 +45,11 @@ def require_form(places: Sequence[Placed], limit: Limit) -> None:
 
 
 def no_form(place: Placed) -> InvalidInput:
-    """The error for a kind that is more than low-rank terms."""
-    what = f"an adapter of kind {place.patch.kind} has no exact low-rank form"
-    return InvalidInput(what, place.patch.module, "recompress it with --rank or --energy, or use kasa merge")
+    """The error for a kind that is not a sum of low-rank terms."""
+    problem = f"an adapter of kind {place.patch.kind} has no exact low-rank form"
+    return InvalidInput(
+        problem, place.patch.module, "recompress it with --rank or --energy, or use kasa merge"
+    )
 
 
 def require_own(places: Sequence[Placed]) -> None:
@@ -59,9 +61,9 @@ def require_own(places: Sequence[Placed]) -> None:
     for place in places:
         row = place.patch.row
         if place.tied and (row.truncates_base or row.base is BaseChange.RECOMPUTED):
-            what = f"tied with {place.tied_with}, which a LoRA would leave unchanged"
+            problem = f"tied with {place.tied_with}, which a LoRA would leave unchanged"
             raise InvalidInput(
-                what, place.patch.module, "untie the base first: save it with tie_word_embeddings false"
+                problem, place.patch.module, "untie the base first: save it with tie_word_embeddings false"
             )
 
 

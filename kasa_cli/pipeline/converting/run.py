@@ -1,4 +1,4 @@
-"""`kasa convert`: an adapter as the plain LoRA that every server reads."""
+"""`kasa convert`: converts an adapter into a plain LoRA, which every server reads."""
 
 import hashlib
 from collections.abc import Sequence
@@ -44,10 +44,10 @@ def plan(
     options: ConvertRequest | None = None,
     running: RunOptions | None = None,
 ) -> ConvertPlan:
-    """What `convert` would do.
+    """The plan of `convert`: the weights to convert and the cost.
 
     Raises:
-        KasaError: whatever `convert` would refuse before it reads a weight.
+        KasaError: the errors that `convert` raises before it reads a weight.
     """
     options, running = options or ConvertRequest(), running or RunOptions()
     check(options)
@@ -90,10 +90,10 @@ def convert(
     running: RunOptions | None = None,
     watcher: Watcher | None = None,
 ) -> ConvertReport:
-    """Convert an adapter into a plain LoRA, or lora-lite's, which appears only when it is complete.
+    """Convert an adapter into a plain LoRA in PEFT's or lora-lite's format; it appears only when it is complete.
 
     Raises:
-        KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
+        KasaError: a subclass that fits the failure. Finished parts are kept, and the same call resumes.
     """
     options, running, watcher = options or ConvertRequest(), running or RunOptions(), watcher or Silent()
     check(options)
@@ -109,13 +109,13 @@ def convert(
     staging = Staging(output, fingerprint=job, overwrite=options.overwrite, restart=options.restart)
     with staging, blas_threads(running.threads_per_worker), OpenFiles() as files:
         converter = Converter(case.adapter, files, checkpoint, facts, staging, options.limit, case.truncation)
-        done = convert_all(converter, case.places, running.num_workers, watcher)
-        config = config_facts(case, done)
+        results = convert_all(converter, case.places, running.num_workers, watcher)
+        config = config_facts(case, results)
         file, metadata = write_config(case, staging.out, entries, config)
-        items, run_on = list(zip(done, entries, strict=True)), (running.num_workers, watcher)
+        items, run_on = list(zip(results, entries, strict=True)), (running.num_workers, watcher)
         records = write_factors(staging.out / file, metadata, items, config.rank, staging, run_on)
         record = replace(record, adapter=replace(record.adapter, file=file, tensors=records))
-        sealed = write_records(case, staging.out, record, done, config)
+        sealed = write_records(case, staging.out, record, results, config)
         staging.publish()
     return ConvertReport(
         command="convert",
@@ -126,10 +126,10 @@ def convert(
         on=case.on,
         base_is=case.base_is,
         names=None if options.is_lite else options.names,
-        rank=max(result.rank for result in done),
+        rank=max(result.rank for result in results),
         padded_rank=config.rank,
-        tensors=tuple(result.row for result in done),
-        totals=_totals(case, done, len(records)),
+        tensors=tuple(result.row for result in results),
+        totals=_totals(case, results, len(records)),
         output={
             "directory": str(output),
             "file": file,
@@ -139,28 +139,28 @@ def convert(
     )
 
 
-def _totals(case: ConvertCase, done: Sequence[Converted], num_written: int) -> ConvertTotals:
+def _totals(case: ConvertCase, results: Sequence[Converted], num_written: int) -> ConvertTotals:
     return {
-        "weights": len(done),
+        "weights": len(results),
         "tensors_consumed": len(consumed(case.adapter)),
         "tensors_total": len(case.adapter.container.tensors),
-        "largest_loss": max(result.loss for result in done),
-        "loss": loss_of_all(done),
+        "largest_loss": max(result.loss for result in results),
+        "loss": loss_of_all(results),
         "tensors_written": num_written,
     }
 
 
 def _notes(case: ConvertCase) -> list[str]:
-    """What a user should know before serving the LoRA."""
+    """Notes for the user before serving the LoRA."""
     notes = [case.names.note] if case.names.note else []
     if not case.fits_given and case.on == TRUNCATED and not case.truncate_manifests:
         notes.append(
-            "no manifest knows the truncated base, so none is on record as the one that this LoRA fits"
+            "no manifest records the truncated base, so the output does not name the base that this LoRA fits"
         )
     dtypes = {case.checkpoint.tensors[name].dtype for name in case.on_base.targets}
     if case.truncation and dtypes.intersection(HALVES):
         notes.append(
-            "the cut is exact here; a truncated base in half precision holds it rounded, "
-            "and an adapter trained on that one answers a little differently on this"
+            "the truncation is exact in this LoRA but rounded in a truncated base in half precision: "
+            "the outputs differ slightly from those on the base that the adapter was trained on"
         )
     return notes

@@ -1,7 +1,7 @@
-"""Figures of an adapter: its update of each weight, from its file and, where that is not enough, from the base.
+"""Figures of an adapter: its update of each weight, from its file and, if necessary, from the base.
 
-Products are never formed. The singular values of a sum of low-rank terms come from the factors; any other update is
-read some rows at a time.
+Products of factors are never formed. The singular values of a sum of low-rank terms come from the factors; any other
+update is computed some rows at a time.
 """
 
 import math
@@ -29,13 +29,13 @@ from kasa_cli.methods.adapter_kinds import (
 )
 from kasa_cli.methods.adapter_kinds import table as kinds
 from kasa_cli.pipeline.adapter_on_base import expert_changes, label, needs_weight, weight_under
-from kasa_cli.pipeline.inspecting.share_in_cut import Cut, TruncatedDirections
+from kasa_cli.pipeline.inspecting.share_in_cut import TruncatedDirections, TruncatedWeight
 from kasa_cli.report import InCut, ModuleRow, module_type
 
 ENERGY = 0.9
 
 NEEDS_BASE = "unknown without the base: give --base"
-START_IS_LOST = "its initialisation changed the base by an amount that is not in the file"
+INITIALISATION_IS_LOST = "its initialisation changed the base by an amount that is not in the file"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class InspectedPatch:
 
     @property
     def name(self) -> str:
-        """The module or its parameter; the path in the file, where only the base could tell which it is."""
+        """The module or its parameter; the path in the file where the parameter is unknown without the base."""
         patch = self.patch
         if patch.parameter == UNKNOWN_PARAMETER:
             return patch.module + ".base_layer" * patch.depth
@@ -118,12 +118,12 @@ class PatchTensors:
 
     @property
     def patch(self) -> Patch:
-        """The patch as the adapter has it."""
+        """The patch of the adapter."""
         return self.item.patch
 
     @cached_property
     def shape(self) -> tuple[int, int] | None:
-        """(out, in) as the adapter counts them; without a base, as far as its tensors tell."""
+        """(out, in) of the adapter's update; without a base, None if its tensors do not determine both."""
         if self.item.place:
             return self.item.place.sides
         shapes = {short: tuple(tensor.shape) for short, tensor in self.tensors.items()}
@@ -132,7 +132,7 @@ class PatchTensors:
 
     @cached_property
     def num_matrices(self) -> int | None:
-        """Number of experts; None where the file alone does not separate it from the rank."""
+        """Number of experts; None where the file alone does not separate this number from the rank."""
         if self.item.place:
             return len(self.item.place.matrices)
         if not self.item.is_stack:
@@ -141,7 +141,7 @@ class PatchTensors:
         return None if self.source.has_patterns or num_rows % r else num_rows // r
 
     def pairs(self) -> Iterable[Factors | None]:
-        """The two factors of each matrix, for kinds with two."""
+        """The two factors of each matrix; None for kinds without two factors."""
         if self.num_matrices is None:
             return [None]
         if self.item.is_stack:
@@ -150,11 +150,11 @@ class PatchTensors:
         return [learned.pair(self.patch.row, self.tensors, self.shape)]
 
     def updates(self) -> Iterable[Update | str]:
-        """The update of each matrix, or the reason why it is unknown; experts come one at a time."""
+        """The update of each matrix, or the reason why it is unknown; experts are computed one at a time."""
         if self.num_matrices is None or self.shape is None:
             return [NEEDS_BASE]
         if self.patch.base_change is BaseChange.LOST:
-            return [START_IS_LOST] * self.num_matrices
+            return [INITIALISATION_IS_LOST] * self.num_matrices
         is_transposed = self.item.place is not None and self.item.place.is_transposed
         shape = self.shape
         module = Module(*shape, self.patch.settings, is_transposed)
@@ -185,18 +185,20 @@ class MeasuredPatch:
     layer: Layer | None
 
 
-def module_rows(source: OpenAdapter, item: InspectedPatch, cuts: TruncatedDirections) -> list[MeasuredPatch]:
+def module_rows(
+    source: OpenAdapter, item: InspectedPatch, directions: TruncatedDirections
+) -> list[MeasuredPatch]:
     """A row for each weight that a patch changes; each expert is a weight.
 
     Raises:
         InvalidInput, NumericalError: a tensor is not finite, or does not fit; naming module and tensor.
     """
     try:
-        look = PatchTensors(source, item, source.tensors(item.patch))
-        pairs, updates, count = look.pairs(), look.updates(), look.num_matrices or 1
+        opened_patch = PatchTensors(source, item, source.tensors(item.patch))
+        pairs, updates, count = opened_patch.pairs(), opened_patch.updates(), opened_patch.num_matrices or 1
         numbers = range(count) if count > 1 else [None]
         return [
-            _row(look, number, pair, update, cuts)
+            _row(opened_patch, number, pair, update, directions)
             for number, pair, update in zip(numbers, pairs, updates, strict=True)
         ]
     except (InvalidInput, NumericalError) as error:
@@ -207,30 +209,30 @@ def module_rows(source: OpenAdapter, item: InspectedPatch, cuts: TruncatedDirect
 
 
 def _row(
-    look: PatchTensors,
+    opened_patch: PatchTensors,
     number: int | None,
     pair: Factors | None,
     update: Update | str,
-    cuts: TruncatedDirections,
+    directions: TruncatedDirections,
 ) -> MeasuredPatch:
-    patch, name = look.patch, look.item.name
-    settings: Mapping[str, Any] = patch.settings if look.num_matrices is not None else {}
+    patch, name = opened_patch.patch, opened_patch.item.name
+    settings: Mapping[str, Any] = patch.settings if opened_patch.num_matrices is not None else {}
     known, why = (None, update) if isinstance(update, str) else (update, update.why)
-    d = learned.diagonal(patch.row, look.tensors)
+    d = learned.diagonal(patch.row, opened_patch.tensors)
     rank = len(pair[0]) if pair else settings.get("r")
     defects = [defect(pair[0].T.contiguous()), defect(pair[1])] if pair else [None, None]
-    layer = _layer(look, pair, d, defects)
-    in_cut, in_cut_why = _in_cut(look, rank, known, cuts)
+    layer = _layer(opened_patch, pair, d, defects)
+    in_cut, in_cut_why = _in_cut(opened_patch, rank, known, directions)
     row = ModuleRow(
         name=name if number is None else f"{name}[{number}]",
         module=patch.module,
         module_type=module_type(name),
         parameter=patch.parameter or None,
         expert=number,
-        shape=look.shape,
+        shape=opened_patch.shape,
         rank=rank,
         alpha=settings.get("alpha"),
-        scaling=learned.scaling(patch.row, look.tensors, settings),
+        scaling=learned.scaling(patch.row, opened_patch.tensors, settings),
         norm=known.norm if known else None,
         why=why,
         **_spectral(known),
@@ -250,7 +252,7 @@ def _spectral(update: Update | None) -> dict[str, Any]:
     names = ("sigma_max", "stable_rank", "effective_rank", "rank_90")
     if S is None:
         return {"singular_values": None, **dict.fromkeys(names)}
-    if not len(S):  # every component of an AdaLoRA was pruned
+    if not len(S):  # AdaLoRA has pruned every component
         return {"singular_values": (), **dict.fromkeys(names, 0.0), "rank_90": 0}
     return {
         "singular_values": tuple(S.tolist()),
@@ -272,10 +274,12 @@ def _diagonal(d: Tensor | None) -> dict[str, Any]:
     return figures | {"diagonal": values, "diagonal_signs": learned.signs(values)}
 
 
-def _layer(look: PatchTensors, pair: Factors | None, d: Tensor | None, defects: list[Any]) -> Layer | None:
-    if not look.patch.row.truncates_base or pair is None or d is None or look.shape is None:
+def _layer(
+    opened_patch: PatchTensors, pair: Factors | None, d: Tensor | None, defects: list[Any]
+) -> Layer | None:
+    if not opened_patch.patch.row.truncates_base or pair is None or d is None or opened_patch.shape is None:
         return None
-    return Layer(float(d.square().sum()), defects[0], defects[1], look.shape, len(pair[0]))
+    return Layer(float(d.square().sum()), defects[0], defects[1], opened_patch.shape, len(pair[0]))
 
 
 def _penalties(layer: Layer) -> dict[str, float]:
@@ -286,10 +290,18 @@ def _penalties(layer: Layer) -> dict[str, float]:
 
 
 def _in_cut(
-    look: PatchTensors, rank: int | None, update: Update | None, cuts: TruncatedDirections
+    opened_patch: PatchTensors, rank: int | None, update: Update | None, directions: TruncatedDirections
 ) -> tuple[InCut | None, str | None]:
-    if update is None or update.svd is None or rank is None or look.shape is None or look.item.is_stack:
+    if (
+        update is None
+        or update.svd is None
+        or rank is None
+        or opened_patch.shape is None
+        or opened_patch.item.is_stack
+    ):
         return None, None
-    patch = look.patch
+    patch = opened_patch.patch
     is_kasa = patch.row.truncates_base and patch.base_change is not BaseChange.IN_FILE
-    return cuts.share(Cut(patch.module, is_kasa, rank, look.shape, look.item.matrix), update.svd)
+    return directions.share(
+        TruncatedWeight(patch.module, is_kasa, rank, opened_patch.shape, opened_patch.item.matrix), update.svd
+    )

@@ -14,7 +14,7 @@ from kasa_cli.report import DiffRow, module_type
 INTRUDER = 0.6
 """Cosine below which a direction of B counts as new (Shuttleworth et al. 2024 use 0.5 to 0.7)."""
 REACH = 4
-"""The directions of A that each direction of B is compared with: this many times the subspace rank."""
+"""Each direction of B is compared with this many times the subspace rank of directions of A."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def contrast(pair: Pair, sources: tuple[Checkpoint, Checkpoint], facts: Facts, r
 
 
 def distance(pair: Pair, sources: tuple[Checkpoint, Checkpoint]) -> float:
-    """‖B - A‖_F / ‖A‖_F, summed in float64; 0 where both are zero, infinite where A alone is."""
+    """‖B - A‖_F / ‖A‖_F, summed in float64; 0 where both are zero, infinite where only A is zero."""
     norm = change = 0.0
     blocks = zip(pair.first.row_blocks(sources[0]), pair.second.row_blocks(sources[1]), strict=True)
     for A, B in blocks:

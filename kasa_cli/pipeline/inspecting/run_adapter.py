@@ -25,11 +25,11 @@ from kasa_cli.pipeline.adapter_on_base import (
 )
 from kasa_cli.pipeline.inspecting.adapter import InspectedPatch, MeasuredPatch, OpenAdapter, module_rows
 from kasa_cli.pipeline.inspecting.share_in_cut import (
-    CUT_ALREADY,
     NO_BASE,
-    NOT_SAID,
+    NOT_RECORDED,
+    TRUNCATED_ALREADY,
     TruncatedDirections,
-    what_base_is,
+    state_of_base,
 )
 from kasa_cli.pipeline.measuring import Facts, open_facts, store_notes
 from kasa_cli.pipeline.opening import ModelLocation, survey
@@ -71,10 +71,11 @@ def adapter(
 ) -> AdapterReport:
     """Measure an adapter: scaling, norm, singular values, diagonal, orthogonality, penalties, share in the cut.
 
-    `where` is its base, which only some kinds and the share need; `base_is` says whether that is truncated.
+    `where` is the base, needed only for some kinds and for the share in the cut (the truncated directions). `base_is`
+    says whether this base is truncated.
 
     Raises:
-        KasaError: by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     running, watcher = running or RunOptions(), watcher or Silent()
     check_running(running)
@@ -85,10 +86,10 @@ def adapter(
     adapter_file = read_adapter(path)
     base = _base(adapter_file, where, running) if where else None
     base_state = _base_is(base_is, base) if base else None
-    cuts = _cuts(path, base, base_state)
+    directions = _truncated_directions(path, base, base_state)
     with OpenFiles() as files:
         source = OpenAdapter(adapter_file, base.origin.checkpoint if base else None, files)
-        measured = _measure(source, base, cuts, running, watcher)
+        measured = _measure(source, base, directions, running, watcher)
     rows = tuple(measurement.row for measurement in measured)
     return AdapterReport(
         command=COMMAND,
@@ -119,25 +120,29 @@ def _base(adapter_file: Adapter, where: ModelLocation, running: RunOptions) -> P
 def _base_is(requested: str, base: PlacedAdapter) -> str | None:
     """Whether the base is truncated, for adapters that depend on it; None where that is unknown."""
     names = base.fitted.truncated_targets
-    return what_base_is(requested, base.origin, base.fitted.made_by, names) if names else None
+    return state_of_base(requested, base.origin, base.fitted.made_by, names) if names else None
 
 
-def _cuts(path: Path, base: PlacedAdapter | None, base_state: str | None) -> TruncatedDirections:
-    cuts = known_truncations(path, base.origin if base else None)
+def _truncated_directions(
+    path: Path, base: PlacedAdapter | None, base_state: str | None
+) -> TruncatedDirections:
+    truncations = known_truncations(path, base.origin if base else None)
     if base is None:
         made_by = provenance.adapter_manifest(path)
         known = made_by.truncations if isinstance(made_by, TruncateManifest) else {}
         names = {module: name for name, (module, _) in known.items()}
-        return TruncatedDirections(cuts, names, None, NO_BASE)
+        return TruncatedDirections(truncations, names, None, NO_BASE)
     if base_state == ORIGINAL:
-        return TruncatedDirections(cuts, {}, (base.origin.checkpoint, base.facts))
-    return TruncatedDirections(cuts, {}, None, CUT_ALREADY if base_state == TRUNCATED else NOT_SAID)
+        return TruncatedDirections(truncations, {}, (base.origin.checkpoint, base.facts))
+    return TruncatedDirections(
+        truncations, {}, None, TRUNCATED_ALREADY if base_state == TRUNCATED else NOT_RECORDED
+    )
 
 
 def _measure(
     source: OpenAdapter,
     base: PlacedAdapter | None,
-    cuts: TruncatedDirections,
+    directions: TruncatedDirections,
     running: RunOptions,
     watcher: Watcher,
 ) -> list[MeasuredPatch]:
@@ -146,7 +151,7 @@ def _measure(
     items = items or [InspectedPatch(patch) for patch in source.adapter.patches]
     items.sort(key=lambda item: _natural(item.name))
     task: Task[InspectedPatch, list[MeasuredPatch]] = Task(
-        lambda item: module_rows(source, item, cuts),
+        lambda item: module_rows(source, item, directions),
         name=lambda item: item.name,
         memory=lambda item: item.num_bytes,
     )
@@ -165,7 +170,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _values(adapter_file: Adapter) -> tuple[ValueRow, ...]:
-    """The values in the file beside updates: whole parameters, rows of embeddings, added biases."""
+    """The trained values in the file that are not updates: whole parameters, rows of embeddings, added biases."""
 
     def row(parameter: str, tensor: str, why: str) -> ValueRow:
         entry = adapter_file.container.tensors[tensor]
@@ -187,7 +192,7 @@ def _values(adapter_file: Adapter) -> tuple[ValueRow, ...]:
 
 
 def _penalties(adapter_file: Adapter, layers: Sequence[Layer]) -> dict[str, Any] | None:
-    """KaSA's penalties of the whole adapter; None for other kinds."""
+    """KaSA's penalties for the whole adapter; None for other kinds."""
     if not layers:
         return None
     settings = adapter_file.config.get("kasa_config") or {}

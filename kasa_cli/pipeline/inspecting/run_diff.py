@@ -36,15 +36,15 @@ def diff(
 ) -> DiffReport:
     """Compare the linear weights of two checkpoints, or those that the patterns name.
 
-    `rank` is that of the subspaces compared at either end, less for narrow weights.
+    `rank` is the number of top and of bottom singular vectors that are compared; for narrow weights it is smaller.
 
     Raises:
-        KasaError: by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     running, watcher, patterns = running or RunOptions(), watcher or Silent(), patterns or Patterns()
     check_running(running)
     if rank < 1:
-        raise UsageError("the rank of a subspace must be positive")
+        raise UsageError(f"invalid subspace rank {rank}", "", "it must be positive")
     facts = open_facts(running)
     sources, chosen, notes = _open(models, patterns, facts)
     pairs, skipped = _pairs(*chosen)
@@ -55,21 +55,21 @@ def diff(
             "compare models of one family",
         )
     results = _contrasted(pairs, sources, facts, (running, rank), watcher)
-    done = {name: outcome for name, outcome in results.items() if isinstance(outcome, ComparedPair)}
-    rows = tuple(result.row for result in done.values() if result.row)
+    compared = {name: outcome for name, outcome in results.items() if isinstance(outcome, ComparedPair)}
+    rows = tuple(result.row for result in compared.values() if result.row)
     return DiffReport(
         command="inspect diff",
         models=(models[0].model, models[1].model),
         tensors=rows,
-        identical=tuple(name for name, result in done.items() if result.row is None),
+        identical=tuple(name for name, result in compared.items() if result.row is None),
         skipped=(*skipped, *(outcome for outcome in results.values() if isinstance(outcome, Skipped))),
         rank_correlation=rank_correlation([row.kappa[0] for row in rows], [row.kappa[1] for row in rows]),
         totals={
             "differing": len(rows),
-            "identical": len(done) - len(rows),
-            "unmeasured": len(results) - len(done),
-            "decompositions": sum(result.num_new for result in done.values()),
-            "decompositions_reused": sum(result.num_reused for result in done.values()),
+            "identical": len(compared) - len(rows),
+            "unmeasured": len(results) - len(compared),
+            "decompositions": sum(result.num_new for result in compared.values()),
+            "decompositions_reused": sum(result.num_reused for result in compared.values()),
         },
         notes=(*notes, *store_notes(facts)),
     )
@@ -89,27 +89,27 @@ def _open(
 
 
 def _pairs(first: Sequence[Candidate], second: Sequence[Candidate]) -> tuple[list[Pair], tuple[Skipped, ...]]:
-    """The weights that both have, by their names in memory, and those that only one has, which are skipped."""
+    """The weights that both checkpoints have, by their names in memory, and those that are skipped."""
     ours, theirs = ({candidate.module: candidate for candidate in chosen} for chosen in (first, second))
     pairs, skipped = [], []
     for module in dict.fromkeys((*ours, *theirs)):
         if module not in ours or module not in theirs:
             skipped.append(Skipped(module, f"only in {'B' if module in theirs else 'A'}"))
         elif ours[module].shape != theirs[module].shape or _forms_differ(ours[module], theirs[module]):
-            skipped.append(Skipped(module, "of another shape in B"))
+            skipped.append(Skipped(module, "its shape in B differs"))
         else:
             pairs += _matched(ours[module], theirs[module])
     return pairs, tuple(skipped)
 
 
-def _forms_differ(result: Candidate, other: Candidate) -> bool:
-    return result.num_matrices != other.num_matrices or result.is_transposed != other.is_transposed
+def _forms_differ(ours: Candidate, theirs: Candidate) -> bool:
+    return ours.num_matrices != theirs.num_matrices or ours.is_transposed != theirs.is_transposed
 
 
-def _matched(result: Candidate, other: Candidate) -> list[Pair]:
-    both = zip(result.matrices, other.matrices, strict=True)
+def _matched(ours: Candidate, theirs: Candidate) -> list[Pair]:
+    both = zip(ours.matrices, theirs.matrices, strict=True)
     return [
-        Pair(first.name, result.module, result.shape, first, replace(second, name=first.name))
+        Pair(first.name, ours.module, ours.shape, first, replace(second, name=first.name))
         for first, second in both
     ]
 
@@ -123,11 +123,14 @@ def _contrasted(
     pairs: Sequence[Pair],
     sources: tuple[Checkpoint, Checkpoint],
     facts: Facts,
-    how: tuple[RunOptions, int],
+    settings: tuple[RunOptions, int],
     watcher: Watcher,
 ) -> dict[str, ComparedPair | Skipped]:
-    """Compare every pair, in the order given; with `keep_going`, pairs that cannot be measured are skipped."""
-    running, rank = how
+    """Compare every pair, in the given order; with `keep_going`, pairs that cannot be measured are skipped.
+
+    `settings`: how the run is carried out, and the subspace rank.
+    """
+    running, rank = settings
 
     def compared(pair: Pair) -> ComparedPair | Skipped:
         return contrast(pair, sources, facts, rank)

@@ -1,4 +1,4 @@
-"""Inspects the spectra of a checkpoint: all singular values of every target, and figures of them."""
+"""Inspects the spectra of a checkpoint: all singular values of every target, and figures computed from them."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,7 +58,7 @@ def spectrum(
     `values` is a safetensors file for all of them, in float64, under the names of the rows.
 
     Raises:
-        KasaError: by the kind of trouble.
+        KasaError: a subclass that fits the failure.
     """
     running, watcher = running or RunOptions(), watcher or Silent()
     check_running(running)
@@ -69,12 +69,12 @@ def spectrum(
     last_to_first = reversed(chosen)  # a tied weight takes the module of its first name
     modules = {matrix.name: candidate.module for candidate in last_to_first for matrix in candidate.matrices}
 
-    def look(bench: Bench) -> MeasuredSpectrum:
+    def measure(bench: Bench) -> MeasuredSpectrum:
         module = modules[bench.weight.name]
         row, S = spectrum_row(bench, module, module_type(module))
         return MeasuredSpectrum(row, curve(row.name, S), S.clone() if values else None)
 
-    answers = ask(checkpoint, _all(chosen), look, facts, running, watcher)
+    answers = ask(checkpoint, _all(chosen), measure, facts, running, watcher)
     if values:
         write_file(
             values,

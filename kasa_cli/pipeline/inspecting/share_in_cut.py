@@ -13,16 +13,20 @@ from kasa_cli.report import InCut
 
 IN_TAIL, IN_BASE = "tail", "base"
 NO_BASE = "the truncated directions of its base are unknown: give the original base with --base"
-CUT_ALREADY = "this base is truncated already and has no tail beside it: give the original base with --base"
-NOT_SAID = "no manifest says whether this base is truncated already: give --base-is original if it is not"
-NO_CUT = "the truncation rank is the full rank of the weight"
-ZERO_CUT = "the truncated part is zero and has no direction"
+TRUNCATED_ALREADY = (
+    "this base is truncated already and has no tail beside it: give the original base with --base"
+)
+NOT_RECORDED = (
+    "no manifest records whether this base is truncated already: give --base-is original if it is not"
+)
+FULL_RANK = "the truncation rank is the full rank of the weight"
+ZERO_PART = "the truncated part is zero and has no direction"
 ZERO_UPDATE = "the update is zero"
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A weight that may be truncated in the base: its module, the adapter's rank, and the weight in the base.
+class TruncatedWeight:
+    """A weight that may be truncated: its module, the rank of the adapter on it, and the weight in the base.
 
     `is_kasa`: the adapter truncates its base, and the base is not in its own file.
     """
@@ -41,50 +45,50 @@ class TruncatedDirections:
     `names` maps modules to tensors on disk where no base is given.
     """
 
-    cuts: Truncations = field(default_factory=Truncations)
+    truncations: Truncations = field(default_factory=Truncations)
     names: Mapping[str, str] = field(default_factory=dict)
     original: tuple[Checkpoint, Facts] | None = None
     why: str = NO_BASE
 
-    def share(self, cut: Cut, update: Svd) -> tuple[InCut | None, str | None]:
-        """The share of an update in the truncated directions; or None and the reason why it is unknown.
+    def share(self, weight: TruncatedWeight, update: Svd) -> tuple[InCut | None, str | None]:
+        """The share of an update in the truncated directions, or None with the reason why it is unknown.
 
-        Both are None for a kind of adapter that truncates nothing, on a base without known truncations.
+        Both are None if the adapter's kind does not truncate and no truncation of the base is known.
 
         Raises:
             NumericalError: no solver converges.
         """
-        name = cut.matrix.pieces[0].name if cut.matrix else self.names.get(cut.module, "")
-        if not (cut.is_kasa or name in self.cuts.ranks):
+        name = weight.matrix.pieces[0].name if weight.matrix else self.names.get(weight.module, "")
+        if not (weight.is_kasa or name in self.truncations.ranks):
             return None, None
-        rank = self.cuts.rank(name, cut.rank)
+        rank = self.truncations.rank(name, weight.rank)
         if not rank:
-            return _in_cut(Shares(0.0, 0.0, 0.0), cut.shape, 0, IN_TAIL), None
-        term = self.cuts.from_tail(name, cut.module, rank)
+            return _in_cut(Shares(0.0, 0.0, 0.0), weight.shape, 0, IN_TAIL), None
+        term = self.truncations.from_tail(name, weight.module, rank)
         if term is not None:
-            return _measured(term, cut.shape, update, IN_TAIL)
-        if not cut.is_kasa:
+            return _measured(term, weight.shape, update, IN_TAIL)
+        if not weight.is_kasa:
             return None, None
-        if rank >= min(cut.shape):
-            return None, NO_CUT
-        if self.original is None or cut.matrix is None:
+        if rank >= min(weight.shape):
+            return None, FULL_RANK
+        if self.original is None or weight.matrix is None:
             return None, self.why
         checkpoint, facts = self.original
-        term = self.cuts.term(checkpoint, facts, cut.matrix, cut.module, rank)
-        return _measured(term, cut.shape, update, IN_BASE) if term else (None, ZERO_CUT)
+        term = self.truncations.term(checkpoint, facts, weight.matrix, weight.module, rank)
+        return _measured(term, weight.shape, update, IN_BASE) if term else (None, ZERO_PART)
 
 
-def what_base_is(requested: str, base: Origin, made_by: Manifest | None, names: list[str]) -> str | None:
-    """Whether a base is truncated already; None where nothing says so.
+def state_of_base(requested: str, base: Origin, made_by: Manifest | None, names: list[str]) -> str | None:
+    """Whether a base is the original or truncated; None if that is unknown.
 
     Raises:
-        IntegrityError: a manifest knows the adapter's base, and this is another.
+        IntegrityError: a manifest records the adapter's base, and this one differs.
     """
-    knows = any(isinstance(known, TruncateManifest) for known in (base.manifest, made_by))
+    is_recorded = any(isinstance(known, TruncateManifest) for known in (base.manifest, made_by))
     try:
         return provenance.base_is(requested, base, made_by, names)
     except IntegrityError:
-        if knows:
+        if is_recorded:
             raise
         return None
 
@@ -94,7 +98,7 @@ def _measured(
 ) -> tuple[InCut | None, str | None]:
     within = spaces(term.L, term.R)
     if within is None:
-        return None, ZERO_CUT
+        return None, ZERO_PART
     energy_shares = shares(update, within)
     return (
         (_in_cut(energy_shares, shape, term.R.shape[0], source), None)

@@ -47,13 +47,13 @@ def spectrum_row(bench: Bench, module: str, module_type: str) -> tuple[SpectrumR
 
 
 def curve(name: str, S: Tensor) -> Curve:
-    """Some of the values, at indices that are evenly spaced on a log axis from either end."""
+    """Some of the values, at indices that are evenly spaced on a log axis from both ends."""
     indices = curve_indices(len(S))
     return Curve(name, tuple(index + 1 for index in indices), tuple(float(S[index]) for index in indices))
 
 
 def spread(count: int, num_points: int) -> list[int]:
-    """`wanted` indices of a list, at equal steps from the first to the last.
+    """At most `num_points` indices of a list, at equal steps from the first to the last.
 
     >>> spread(100, 4), spread(2, 4)
     ([0, 33, 66, 99], [0, 1])

@@ -41,14 +41,14 @@ from kasa_cli.linalg import (
 from kasa_cli.pipeline.workers import RunOptions
 
 SOLVER_EDITION = 2
-"""Increase it when the solvers change: facts and parts of another edition are not reused."""
+"""Increase this number when the solvers change: facts and parts of another edition are not reused."""
 
 Fact = TypeVar("Fact", "Extremes", Ends, Values, Tops)
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """Both ends of the spectrum and the norm: every measurement gives them."""
+    """The largest and the smallest singular value, and the norm: every measurement gives them."""
 
     sigma_max: float
     sigma_min: float
@@ -75,7 +75,7 @@ class HashedMatrix:
 
 
 class Facts:
-    """The store, for one numerical environment: facts of other versions or thread counts are not used."""
+    """The store for one numerical environment: facts of other versions or thread counts are not used."""
 
     def __init__(self, store: Store | None, environment: Mapping[str, Any]) -> None:
         self.store = store
@@ -100,8 +100,8 @@ class Facts:
 class Bench:
     """The measurement of one matrix: its Gram matrix, computed at most once, serves all questions.
 
-    `is_new`: a decomposition was computed; otherwise the matrix is not even read. Every question raises
-    NumericalError, naming the matrix, when it is not finite or no solver converges.
+    `is_new` tells whether a decomposition was computed; if not, the matrix was not read. Every question raises
+    NumericalError with the name of the matrix if an entry is not finite or no solver converges.
     """
 
     def __init__(self, facts: Facts, weight: HashedMatrix) -> None:
@@ -113,16 +113,16 @@ class Bench:
         self._answers: dict[str, Any] = {}
 
     def extremes(self) -> Extremes:
-        """Both ends of the spectrum, and the norm."""
+        """The largest and the smallest singular value, and the norm."""
 
-        def find() -> Extremes:
+        def compute() -> Extremes:
             fact = self._ends(level(self._side, 0)).cut(0)
             return Extremes(fact.sigma_max, fact.sigma_min, fact.frobenius, fact.solver, fact.residual)
 
-        return self._ask("extremes", Extremes, find)
+        return self._ask("extremes", Extremes, compute)
 
     def bottom(self, t: int) -> Ends:
-        """The t smallest components, from their level; or alone, where the level gives less accurate ones."""
+        """The t smallest components: those of the stored level, or exactly t where the level is less accurate."""
         if not 0 <= t < self._side:
             raise NumericalError(f"cannot drop {t} of {self._side} components", self.weight.name)
         self.extremes()
@@ -154,17 +154,17 @@ class Bench:
             self._summed = Gram(frame(self.weight.read()))
         return self._summed
 
-    def _ask(self, question: str, kind: type[Fact], find: Callable[[], Fact]) -> Fact:
+    def _ask(self, question: str, kind: type[Fact], compute: Callable[[], Fact]) -> Fact:
         """The previous answer, the stored fact, or a new one."""
         if question not in self._answers:
-            self._answers[question] = self._known(question, kind) or self._measure(question, find)
+            self._answers[question] = self._known(question, kind) or self._measure(question, compute)
         answer: Fact = self._answers[question]
         return answer
 
-    def _measure(self, question: str, find: Callable[[], Fact]) -> Fact:
+    def _measure(self, question: str, compute: Callable[[], Fact]) -> Fact:
         """Compute a fact and store it."""
         try:
-            fact = find()
+            fact = compute()
         except NumericalError as error:
             if error.where:
                 raise
@@ -183,7 +183,7 @@ class Bench:
 
 
 def _levels(side: int, t: int) -> Iterator[int]:
-    """The levels up to the one that answers t: a larger fact is never alone, so it answers all smaller questions."""
+    """The levels up to the one that answers t. All of them are stored, so the answer to a smaller t never changes."""
     reached, num_needed = -1, level(side, t)
     while reached < num_needed:
         reached = level(side, reached + 1)
@@ -191,7 +191,7 @@ def _levels(side: int, t: int) -> Iterator[int]:
 
 
 def pack(fact: Extremes | Ends | Values | Tops, about: Mapping[str, Any]) -> bytes:
-    """A safetensors file; one metadata key, for with two its bytes would change from run to run."""
+    """A safetensors file with a single metadata key: with two keys its bytes would differ from run to run."""
     fields = {name: value for name, value in vars(fact).items() if not isinstance(value, Tensor)}
     tensors = {
         name: value.cpu().contiguous() for name, value in vars(fact).items() if isinstance(value, Tensor)
@@ -245,5 +245,5 @@ def store_notes(facts: Facts) -> list[str]:
         return []
     where = f" ({trouble.where})" if trouble.where else ""
     return [
-        f"the store could not keep everything, so the next run measures some again: {trouble.what}{where}"
+        f"the store could not keep every fact, so the next run measures some weights again: {trouble.what}{where}"
     ]

@@ -24,7 +24,7 @@ class Asked(Generic[Answer]):
 
     @property
     def totals(self) -> Decompositions:
-        """For the report: a second question costs no decomposition."""
+        """The number of new and of reused decompositions, for the report."""
         return {
             "decompositions": self.num_new,
             "decompositions_reused": len(self.answers) - self.num_new,

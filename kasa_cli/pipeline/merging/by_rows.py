@@ -29,13 +29,13 @@ class StoredTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """RowReader and columns."""
+        """Rows and columns."""
         *sides, width = self.container.tensors[self.name].shape or (1,)
         return (prod(sides), width) if sides else (width, 1)
 
     @contextmanager
     def open(self, step: int) -> Iterator[RowReader]:
-        """Its rows, up to `step` at a time, always in the same memory."""
+        """A reader of its rows, up to `step` at a time; every call reuses the same memory."""
         flat = replace(self.container.tensors[self.name], shape=self.shape)
         room = torch.empty(min(step, self.shape[0]), self.shape[1], dtype=TORCH_DTYPES[flat.dtype])
         with Reader(replace(self.container, tensors={self.name: flat})) as reader:
@@ -52,27 +52,27 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """RowReader, of shape (n, columns), that take the place of those at `indices`, of shape (n,)."""
+    """Rows, of shape (n, columns), that replace those at `indices`, of shape (n,)."""
 
     indices: Tensor
     rows: Tensor
 
     def put_into(self, X: Tensor, first: int) -> Tensor:
-        """The rows from `first` on, with the trained ones among them replaced."""
+        """The rows X, the first of which is row `first`, with the trained rows among them inserted."""
         here = (self.indices >= first) & (self.indices < first + len(X))
         if not here.any():
             return X
-        X = X.to(torch.float64, copy=True)  # rounded with all else, and not before
+        X = X.to(torch.float64, copy=True)  # rounded only once, together with the changes
         X[self.indices[here] - first] = self.rows[here].to(torch.float64)
         return X
 
 
 @dataclass
 class StreamedTensor:
-    """A tensor of the base, of `num_matrices` matrices below each other, and its changes as stored in the file.
+    """A tensor of the base, `num_matrices` matrices stacked along the rows, and its changes as stored in the file.
 
-    `value` replaces the tensor, `trained` rows replace some rows; `changes` are by the number of the matrix. The
-    measurements are of the values returned: the writer checks that they read back the same.
+    `value` replaces the tensor, and `trained` replaces some rows; the keys of `changes` are matrix numbers. The
+    returned values are measured: the writer checks that it reads back the same bytes.
     """
 
     name: str
@@ -98,10 +98,10 @@ class StreamedTensor:
                     first, stop = number * each + start, number * each + min(start + step, each)
                     W = self._hashed(before(first, stop))
                     Q = total.block(self._with_values(W, value, first, stop), start, W)
-                    if not math.isfinite(total.off):  # where an entry is not, neither is its rounding error
+                    if not math.isfinite(total.off):  # an entry that is not finite makes it infinite or NaN
                         raise too_large(self.name, dtype)
                     yield Q
-            for start in range(num_rows, self.before.shape[0], step):  # a smaller vocabulary leaves rows out
+            for start in range(num_rows, self.before.shape[0], step):  # rows that a smaller vocabulary drops
                 self._hashed(before(start, start + step))
 
     def check(self, rows: RowReader) -> Merged:
@@ -112,28 +112,28 @@ class StreamedTensor:
         return Merged(change, (off / whole) ** 0.5 if whole else 0.0, self._digest.hexdigest())
 
     def _hashed(self, W: Tensor) -> Tensor:
-        """RowReader of the base, each of which is read once and in turn."""
+        """Add rows of the base to its hash; every row is read once and in order."""
         if len(W):
             self._digest.update(raw_bytes(W))
         return W
 
     def _step(self, width: int) -> int:
-        """RowReader of a block, which no grain straddles."""
+        """Number of rows of a block, a multiple of every grain."""
         grain = math.lcm(*map(grain_of, self.changes.values()))
         return max(1, LEAST_ROWS // grain, BLOCK_ENTRIES // (grain * max(width, 1))) * grain
 
     def _with_values(self, W: Tensor, value: RowReader | None, first: int, stop: int) -> Tensor:
-        """RowReader that nothing was done to yet but to hold them anew."""
+        """The rows before any change: those of the base or of its replacement, with the trained rows inserted."""
         X = W if value is None else value(first, stop)
         if self.value is not None and not torch.isfinite(X).all():
-            raise InvalidInput("a tensor with numbers that are not finite", self.value.name)
+            raise InvalidInput("a number in this tensor is not finite", self.value.name)
         for trained_rows in self.trained:
             X = trained_rows.put_into(X, first)
         return X
 
 
 def _sum(changes: Sequence[Change], width: int, dtype: torch.dtype, num_rows: int) -> Sum:
-    """All changes as one term if they are low-rank, else one after the other."""
+    """All changes as one term if they are low-rank; otherwise they are applied one after another."""
     nothing = torch.empty(0, width, dtype=torch.float64)
     if not all(change.is_low_rank for change in changes):
         return Sum(nothing.T, nothing, dtype, num_rows, lambda T, start: applied_to(changes, T, start))

@@ -1,4 +1,4 @@
-"""The case of `kasa merge`: the options, checked, and the adapters on their base."""
+"""The input of `kasa merge`: the checked options, and the adapters placed on their base."""
 
 import math
 from collections.abc import Sequence
@@ -69,26 +69,28 @@ class MergeCase:
 
 
 def check(adapters: Sequence[Path], options: MergeRequest) -> None:
-    """Refuse options that are unsound whatever the base.
+    """Refuse options that are invalid for every base.
 
     Raises:
-        UsageError: saying which option.
+        UsageError: naming the option.
     """
     if not adapters:
         raise UsageError("no adapter to merge: give at least one")
     if options.weights and len(options.weights) != len(adapters):
         raise UsageError(
-            f"{len(options.weights)} weights for {len(adapters)} adapters", "", "give one each, or none"
+            f"{len(options.weights)} weights for {len(adapters)} adapters",
+            "",
+            "give one weight for each adapter, or none",
         )
     if not all(map(math.isfinite, options.weights)):
         raise UsageError("a weight must be a finite number", "--weight")
-    for name, known, what in (
+    for name, known, label in (
         (options.base_is, BASES, "kind of base"),
         (options.dtype, tuple(DTYPES), "dtype"),
         (options.rounding, tuple(ROUNDINGS), "rounding"),
     ):
         if name not in known:
-            raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
+            raise UsageError(f"unknown {label} {name!r}", "", f"known: {', '.join(known)}")
 
 
 def opened_case(
@@ -101,18 +103,18 @@ def opened_case(
     """Read the base and every adapter, check that they fit, and collect the edits of each tensor.
 
     Raises:
-        KasaError: by the kind of trouble; nothing was written.
+        KasaError: a subclass that fits the failure; nothing was written.
     """
     source, checkpoint, names = survey(where, facts.store if facts else None)
     check_apart(output, [source.root, *paths])
     base = provenance.origin(checkpoint)
-    before, rows, mergings, base_is = provenance.merged_before(base), [], [], None
+    merged, rows, mergings, base_is = provenance.merged_before(base), [], [], None
     for path, weight in zip(paths, options.weights or [1.0] * len(paths), strict=True):
         placed_adapter = on_base(read_adapter(path), base, names)
         digest = provenance.digest(path, placed_adapter.adapter.container.path)
-        if digest in before:
-            raise AlreadyMerged("merged already", str(path), "an adapter is merged once")
-        before.add(digest)
+        if digest in merged:
+            raise AlreadyMerged("the base already contains this adapter", str(path), "leave it out")
+        merged.add(digest)
         merging, own = _merging(placed_adapter, base, weight, options)
         mergings.append(merging)
         rows.append(_row(path, placed_adapter.adapter, weight, digest))
@@ -127,15 +129,15 @@ def opened_case(
 def _merging(
     match: AdapterOnBase, base: Origin, weight: float, options: MergeRequest
 ) -> tuple[Merging, str | None]:
-    """An adapter that fits this base, and which base a KaSA adapter has."""
-    match.require_start(base)
-    cut = match.truncated_targets
-    base_is = provenance.base_is(options.base_is, base, match.made_by, cut) if cut else None
+    """An adapter that is checked against its base, and, for KaSA, whether the base is the original or truncated."""
+    match.require_initialisation(base)
+    targets = match.truncated_targets
+    base_is = provenance.base_is(options.base_is, base, match.made_by, targets) if targets else None
     if not options.force_base:
         match.require_base(base)
     truncates_base = base_is == provenance.ORIGINAL
-    cuts = known_truncations(match.adapter.path, base) if truncates_base else Truncations()
-    return Merging(match.adapter, match.places, match.values, weight, truncates_base, cuts), base_is
+    truncations = known_truncations(match.adapter.path, base) if truncates_base else Truncations()
+    return Merging(match.adapter, match.places, match.values, weight, truncates_base, truncations), base_is
 
 
 def _row(path: Path, adapter: Adapter, weight: float, digest: str) -> AdapterRow:
@@ -145,7 +147,7 @@ def _row(path: Path, adapter: Adapter, weight: float, digest: str) -> AdapterRow
 
 
 def _initialisation_notes(mergings: Sequence[Merging]) -> list[str]:
-    """How an adapter's initialisation is known, where it changed the base."""
+    """Notes on the initialisations that changed the base: each is recomputed, from the base or from the adapter."""
     notes = []
     for merging in mergings:
         changes, name = base_changes(merging.placed), merging.adapter.path.name
@@ -155,5 +157,5 @@ def _initialisation_notes(mergings: Sequence[Merging]) -> list[str]:
                 "trained on this base"
             )
         if BaseChange.IN_FACTORS in changes:
-            notes.append(f"{name}: its initialisation is recomputed from its own tensors, as rounded there")
+            notes.append(f"{name}: its initialisation is recomputed from its own tensors, which are rounded")
     return notes

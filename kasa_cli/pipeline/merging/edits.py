@@ -12,7 +12,7 @@ from kasa_cli.errors import InvalidInput, UsageError
 from kasa_cli.pipeline.adapter_on_base import Truncations, needs_weight
 
 WHOLE, AS_STORED = 24, 4
-"""Bytes for each entry of a tensor: one that is held with its old, new and exact value; one that is only read."""
+"""Bytes for each entry of a tensor: with its old, new and exact value in memory, and with its old value alone."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class Merging:
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one matrix on disk: its adapter, the number of the patch's matrix, and the rows stored here."""
+    """A change of one matrix on disk.
+
+    `number` is that of the matrix within the patch, `index` its number within the tensor, and `span` the rows of the
+    matrix that the tensor stores.
+    """
 
     merging: Merging
     place: Placed
@@ -57,7 +61,7 @@ class TensorEdits:
     modules: dict[str, None] = field(default_factory=dict)
 
     def by_matrix(self) -> dict[int | None, list[Edit]]:
-        """The edits of each matrix of a stack, by its number; a tensor that is one matrix has them under None."""
+        """The edits of each matrix of a stack, by its number; the key of a single matrix is None."""
         by_index: defaultdict[int | None, list[Edit]] = defaultdict(list)
         for edit in self.edits:
             by_index[edit.index].append(edit)
@@ -70,13 +74,13 @@ class TensorEdits:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the whole tensor must be in memory to be changed: few are, and most of them are small."""
+        """Whether the whole tensor must be in memory to be changed. Such tensors are few, and most are small."""
         is_other = self.replacement is not None or bool(self.rows)
         is_turned = self.replacement is not None and self.replacement[1].is_turned
         return bool(self.biases) or is_turned or (is_other and self.needs_weight)
 
     def bytes_held(self, num_entries: int, round_off: str) -> int:
-        """About how many bytes a worker holds of a tensor of this size, beside the rows in work."""
+        """Estimated bytes of a tensor of this size that a worker keeps in memory, without the rows in work."""
         is_mixed = self.needs_weight and any(edit.is_turned for edit in self.edits)
         if self.is_whole or is_mixed or round_off != "nearest":
             return WHOLE * num_entries
@@ -84,7 +88,7 @@ class TensorEdits:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of those adapters, in their tensor_edits."""
+        """The kinds of the adapters that change the tensor, each once, in the order of the edits."""
         named = [edit.merging.adapter.kind for edit in (*self.edits, *self.biases)]
         named += [adapter.kind for adapter, _ in self.rows]
         named += [self.replacement[0].kind] if self.replacement else []
@@ -127,41 +131,45 @@ def _add_patch(edits: dict[str, TensorEdits], merging: Merging, place: Placed) -
 
 def _add_value(edits: dict[str, TensorEdits], merging: Merging, value: PlacedValue) -> None:
     """A parameter that an adapter replaces; it cannot be weighted."""
-    payload = value.value
+    parameter = value.value
     pieces = [part.piece for parts in value.matrices for part in parts]
     if len(pieces) != 1 or pieces[0].index is not None:
-        raise InvalidInput("kasa cannot replace a parameter that is split on disk", payload.tensor)
-    is_base = isinstance(payload, Replacement) and payload.is_base
+        raise InvalidInput("kasa cannot replace a parameter that is split on disk", parameter.tensor)
+    is_base = isinstance(parameter, Replacement) and parameter.is_base
     if merging.weight != 1 and not is_base:
-        raise UsageError("an adapter that replaces parameters can only have weight 1", payload.tensor)
+        raise UsageError("an adapter that replaces parameters can only have weight 1", parameter.tensor)
     tensor_edits = edits[pieces[0].name]
-    tensor_edits.modules[payload.parameter.rpartition(".")[0]] = None
-    if isinstance(payload, TokenRows):
-        tensor_edits.rows.append((merging.adapter, payload))
+    tensor_edits.modules[parameter.parameter.rpartition(".")[0]] = None
+    if isinstance(parameter, TokenRows):
+        tensor_edits.rows.append((merging.adapter, parameter))
     elif tensor_edits.replacement is None:
         tensor_edits.replacement = (merging.adapter, value)
-    elif not (is_base and _is_repeated(tensor_edits.replacement, merging.adapter, payload)):
-        raise InvalidInput("two adapters replace the same parameter", payload.parameter, "merge one of them")
+    elif not (is_base and _is_repeated(tensor_edits.replacement, merging.adapter, parameter)):
+        raise InvalidInput(
+            "two adapters replace the same parameter", parameter.parameter, "merge one of them"
+        )
 
 
 def _is_repeated(replacement: tuple[Adapter, PlacedValue], adapter: Adapter, other: Replacement) -> bool:
     """Whether two adapters were trained on the same base, saved with each."""
-    first, value = replacement
-    with Reader(first.container) as payload, Reader(adapter.container) as two:
-        return torch.equal(payload.tensor(value.value.tensor), two.tensor(other.tensor))
+    previous, value = replacement
+    with Reader(previous.container) as first, Reader(adapter.container) as second:
+        return torch.equal(first.tensor(value.value.tensor), second.tensor(other.tensor))
 
 
 def _check_rows(name: str, tensor_edits: TensorEdits) -> None:
-    """Check that every adapter has the vocabulary that the tensor ends up with."""
+    """Check that every adapter has the vocabulary of the merged tensor."""
     if tensor_edits.replacement is None or tensor_edits.replacement[1].vocabulary is None:
         return
     new = tensor_edits.replacement[1].vocabulary[1]
     for edit in tensor_edits.edits:
         if edit.place.shape[0] != new:
-            what = f"{edit.place.shape[0]} rows, {new} in another adapter"
+            problem = f"{edit.place.shape[0]} rows, {new} in another adapter"
             raise InvalidInput(
-                what, f"{edit.merging.adapter.path}: {name}", "merge adapters of one vocabulary"
+                problem, f"{edit.merging.adapter.path}: {name}", "merge adapters of one vocabulary"
             )
     for _, rows in tensor_edits.rows:
         if rows.indices and max(rows.indices) >= new:
-            raise InvalidInput(f"row {max(rows.indices)} of {new}", rows.tensor)
+            raise InvalidInput(
+                f"row {max(rows.indices)} is outside the {new} rows of the vocabulary", rows.tensor
+            )

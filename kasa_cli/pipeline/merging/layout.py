@@ -1,7 +1,7 @@
 """Layout of the merged checkpoint: tensor names, shapes and config.json, settled before any value is computed.
 
-It differs from the base if an adapter changes only some of the weights that are tied, or has another vocabulary. Only
-then is transformers imported.
+It differs from the base only if an adapter changes some of several tied weights, or has another vocabulary. Then
+transformers is imported.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,10 +22,10 @@ VOCABULARIES = (ModuleKind.EMBEDDING, ModuleKind.HEAD)
 
 @dataclass(frozen=True)
 class MergedLayout:
-    """The layout of a merged checkpoint, as far as it differs from the base.
+    """The differences in layout between a merged checkpoint and its base.
 
-    `config` is None if it is the base's. `shapes` are those of resized tensors. `sources` maps each new tensor to the
-    tensor of the base that it is made from.
+    `config` is None if it is the base's. `shapes` holds resized tensors. `sources` maps each new tensor to the tensor
+    of the base that it is made from.
     """
 
     config: Mapping[str, Any] | None = None
@@ -37,11 +37,11 @@ class MergedLayout:
 def settle_layout(
     base: Origin, names: NameMap, mergings: Sequence[Merging], may_untie: bool
 ) -> tuple[MergedLayout, list[Merging]]:
-    """The layout, and the adapters on the tensors that it has.
+    """The layout, and the adapters placed on its tensors.
 
     Raises:
-        InvalidInput: an adapter unties weights, which is not allowed or not possible; a part of the model keeps the
-            old size of the vocabulary.
+        InvalidInput: an adapter unties weights, which is not allowed or not possible; or a part of the model keeps
+            the old size of the vocabulary.
     """
     layout, mergings = _untied(base, names, mergings, may_untie)
     return _resized(base.checkpoint, names, layout, mergings), mergings
@@ -57,7 +57,7 @@ def _untied(
     if not groups:
         return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), list(mergings)
     tied = [tied_items(merging.adapter, (*merging.placed, *merging.values), groups) for merging in mergings]
-    apart = {id(group): group for item in tied for group in item.apart}
+    apart = {id(group): group for items in tied for group in items.apart}
     if not apart:
         return MergedLayout(notes=(NOT_NEEDED,) if may_untie else ()), _placed_at(mergings, tied, groups)
     if not may_untie:
@@ -65,32 +65,38 @@ def _untied(
     from kasa_cli.model_names import tied_weights
 
     untied = tied_weights.taken_apart(base.checkpoint.config, _shapes(base.checkpoint), apart.values())
-    freed = enumerated([end for group in apart.values() for end in group.ends])
-    note = f"untied, a tensor each: {freed}; {model_config.TIED} is false in config.json"
+    names_untied = enumerated([name for group in apart.values() for name in group.ends])
+    note = f"untied, so each has its own tensor: {names_untied}; {model_config.TIED} is false in config.json"
     return MergedLayout(untied.config, {}, untied.sources, (note,)), _placed_at(mergings, tied, untied.groups)
 
 
 def _placed_at(
     mergings: Sequence[Merging], tied: Sequence[TiedItems], groups: Iterable[Group]
 ) -> list[Merging]:
-    names = {end: name for group in groups for end, name in group.tensors.items()}
-    placed = [item.placed_at(names) for item in tied]
-    return [replace(item, placed=p, values=v) for item, (p, v) in zip(mergings, placed, strict=True)]
+    on_disk = {name: stored for group in groups for name, stored in group.tensors.items()}
+    placed = [items.placed_at(on_disk) for items in tied]
+    return [
+        replace(merging, placed=patches, values=values)
+        for merging, (patches, values) in zip(mergings, placed, strict=True)
+    ]
 
 
 def _still_tied(mergings: Sequence[Merging], tied: Sequence[TiedItems]) -> InvalidInput:
-    merging, group = next((m, item.apart[0]) for m, item in zip(mergings, tied, strict=True) if item.apart)
-    what = f"the adapter makes tied weights differ ({enumerated([*group.ends])})"
-    return InvalidInput(what, str(merging.adapter.path), "give --untie to write a tensor for each of them")
+    pairs = zip(mergings, tied, strict=True)
+    merging, group = next((merging, items.apart[0]) for merging, items in pairs if items.apart)
+    problem = f"the adapter makes tied weights differ ({enumerated([*group.ends])})"
+    return InvalidInput(
+        problem, str(merging.adapter.path), "give --untie to write a separate tensor for each"
+    )
 
 
 def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> list[Group]:
-    """The groups of tied weights, if an adapter changes one. Weights that differ on disk are not tied."""
+    """The groups of tied weights, if an adapter changes one of them. Weights that differ on disk are not tied."""
     places: list[PlacedItem] = []
     for merging in mergings:
         places += [*merging.placed, *merging.values]
     on_disk = {part.piece.name for place in places for parts in place.matrices for part in parts}
-    on_disk |= {item.bias for merging in mergings for item in merging.placed if item.bias}
+    on_disk |= {place.bias for merging in mergings for place in merging.placed if place.bias}
     if not any(names.slots[name].tied_with for name in on_disk):
         return []
     from kasa_cli.model_names import tied_weights
@@ -102,8 +108,10 @@ def _tied_groups(base: Origin, names: NameMap, mergings: Sequence[Merging]) -> l
         if is_one:
             tied_groups.append(group)
         elif len(names_of_group) < len(group.ends) and not on_disk.isdisjoint(names_of_group):
-            what = f"some of these tied weights differ on disk: {enumerated([*group.ends])}"
-            raise InvalidInput(what, str(base.checkpoint.root), "load it with transformers and save it again")
+            problem = f"some of these tied weights differ on disk: {enumerated([*group.ends])}"
+            raise InvalidInput(
+                problem, str(base.checkpoint.root), "load it with transformers and save it again"
+            )
     return tied_groups
 
 
@@ -120,29 +128,31 @@ def _resized(
     values = [value for merging in resizing for value in merging.values if value.vocabulary]
     sizes = {value.vocabulary for value in values if value.vocabulary}
     if len(sizes) > 1:
-        what = f"vocabularies of {enumerated([str(new) for _, new in sorted(sizes)])} rows"
-        raise InvalidInput(what, path, "merge adapters of one vocabulary")
+        problem = f"vocabularies of {enumerated([str(new) for _, new in sorted(sizes)])} rows"
+        raise InvalidInput(problem, path, "merge adapters of one vocabulary")
     [(old, new)] = sizes
     config = model_config.resized(layout.config or checkpoint.config, old, new)
     shapes = {value.matrices[0][0].piece.name: (new, *value.shape[1:]) for value in values}
     copied = {name: checkpoint.tensors[source].shape for name, source in layout.sources.items()}
     behind = _left_behind(config, {**_shapes(checkpoint), **copied, **shapes}, names, old)
     if behind:
-        what = f"a vocabulary of {new} rows, but {enumerated(behind, 3)} has {old} and is not in the adapter"
-        raise InvalidInput(what, path, "save the embedding and the head with the adapter")
-    note = f"the vocabulary has {new} rows, {old} before; the tokenizer is that of the base"
+        problem = (
+            f"a vocabulary of {new} rows, but {enumerated(behind, 3)} has {old} and is not in the adapter"
+        )
+        raise InvalidInput(problem, path, "save both the embedding and the head with the adapter")
+    note = f"the vocabulary is resized from {old} to {new} rows; the tokenizer is that of the base"
     return replace(layout, config=config, shapes=shapes, notes=(*layout.notes, note))
 
 
 def _left_behind(config: Mapping[str, Any], shapes: Shapes, names: NameMap, old: int) -> list[str]:
-    """The tensors whose shapes contradict the config."""
+    """The tensors whose shapes contradict the config: those that keep the old vocabulary."""
     from kasa_cli.model_names import name_map
 
     try:
         return name_map.misfits(config, shapes)
     except UnknownFamily:
-        ends = [name for name, slot in names.slots.items() if slot.kind in VOCABULARIES]
-        return [name for name in ends if shapes[name][:1] == (old,)]
+        embeddings = [name for name, slot in names.slots.items() if slot.kind in VOCABULARIES]
+        return [name for name in embeddings if shapes[name][:1] == (old,)]
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

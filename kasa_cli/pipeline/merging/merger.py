@@ -1,7 +1,7 @@
 """The new values of every tensor that adapters change, rounded once.
 
-Each worker holds one tensor of the base, with the adapters' tensors for it. Up to three steps follow each other: the
-replacement of the tensor, the replacement of rows, and the changes of its matrices (`adapter_kinds.change`).
+Each worker processes one tensor of the base with the adapters' tensors for it, in up to three steps: it replaces the
+tensor, replaces rows, and applies the changes of its matrices (`adapter_kinds.change`).
 """
 
 import threading
@@ -34,7 +34,7 @@ from kasa_cli.pipeline.merging.whole_tensor import View, WholeTensor
 
 NONE: Mapping[str, str] = MappingProxyType({})
 KEPT = 4
-"""Patches of fused experts whose changes are kept: each expert asks for them once."""
+"""Number of patches of fused experts whose changes are cached: each expert uses them once."""
 
 
 class Merger:
@@ -60,7 +60,7 @@ class Merger:
         return name in self.edits
 
     def prepare(self, name: str) -> WholeTensor | StreamedTensor:
-        """The new value of a tensor: by rows if they are independent, else of the whole tensor, which is read."""
+        """The new value of a tensor: by rows if they are independent, otherwise of the whole tensor in memory."""
         edits, source = self.edits[name], self.sources.get(name, name)
         if self.round_off == "nearest" and not edits.is_whole and self._are_floats(source, edits):
             changes = self._changes_of_rows(source, edits)
@@ -89,8 +89,8 @@ class Merger:
         for index, own in edits.by_matrix().items():
             turned = own[0].is_turned
             W = weight.T if weight is not None and turned else weight
-            cuts = self._truncation(name, index, turned, own)
-            changes = (*cuts, *(self.change(edit, W) for edit in own))
+            truncation = self._truncation(name, index, turned, own)
+            changes = (*truncation, *(self.change(edit, W) for edit in own))
             if turned and not all(change.is_low_rank for change in changes):
                 return None
             by_matrix[index or 0] = [transposed(change) for change in changes] if turned else changes
@@ -120,11 +120,11 @@ class Merger:
         matrix = X if index is None else X[index]
         turned = edits[0].is_turned
         W = matrix.T if turned else matrix
-        cuts = self._truncation(name, index, turned, edits)
-        return View(index, turned, (*cuts, *(self.change(edit, W) for edit in edits)))
+        truncation = self._truncation(name, index, turned, edits)
+        return View(index, turned, (*truncation, *(self.change(edit, W) for edit in edits)))
 
     def _stack(self, edit: Edit) -> list[Change]:
-        """The changes of all experts of a patch, computed once while they are needed."""
+        """The changes of all experts of a patch, cached while other experts need them."""
         with self._lock:
             key = id(edit.place)
             if key not in self._stacks:
@@ -147,8 +147,8 @@ class Merger:
         return (stored.T if value.is_turned else stored).contiguous()
 
     def _with_rows(self, X: Tensor, edits: TensorEdits) -> Tensor:
-        for source in self._trained(edits):
-            X = source.put_into(X, 0)
+        for trained_rows in self._trained(edits):
+            X = trained_rows.put_into(X, 0)
         return X
 
     def _trained(self, edits: TensorEdits) -> list[TrainedRows]:
@@ -160,15 +160,15 @@ class Merger:
     def _truncation(
         self, name: str, index: int | None, turned: bool, edits: Sequence[Edit]
     ) -> tuple[Change, ...]:
-        """KaSA's truncation of the base, once: of the largest rank that an adapter asks for, as in PEFT."""
-        truncation = [
+        """KaSA's truncation of the base. It is applied once, with the largest rank of all adapters, as in PEFT."""
+        ranks = [
             (edit.merging.truncations.rank(name, rank), edit)
             for edit in edits
             if (rank := _truncation_rank(edit))
         ]
-        if not truncation:
+        if not ranks:
             return ()
-        rank, edit = max(truncation, key=lambda pair: pair[0])
+        rank, edit = max(ranks, key=lambda pair: pair[0])
         matrix = Matrix.of(self.checkpoint.tensors, name, (Piece(name, index),), Orientation.of(turned))
         term = edit.merging.truncations.term(
             self.checkpoint, self.facts, matrix, edit.place.patch.module, rank
@@ -177,7 +177,7 @@ class Merger:
 
 
 def require_fit(adapter: Adapter, value: PlacedValue, before: Sequence[int], name: str) -> None:
-    """Refuse a value whose shape is not that of the parameter it replaces, and one that differs from its copies.
+    """Refuse a value that has another shape than the parameter it replaces, or that differs from its copies.
 
     Raises:
         InvalidInput: naming the tensor of the base, or the copy.
@@ -185,12 +185,12 @@ def require_fit(adapter: Adapter, value: PlacedValue, before: Sequence[int], nam
     entry = adapter.container.tensors[value.value.tensor]
     shape = entry.shape[::-1] if value.is_turned else entry.shape
     if shape[1:] != tuple(before[1:]) or (shape != tuple(before) and not value.vocabulary):
-        what = f"shape {shape}, in the base {tuple(before)}"
-        raise InvalidInput(what, name, "take the base that it was trained on")
+        problem = f"the adapter's value has shape {shape}, the base's {tuple(before)}"
+        raise InvalidInput(problem, name, "give the base that the adapter was trained on")
     for copy in value.value.copies if isinstance(value.value, Replacement) else ():
         other = adapter.container.tensors[copy]
         if (other.dtype, other.shape) != (entry.dtype, entry.shape) or not _are_equal(adapter, entry, other):
-            raise InvalidInput(f"differs from {entry.name}, which it should repeat", copy)
+            raise InvalidInput(f"differs from {entry.name}, of which it should be a copy", copy)
 
 
 def _are_equal(adapter: Adapter, source: TensorEntry, other: TensorEntry) -> bool:
@@ -200,7 +200,7 @@ def _are_equal(adapter: Adapter, source: TensorEntry, other: TensorEntry) -> boo
 
 
 def _truncation_rank(edit: Edit) -> int:
-    """The rank of an adapter whose base is still to be truncated; 0 for others."""
+    """The rank of an adapter whose base must still be truncated; 0 for others."""
     patch = edit.place.patch
     is_original = edit.merging.truncates_base and patch.base_change is not BaseChange.IN_FILE
     return int(patch.settings["r"]) if is_original else 0
@@ -213,12 +213,12 @@ def _of_stored_rows(change: Change, edit: Edit) -> Change:
         return change
     if change.dense is not None or change.map is not None:
         raise InvalidInput(
-            "kasa does not merge this kind of adapter into experts that are stored apart",
+            "kasa does not merge this kind of adapter into experts that are stored as separate tensors",
             edit.place.patch.module,
         )
     part = slice(start, stop)
-    cut = partial(_columns if edit.place.is_transposed else _rows, part)
-    return Change(terms=tuple(cut(term) for term in change.terms))
+    part_of = partial(_columns if edit.place.is_transposed else _rows, part)
+    return Change(terms=tuple(part_of(term) for term in change.terms))
 
 
 def _rows(part: slice, term: Term) -> Term:

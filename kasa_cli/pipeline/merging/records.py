@@ -28,7 +28,7 @@ from kasa_cli.report import AdapterRow
 
 
 def recorded(case: MergeCase, running: RunOptions) -> MergeManifest:
-    """What the bytes depend on besides the base. It holds no path."""
+    """The manifest before any tensor is written: all inputs, besides the base, that determine the bytes; no path."""
     options = case.options
     adapters = [
         MergedAdapter(row.kind, row.weight, row.sha256, row.tensors_consumed, row.tensors_total)
@@ -53,10 +53,10 @@ def write_records(
     written: WrittenBase[Merged],
     num_workers: int,
 ) -> bytes:
-    """Write the model card, then the manifest; returns its bytes. A manifest is there only once all else is."""
+    """Write the model card, then the manifest; returns its bytes. A manifest exists only in a complete output."""
     base = case.checkpoint
-    carried = model_card.source_facts(base.root, base.companions)
-    text = model_card.card(case.source.repo, carried, "A merged model", _card_body(case.adapters))
+    source_card = model_card.source_facts(base.root, base.companions)
+    text = model_card.card(case.source.repo, source_card, "A merged model", _card_body(case.adapters))
     write_file(folder / CARD, [text])
     manifest = replace(
         record,
@@ -92,5 +92,5 @@ def _card_body(rows: Sequence[AdapterRow]) -> str:
     head = (
         f"Made by kasa: {len(rows)} adapter{'s' if len(rows) > 1 else ''} merged, every tensor rounded once."
     )
-    tail = f"- `{MANIFEST}`: what was done to every tensor, with hashes; `kasa verify` checks it."
+    tail = f"- `{MANIFEST}`: the origin and the hashes of every tensor; `kasa verify` checks it."
     return "\n".join([head, "", *lines, tail])

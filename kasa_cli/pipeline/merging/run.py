@@ -1,4 +1,4 @@
-"""`kasa merge`: adapters into their base, one tensor at a time, each rounded once."""
+"""`kasa merge`: merges adapters into their base, one tensor at a time, and rounds each tensor once."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,10 @@ def plan(
     options: MergeRequest | None = None,
     running: RunOptions | None = None,
 ) -> MergePlan:
-    """What `merge` would do.
+    """The plan of `merge`: the changed tensors and the cost.
 
     Raises:
-        KasaError: whatever `merge` would refuse before it changes a weight.
+        KasaError: the errors that `merge` raises before it changes a weight.
     """
     options, running = options or MergeRequest(), running or RunOptions()
     check(adapters, options)
@@ -40,12 +40,19 @@ def plan(
     sheets = _sheets(case)
     entries = {name: entry for sheet in sheets for name, entry in sheet.layout.tensors.items()}
     tensors = tuple(
-        ToChange(name, ", ".join(order.modules), entries[name].shape, entries[name].dtype, order.kinds)
-        for name, order in case.edits.items()
+        ToChange(
+            name,
+            ", ".join(tensor_edits.modules),
+            entries[name].shape,
+            entries[name].dtype,
+            tensor_edits.kinds,
+        )
+        for name, tensor_edits in case.edits.items()
     )
     num_bytes = sum(sheet.layout.size for sheet in sheets)
     num_held = [
-        order.bytes_held(prod(entries[name].shape), options.rounding) for name, order in case.edits.items()
+        tensor_edits.bytes_held(prod(entries[name].shape), options.rounding)
+        for name, tensor_edits in case.edits.items()
     ]
     return MergePlan(
         command="merge",
@@ -73,7 +80,7 @@ def merge(
     """Merge adapters, in their order, into a copy of their base, which appears only when it is complete.
 
     Raises:
-        KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
+        KasaError: a subclass that fits the failure. Finished parts are kept, and the same call resumes.
     """
     options, running, watcher = options or MergeRequest(), running or RunOptions(), watcher or Silent()
     check(adapters, options)
@@ -122,18 +129,18 @@ def _sheets(case: MergeCase) -> list[Sheet]:
 def _rows(
     edits: Mapping[str, TensorEdits], written: Sequence[WrittenTensor[Merged]]
 ) -> tuple[MergedRow, ...]:
-    """Changed tensors, in the order of the base's headers."""
+    """A row for each changed tensor, in the order of the base's headers."""
     outcomes = {tensor.name: tensor for tensor in written if tensor.checks}
     return tuple(
         MergedRow(
             name,
-            ", ".join(order.modules),
+            ", ".join(tensor_edits.modules),
             outcomes[name].dtype,
-            order.num_terms,
+            tensor_edits.num_terms,
             checks.max_abs_change,
             checks.rounding_error,
         )
-        for name, order in edits.items()
+        for name, tensor_edits in edits.items()
         if (checks := outcomes[name].checks)
     )
 

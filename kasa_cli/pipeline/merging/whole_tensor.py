@@ -17,7 +17,7 @@ PART = 1 << 20
 
 @dataclass(frozen=True)
 class View:
-    """One matrix of a tensor as the adapters see it, and its changes."""
+    """One matrix of a tensor, and its changes in the orientation (out, in)."""
 
     index: int | None
     is_turned: bool
@@ -31,7 +31,7 @@ class View:
 
 @dataclass(frozen=True)
 class WholeTensor:
-    """A tensor as it was, its value before the changes, and the changes."""
+    """A tensor of the base, its value X after replacements, and the changes of X."""
 
     name: str
     before: Tensor
@@ -82,7 +82,7 @@ class WholeTensor:
 
 
 def _in_parts(first: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two tensors of one shape, a part of each at a time, whose float64 is small."""
+    """Pairs of equal parts of two tensors, each small enough to be converted to float64."""
     return zip(*(torch.split(X.reshape(-1), PART) for X in (first, other)), strict=True)
 
 
@@ -91,7 +91,7 @@ def _largest(Q: Tensor, W: Tensor) -> float:
 
 
 def _rounded(W: Tensor, changes: Sequence[Change], dtype: torch.dtype, round_off: str) -> Tensor:
-    """The changed weight; `preserve` keeps rounding out of the directions that the update reads."""
+    """The changed weight; `preserve` keeps rounding errors out of the input directions of the update."""
     term = factors(changes) if round_off != "nearest" else None
     if term is None or not term.R.shape[0] or dtype.itemsize > 2:
         return apply(W, changes, dtype)

@@ -16,7 +16,7 @@ KINDS = ("module", "parameter")
 
 @dataclass(frozen=True)
 class Ranking:
-    """The criterion and the amount of a selection. `prefer` is the preferred end of the criterion.
+    """The criterion and the amount of a selection. `prefer` says whether high or low scores are preferred.
 
     `fair`: divide a score by that of a random matrix of the same shape; `by_type`: rank within each module type.
     """
@@ -62,12 +62,12 @@ class Scored:
 
     def each(self, criterion: str) -> tuple[float, ...]:
         """The scores of its matrices."""
-        return tuple(candidate.scores[criterion] for candidate in self.judged)
+        return tuple(judged.scores[criterion] for judged in self.judged)
 
     @property
     def expected(self) -> float | None:
         """The mean score of random matrices of the same shape."""
-        scores = [candidate.expected for candidate in self.judged if candidate.expected is not None]
+        scores = [judged.expected for judged in self.judged if judged.expected is not None]
         return fmean(scores) if scores else None
 
     def decisive(self, criterion: str) -> float:
@@ -93,13 +93,13 @@ def _chance(ranking: Ranking, spectrum: Spectrum) -> float:
     """The score of a random matrix of that shape and norm."""
     chance = expected(ranking.scores[ranking.criterion], spectrum.shape, spectrum.frobenius)
     if not 0 < chance < math.inf:
-        what = f"a random matrix of {spectrum.shape[0]} x {spectrum.shape[1]} scores {chance}"
-        raise UsageError(what, ranking.criterion, "--shape-fair needs another criterion")
+        problem = f"a random matrix of {spectrum.shape[0]} x {spectrum.shape[1]} scores {chance}"
+        raise UsageError(problem, ranking.criterion, "--shape-fair needs another criterion")
     return chance
 
 
 def chosen(scored: Sequence[Scored], ranking: Ranking) -> list[Scored]:
-    """The selection, best first: modules, then parameters, each by its own number."""
+    """The selection, best first: modules, then parameters; the amount applies to each kind separately."""
     return [
         members[index]
         for members in _by_kind(scored)
@@ -114,11 +114,9 @@ def chosen(scored: Sequence[Scored], ranking: Ranking) -> list[Scored]:
 
 def rows(scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking) -> tuple[CandidateRow, ...]:
     """A row for every candidate, in the order of the model, with its rank from 1."""
-    places = _places(scored, ranking)
-    selected = {candidate.candidate.module for candidate in best}
-    return tuple(
-        _row(candidate, places[candidate.candidate.module], selected, ranking) for candidate in scored
-    )
+    ranks = _ranks(scored, ranking)
+    selected = {member.candidate.module for member in best}
+    return tuple(_row(member, ranks[member.candidate.module], selected, ranking) for member in scored)
 
 
 def comparison(
@@ -132,43 +130,45 @@ def without_nan(
     scored: Sequence[Scored], criteria: Sequence[str]
 ) -> tuple[list[Scored], tuple[Skipped, ...]]:
     """The candidates that every criterion scores, and the others with the first criterion that does not."""
-    silent = {
-        candidate.candidate.module: name
-        for candidate in scored
+    unscored = {
+        member.candidate.module: name
+        for member in scored
         for name in criteria
-        if candidate.score(name) != candidate.score(name)
+        if member.score(name) != member.score(name)
     }
-    ranked = [candidate for candidate in scored if candidate.candidate.module not in silent]
-    return ranked, tuple(Skipped(module, f"{name} gives it no score") for module, name in silent.items())
+    ranked = [member for member in scored if member.candidate.module not in unscored]
+    return ranked, tuple(Skipped(module, f"{name} gives it no score") for module, name in unscored.items())
 
 
 def _compared(
     name: str, scored: Sequence[Scored], best: Sequence[Scored], ranking: Ranking
 ) -> CriterionComparison:
     """The comparison with one criterion; correlations of modules and of parameters are averaged by their number."""
-    prefer, shared, total, correlations = CRITERIA[name].prefer, [], [], []
+    prefer, selected, other, correlations = CRITERIA[name].prefer, [], [], []
     for members in _by_kind(scored):
-        ours = [candidate.candidate.module for candidate in best if candidate in members]
+        ours = [member.candidate.module for member in best if member in members]
         theirs = selection.choose(
             [member.score(name) for member in members], prefer, Amount(num_modules=len(ours))
         )
-        shared += ours
-        total += [members[index].candidate.module for index in theirs]
-        x = [SIGNS[ranking.prefer] * member.decisive(ranking.criterion) for member in members]
+        selected += ours
+        other += [members[index].candidate.module for index in theirs]
+        scores = [SIGNS[ranking.prefer] * member.decisive(ranking.criterion) for member in members]
         correlation = selection.rank_correlation(
-            x, [SIGNS[prefer] * member.score(name) for member in members]
+            scores, [SIGNS[prefer] * member.score(name) for member in members]
         )
         correlations += [] if correlation is None else [(correlation, len(members))]
     weight = sum(count for _, count in correlations)
     return {
         "criterion": name,
         "prefer": prefer,
-        "overlap": selection.overlap(shared, total),
-        "rank_correlation": sum(c * count for c, count in correlations) / weight if weight else None,
+        "overlap": selection.overlap(selected, other),
+        "rank_correlation": sum(correlation * count for correlation, count in correlations) / weight
+        if weight
+        else None,
     }
 
 
-def _row(scored: Scored, place: int, selected: set[str], ranking: Ranking) -> CandidateRow:
+def _row(scored: Scored, rank: int, selected: set[str], ranking: Ranking) -> CandidateRow:
     candidate = scored.candidate
     return CandidateRow(
         module=candidate.module,
@@ -176,7 +176,7 @@ def _row(scored: Scored, place: int, selected: set[str], ranking: Ranking) -> Ca
         module_type=module_type(candidate.module),
         shape=candidate.shape,
         score=scored.score(ranking.criterion),
-        rank_in_order=place,
+        rank_in_order=rank,
         selected=candidate.module in selected,
         expected=scored.expected,
         experts=scored.each(ranking.criterion) if candidate.kind == "parameter" else None,
@@ -184,9 +184,9 @@ def _row(scored: Scored, place: int, selected: set[str], ranking: Ranking) -> Ca
     )
 
 
-def _places(scored: Sequence[Scored], ranking: Ranking) -> dict[str, int]:
+def _ranks(scored: Sequence[Scored], ranking: Ranking) -> dict[str, int]:
     """The rank of each candidate within its kind, or within its module type."""
-    places: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     for members in _by_kind(scored):
         labels = _types(members) if ranking.by_type else [""] * len(members)
         counts: dict[str, int] = {}
@@ -194,12 +194,12 @@ def _places(scored: Sequence[Scored], ranking: Ranking) -> dict[str, int]:
             [member.decisive(ranking.criterion) for member in members], ranking.prefer
         ):
             counts[labels[index]] = counts.get(labels[index], 0) + 1
-            places[members[index].candidate.module] = counts[labels[index]]
-    return places
+            ranks[members[index].candidate.module] = counts[labels[index]]
+    return ranks
 
 
 def _by_kind(scored: Sequence[Scored]) -> list[list[Scored]]:
-    groups = [[candidate for candidate in scored if candidate.candidate.kind == kind] for kind in KINDS]
+    groups = [[member for member in scored if member.candidate.kind == kind] for kind in KINDS]
     return [members for members in groups if members]
 
 

@@ -36,7 +36,7 @@ RANK = 16
 class SelectRequest:
     """The options of a selection.
 
-    An empty `amount` is the best fifth; `prefer` None is the criterion's own end; `rule` applies to kappa only.
+    An empty `amount` selects the best fifth; `prefer` None is the criterion's default; `rule` applies to kappa only.
     """
 
     amount: Amount = Amount()  # noqa: RUF009 - frozen
@@ -78,7 +78,7 @@ def select_targets(
     """Score every candidate and choose the best.
 
     Raises:
-        KasaError: by the kind of trouble; for a weight that is not finite it names the tensor.
+        KasaError: a subclass that fits the failure; for a weight that is not finite it names the tensor.
     """
     options, running, watcher = options or SelectRequest(), running or RunOptions(), watcher or Silent()
     rank_by = check(options)
@@ -87,14 +87,12 @@ def select_targets(
     checkpoint, names, chosen, skipped = _survey(where, options, rank_by, patterns, facts)
     weights = [matrix for target in chosen for matrix in target.matrices]
     answers = ask(checkpoint, weights, lambda bench: ranking.judge(bench, rank_by), facts, running, watcher)
-    scored, mute = ranking.without_nan(_scored(chosen, answers), list(rank_by.scores))
+    scored, unscored = ranking.without_nan(_scored(chosen, answers), list(rank_by.scores))
     best = ranking.chosen(scored, rank_by)
     rank = _matched(options, scored, best)
-    modules = tuple(candidate.candidate.module for candidate in best if candidate.candidate.kind == "module")
-    parameters = tuple(
-        candidate.candidate.module for candidate in best if candidate.candidate.kind == "parameter"
-    )
-    has_parameters = any(candidate.candidate.kind == "parameter" for candidate in scored)
+    modules = tuple(member.candidate.module for member in best if member.candidate.kind == "module")
+    parameters = tuple(member.candidate.module for member in best if member.candidate.kind == "parameter")
+    has_parameters = any(member.candidate.kind == "parameter" for member in scored)
     return SelectReport(
         command=COMMAND,
         model=where.model,
@@ -107,16 +105,14 @@ def select_targets(
         target_parameters=parameters if has_parameters else None,
         matched_rank=rank,
         comparison=ranking.comparison(scored, best, rank_by),
-        skipped=(*skipped, *answers.skipped, *mute),
+        skipped=(*skipped, *answers.skipped, *unscored),
         totals={
             "candidates": len(scored),
             "selected": len(best),
             "unmeasured": len(answers.skipped),
             **answers.totals,
         },
-        emission=export(
-            options.emit, [candidate.candidate for candidate in best], checkpoint, names, rank or RANK
-        )
+        emission=export(options.emit, [member.candidate for member in best], checkpoint, names, rank or RANK)
         if options.emit
         else None,
         notes=(*_notes(checkpoint, names, best), *store_notes(facts)),
@@ -130,7 +126,7 @@ def _survey(
     patterns: Patterns | None,
     facts: Facts | None = None,
 ) -> tuple[Checkpoint, NameMap, tuple[Candidate, ...], tuple[Skipped, ...]]:
-    """The model, its candidates under the rule, and the weights that are none."""
+    """The model, its candidates under the rule, and the weights that are not candidates."""
     _, checkpoint, names = survey(where, facts.store if facts else None)
     as_in: AsIn = "peft" if rank_by.rule == "peft" else "kasa"
     chosen, skipped = candidates(checkpoint.tensors, names, patterns or Patterns(), as_in, options.max_dim)
@@ -148,7 +144,7 @@ def check(options: SelectRequest) -> Ranking:
         _check_name(name, CRITERIA, "criterion")
     _check_name(options.rule, RULES, "rule")
     _check_name(options.prefer, SIGNS, "end to prefer")
-    _check_name(options.emit, EMISSIONS, "hand-off")
+    _check_name(options.emit, EMISSIONS, "format")
     _check_amount(options.amount)
     if options.max_dim < 1 or (options.match_budget is not None and options.match_budget < 1):
         raise UsageError(
@@ -215,10 +211,10 @@ def _notes(checkpoint: Checkpoint, names: NameMap, best: Sequence[Scored]) -> li
     """Notes for the user before training on the selection."""
     notes = [names.note] if names.note else []
     tied = [
-        candidate.candidate.module
-        for candidate in best
-        for piece in candidate.candidate.matrices[0].pieces
-        if names.slots[piece.name].module != candidate.candidate.module and names.slots[piece.name].tied_with
+        member.candidate.module
+        for member in best
+        for piece in member.candidate.matrices[0].pieces
+        if names.slots[piece.name].module != member.candidate.module and names.slots[piece.name].tied_with
     ]
     if tied:
         notes.append(

@@ -37,7 +37,7 @@ class FileMember:
 def write_adapter(
     plan: Plan, options: TruncateRequest, staging: Staging, measured: list[MeasuredTarget], watcher: Watcher
 ) -> None:
-    """The fresh KaSA adapter, as PEFT stores one; no file where all targets are experts."""
+    """Write the fresh KaSA adapter in PEFT's layout; no file is written if all targets are experts."""
     modules = [measurement for measurement in measured if measurement.target.expert is None]
     if not modules:
         return
@@ -63,25 +63,27 @@ def write_adapter(
 
 
 def write_tail(plan: Plan, staging: Staging, measured: list[MeasuredTarget], watcher: Watcher) -> None:
-    """The dropped components as a plain LoRA of scaling 1; no file when none are dropped."""
-    cut = [measurement for measurement in measured if measurement.target.dropped]
-    if not cut:
+    """Write the dropped components as a plain LoRA of scaling 1; no file is written if none are dropped."""
+    truncated = [measurement for measurement in measured if measurement.target.dropped]
+    if not truncated:
         return
-    rank = max(item.target.dropped for item in cut)  # one rank for all modules: servers know no other
+    rank = max(
+        measurement.target.dropped for measurement in truncated
+    )  # servers support one rank per adapter
 
-    def make(item: MeasuredTarget) -> dict[str, Tensor]:
-        names = peft.tensor_names(item.target.module)
-        A, B = kasa.tail(read_factors(staging, item))
+    def make(measurement: MeasuredTarget) -> dict[str, Tensor]:
+        names = peft.tensor_names(measurement.target.module)
+        A, B = kasa.tail(read_factors(staging, measurement))
         pad, missing = torch.nn.functional.pad, rank - len(A)
         return {names["A"]: pad(A, (0, 0, 0, missing)), names["B"]: pad(B, (0, missing))}
 
-    modules = [item for item in cut if item.target.expert is None]
+    modules = [measurement for measurement in truncated if measurement.target.expert is None]
     members = [
         FileMember(module.target.name, _forms(module.target, rank, with_diag=False), partial(make, module))
         for module in modules
     ]
-    stacks = _stacks(plan, cut)
-    members += [_stack_member(stack, rank, staging, cut) for stack in stacks]
+    stacks = _stacks(plan, truncated)
+    members += [_stack_member(stack, rank, staging, truncated) for stack in stacks]
     config = _lora_config(plan, [module.target for module in modules], rank, rank)
     config = peft.by_parameter(
         config, peft.taken_for_experts([module.target.module for module in modules], plan.checkpoint.config)
@@ -140,7 +142,7 @@ def _forms(target: Target, rank: int, *, with_diag: bool) -> Forms:
 
 def _write_peft(folder: Path, config: dict[str, Any], members: list[FileMember], watcher: Watcher) -> None:
     make_folder(folder)
-    layout = lay_out(triple for member in members for triple in member.forms)
+    layout = lay_out(form for member in members for form in member.forms)
     watcher.stage(folder.name, len(members), len(members))
     with filling(folder / peft.WEIGHTS, layout) as file:
         for member in members:

@@ -1,4 +1,4 @@
-"""Measures the targets: spectral facts and bottom factors, each kept as a part as soon as it is computed."""
+"""Measures the targets. Their spectral facts and bottom factors are kept as parts as soon as they are computed."""
 
 import hashlib
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Measurer:
 def measure(
     measurer: Measurer, targets: tuple[Target, ...], num_workers: int, watcher: Watcher
 ) -> list[MeasuredTarget]:
-    """Decompose every target that has neither a part nor facts in the store; results in the order given."""
+    """Decompose every target that has neither a part nor facts in the store; results are in the given order."""
     task = Task(
         partial(_measure_one, measurer),
         name=lambda target: target.name,
@@ -54,11 +54,11 @@ def read_factors(staging: Staging, measured: MeasuredTarget) -> Ends:
     """The factors of a target, from its part.
 
     Raises:
-        IntegrityError: the part was altered since it was written.
+        IntegrityError: the part differs from the one that was written.
     """
     path = staging.part(measured.key)
     if path is None:
-        raise IntegrityError("a finished part was altered", measured.target.name, "run the command again")
+        raise IntegrityError("a finished part is altered", measured.target.name, "run the command again")
     return unpack(Ends, path.read_bytes())
 
 

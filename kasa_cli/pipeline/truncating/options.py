@@ -1,4 +1,4 @@
-"""The options of `truncate`: checked, and the record of those on which bytes depend."""
+"""The options of `truncate`, their checks, and the record of the options that determine the bytes of the output."""
 
 import math
 import re
@@ -64,7 +64,7 @@ class TruncateRequest:
 
     @property
     def num_workers(self) -> int:
-        """Matrices worked on at once."""
+        """Number of matrices processed at once."""
         return self.running.num_workers
 
 
@@ -72,7 +72,7 @@ def check(options: TruncateRequest) -> None:
     """Refuse options that no model can satisfy.
 
     Raises:
-        UsageError: saying which option, and what is known.
+        UsageError: naming the option and its valid values.
     """
     if options.rank < 1 or options.dropped < 0:
         raise UsageError(
@@ -81,7 +81,7 @@ def check(options: TruncateRequest) -> None:
             "a rank is positive, a truncation rank 0 or more",
         )
     if not options.emit:
-        raise UsageError("nothing to emit", "", f"give some of {', '.join(PARTS)}")
+        raise UsageError("no part is selected for output", "", f"give some of {', '.join(PARTS)}")
     if not (0 <= options.beta < math.inf and 0 <= options.gamma < math.inf):
         raise UsageError(
             f"invalid loss weights {options.beta} and {options.gamma}: both are finite and not negative"
@@ -118,7 +118,7 @@ def recorded(options: TruncateRequest) -> TruncateOptions:
 
 
 def _check_names(options: TruncateRequest) -> None:
-    for values, known, what in (
+    for values, known, label in (
         (options.emit, PARTS, "part to emit"),
         ((options.dtype,), DTYPES, "dtype"),
         ((options.rounding,), ROUNDINGS, "rounding"),
@@ -127,7 +127,7 @@ def _check_names(options: TruncateRequest) -> None:
     ):
         for name in values:
             if name not in known:
-                raise UsageError(f"unknown {what} {name!r}", "", f"known: {', '.join(known)}")
+                raise UsageError(f"unknown {label} {name!r}", "", f"known: {', '.join(known)}")
     if options.diag_init == "residual" and options.dropped < options.rank:
         raise UsageError(
             "the residual init needs as many dropped components as the rank",

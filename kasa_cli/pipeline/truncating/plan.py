@@ -9,12 +9,12 @@ from kasa_cli.model_names import NameMap
 from kasa_cli.pipeline.measuring import Facts
 from kasa_cli.pipeline.opening import ModelLocation, survey
 from kasa_cli.targets import Patterns, RankRule, Selection, Target, select
-from kasa_cli.targets import patterns as asked_for
+from kasa_cli.targets import patterns as combined_patterns
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint, its names, and its targets."""
+    """A checkpoint, the names of its modules, and the targets."""
 
     source: Source
     checkpoint: Checkpoint
@@ -31,11 +31,11 @@ def make_plan(
 ) -> Plan:
     """Find the model, check every header, map the names and choose the targets."""
     source, checkpoint, names = survey(where, facts.store if facts else None)
-    patterns = asked_for(patterns.targets, patterns.excludes, from_file)
+    patterns = combined_patterns(patterns.targets, patterns.excludes, from_file)
     return Plan(source, checkpoint, names, select(checkpoint.tensors, names, patterns, rank_rule))
 
 
-def require_rank(targets: tuple[Target, ...], rank: int, what: str) -> None:
+def require_rank(targets: tuple[Target, ...], rank: int, label: str) -> None:
     """Refuse a rank that is too large for a target.
 
     Raises:
@@ -44,7 +44,7 @@ def require_rank(targets: tuple[Target, ...], rank: int, what: str) -> None:
     for target in targets:
         if rank >= min(target.shape):
             raise UsageError(
-                f"{what} {rank} is not below the smaller side of {target.shape[0]} x {target.shape[1]}",
+                f"{label} {rank} is not below the smaller side of {target.shape[0]} x {target.shape[1]}",
                 target.name,
                 f"lower it, or --exclude {target.module}",
             )

@@ -24,20 +24,20 @@ from kasa_cli.pipeline.truncating.rewrite import Truncated
 
 
 def write_records(
-    plan: Plan, options: TruncateRequest, staging: Staging, environment: Environment, done: Truncated
+    plan: Plan, options: TruncateRequest, staging: Staging, environment: Environment, result: Truncated
 ) -> bytes:
-    """Write the model cards, then the manifest; returns its bytes. A manifest is there only once all else is."""
-    carried = model_card.source_facts(plan.checkpoint.root, plan.checkpoint.companions)
-    text = model_card.card(plan.source.repo, carried, "A KaSA starting point", _card_body(plan, options))
+    """Write the model cards, then the manifest; returns its bytes. A manifest exists only in a complete output."""
+    source_card = model_card.source_facts(plan.checkpoint.root, plan.checkpoint.companions)
+    text = model_card.card(plan.source.repo, source_card, "A KaSA starting point", _card_body(plan, options))
     write_file(staging.out / CARD, [text])
     if "base" in options.emit:
         write_file(staging.out / "base" / CARD, [text])
-    tensors = _tensor_records(plan, done)
-    headers = {f"base/{name}": sha256 for name, sha256 in done.base.header_sha256.items()}
+    tensors = _tensor_records(plan, result)
+    headers = {f"base/{name}": sha256 for name, sha256 in result.base.header_sha256.items()}
     manifest = TruncateManifest(
         base_fingerprint=fingerprint(tensors),
         environment=environment,
-        experts=_expert_records(done),
+        experts=_expert_records(result),
         files=file_records(staging.out, options.num_workers, headers),
         left_out={left.name: left.reason for left in plan.checkpoint.left_out},
         model_class=plan.names.model_class,
@@ -50,26 +50,28 @@ def write_records(
     return sealed
 
 
-def _tensor_records(plan: Plan, done: Truncated) -> dict[str, TensorRecord]:
-    """Every tensor that was written, and every target."""
-    written = {tensor.name: tensor for tensor in done.base.tensors}
-    targets = {each.target.name: each for each in done.measured if each.target.expert is None}
+def _tensor_records(plan: Plan, result: Truncated) -> dict[str, TensorRecord]:
+    """A record of every tensor of the new base, and of every target."""
+    written = {tensor.name: tensor for tensor in result.base.tensors}
+    targets = {
+        measured.target.name: measured for measured in result.measured if measured.target.expert is None
+    }
     experts = dict.fromkeys(_tensors_of_experts(plan))
     records = {}
     for name in dict.fromkeys((*written, *targets, *experts)):
-        tensor, each, entry = written.get(name), targets.get(name), plan.checkpoint.tensors[name]
+        tensor, measured, entry = written.get(name), targets.get(name), plan.checkpoint.tensors[name]
         is_target = name in targets or name in experts
         records[name] = TensorRecord(
             role=("truncated" if tensor else "reference") if is_target else "copied",
             dtype=tensor.dtype if tensor else entry.dtype,
             shape=entry.shape,
             stored=StoredTensor(tensor.file, tensor.blake3) if tensor else None,
-            before=InputTensor(each.blake3 if each else hash_tensor(plan.checkpoint, name))
+            before=InputTensor(measured.blake3 if measured else hash_tensor(plan.checkpoint, name))
             if is_target
             else None,
-            module=each.target.module if each else None,
-            truncation=_truncation(each) if each else None,
-            truncated=done.outcomes.get(name) if each else None,
+            module=measured.target.module if measured else None,
+            truncation=_truncation(measured) if measured else None,
+            truncated=result.outcomes.get(name) if measured else None,
         )
     return records
 
@@ -80,29 +82,31 @@ def _truncation(measured: MeasuredTarget) -> TruncationRecord:
 
 
 def _tensors_of_experts(plan: Plan) -> list[str]:
-    """The tensors on disk that hold experts which are targets."""
+    """The tensors on disk of the experts among the targets."""
     return sorted({piece.name for target in plan.selection.experts for piece in target.matrix.pieces})
 
 
-def _expert_records(done: Truncated) -> dict[str, ExpertRecord]:
+def _expert_records(result: Truncated) -> dict[str, ExpertRecord]:
     modules = [
-        each.target.module for each in done.measured if each.target.expert is not None and each.target.dropped
+        measured.target.module
+        for measured in result.measured
+        if measured.target.expert is not None and measured.target.dropped
     ]
     wrappers = wrapper_names(list(dict.fromkeys(modules)))
     return {
-        each.target.name: ExpertRecord(
-            expert=each.target.expert,
-            dtype=each.target.matrix.dtype,
-            shape=each.target.shape,
-            pieces=tuple((piece.name, piece.index) for piece in each.target.matrix.pieces),
-            wrapper=wrappers.get(each.target.module),
-            module=each.target.module,
-            input_blake3=each.blake3,
-            truncation=_truncation(each),
-            truncated=done.outcomes.get(each.target.name),
+        measured.target.name: ExpertRecord(
+            expert=measured.target.expert,
+            dtype=measured.target.matrix.dtype,
+            shape=measured.target.shape,
+            pieces=tuple((piece.name, piece.index) for piece in measured.target.matrix.pieces),
+            wrapper=wrappers.get(measured.target.module),
+            module=measured.target.module,
+            input_blake3=measured.blake3,
+            truncation=_truncation(measured),
+            truncated=result.outcomes.get(measured.target.name),
         )
-        for each in done.measured
-        if each.target.expert is not None
+        for measured in result.measured
+        if measured.target.expert is not None
     }
 
 
@@ -119,6 +123,6 @@ def _card_body(plan: Plan, options: TruncateRequest) -> str:
         f"{len(plan.selection.targets)} weights were dropped (KaSA, arXiv 2412.06071).",
         "",
         *(line for part, line in parts.items() if part in options.emit),
-        f"- `{MANIFEST}`: what was done to every tensor, with hashes; `kasa verify` checks it.",
+        f"- `{MANIFEST}`: the origin and the hashes of every tensor; `kasa verify` checks it.",
     ]
     return "\n".join(lines)

@@ -37,7 +37,7 @@ class Share:
 
 
 class Exact(NamedTuple):
-    """The exact new value of a matrix, and the factors that it is made with."""
+    """The exact new value of a matrix, and the factors that it is computed from."""
 
     value: rounding.ExactSum
     factors: Ends
@@ -131,7 +131,7 @@ class TruncatedTensor:
         return measured_sums(stored, value, factors.V, factors.S)
 
     def _exact(self, share: Share) -> Exact:
-        """The exact value of a matrix. The last one is kept: a tensor of one share uses it twice."""
+        """The exact value of a matrix. The last one is cached: a tensor of one share uses it twice."""
         if self._last is None or self._last[0] is not share:
             self._last = None
             self._last = (share, self.truncation.exact(share.measured))

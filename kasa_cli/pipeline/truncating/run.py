@@ -41,7 +41,7 @@ def plan(where: ModelLocation, options: TruncateRequest) -> PlanReport:
     """The plan of `truncate`, from headers alone.
 
     Raises:
-        KasaError: whatever `truncate` would refuse before it reads a weight.
+        KasaError: the errors that `truncate` raises before it reads a weight.
     """
     check(options)
     whole_plan = _plan(where, options)
@@ -76,7 +76,7 @@ def truncate(
     """Truncate a checkpoint into `output`, which appears only when it is complete.
 
     Raises:
-        KasaError: by the kind of trouble; nothing is lost, and the same call goes on where this one stopped.
+        KasaError: a subclass that fits the failure. Finished parts are kept, and the same call resumes.
     """
     options, watcher = options or TruncateRequest(), watcher or Silent()
     check(options)
@@ -92,10 +92,10 @@ def truncate(
     with staging, blas_threads(options.threads_per_worker):
         measurer = Measurer(whole_plan.checkpoint, staging, facts, device)
         measured = measure(measurer, whole_plan.selection.targets, options.num_workers, watcher)
-        done = Truncated(measured, _write_parts(whole_plan, options, sheets, staging, measured, watcher))
-        sealed = write_records(whole_plan, options, staging, environment, done)
+        result = Truncated(measured, _write_parts(whole_plan, options, sheets, staging, measured, watcher))
+        sealed = write_records(whole_plan, options, staging, environment, result)
         staging.publish()
-    report = _report(where, output, options, whole_plan, done, sealed)
+    report = _report(where, output, options, whole_plan, result, sealed)
     return replace(report, notes=(*report.notes, *store_notes(facts)))
 
 
@@ -139,7 +139,7 @@ def _bytes_to_write(whole_plan: Plan, options: TruncateRequest, sheets: Sequence
 
 
 def _job(whole_plan: Plan, options: TruncateRequest, environment: manifest.Environment) -> dict[str, Any]:
-    """Everything that the bytes of the output depend on: a run continues only the same job."""
+    """All inputs that determine the bytes of the output: a run resumes only the same job."""
     headers = [[file, shard.identity.size] for file, shard in whole_plan.checkpoint.shards.items()]
     return {
         "command": "truncate",
@@ -197,15 +197,16 @@ def _notes(whole_plan: Plan, options: TruncateRequest) -> tuple[str, ...]:
         and (options.dropped != options.rank or options.compat != "peft")
     ):
         notes.append(
-            f"PEFT drops the {options.rank} smallest components of whatever base it loads this adapter on: "
+            f"PEFT drops the {options.rank} smallest components of any base that it loads this adapter on: "
             "its base then differs from base/; load tail/ on the original instead where that matters"
         )
     if options.compat == "reference":
         notes.append(
-            "compat reference: the published code's in_features - r rule; wide layers lose less or nothing"
+            "compat reference follows the published code, whose rule is in_features - r: "
+            "wide layers lose fewer components, or none"
         )
     if "tail" in options.emit and not any(target.dropped for target in whole_plan.selection.targets):
-        notes.append("nothing is dropped, so there is no tail/")
+        notes.append("no component is dropped, so there is no tail/")
     return tuple(notes)
 
 
@@ -214,15 +215,16 @@ def _report(
     output: Path,
     options: TruncateRequest,
     whole_plan: Plan,
-    done: Truncated,
+    result: Truncated,
     sealed: bytes,
 ) -> TruncateReport:
-    rows = tuple(_row(measurement, done) for measurement in done.measured)
+    rows = tuple(_row(measurement, result) for measurement in result.measured)
     tied = [row.name for row in rows if row.is_tied]
     notes = [*_notes(whole_plan, options)]
     if tied:
         notes.append(
-            f"the cut falls on a tie in {len(tied)} tensors ({tied[0]}, …): another cut would be as good"
+            f"equal singular values lie on both sides of the truncation in {len(tied)} tensors ({tied[0]}, …): "
+            "the choice among them is arbitrary"
         )
     return TruncateReport(
         command="truncate",
@@ -236,7 +238,7 @@ def _report(
         compat=options.compat,
         tensors=rows,
         skipped=whole_plan.selection.skipped,
-        totals=_totals(rows, done, options),
+        totals=_totals(rows, result, options),
         output=_output(output, sealed),
         notes=tuple(notes),
     )
@@ -248,28 +250,28 @@ def _planned(target: Target) -> ToTruncate:
     return ToTruncate(target.name, target.module, target.shape, matrix.dtype, is_transposed, target.dropped)
 
 
-def _row(measurement: MeasuredTarget, done: Truncated) -> TensorRow:
+def _row(measurement: MeasuredTarget, result: Truncated) -> TensorRow:
     spectral = {name: value for name, value in asdict(measurement.facts).items() if name != "angle"}
-    outcome, matrix = done.outcomes.get(measurement.target.name), measurement.target.matrix
+    outcome, matrix = result.outcomes.get(measurement.target.name), measurement.target.matrix
     return TensorRow(
         name=measurement.target.name,
         module=measurement.target.module,
         shape=measurement.target.shape,
         dtype=matrix.dtype,
-        stored_dtype=done.dtypes.get(matrix.pieces[0].name, matrix.dtype),
+        stored_dtype=result.dtypes.get(matrix.pieces[0].name, matrix.dtype),
         truncation_rank=measurement.target.dropped,
         **spectral,
-        **(asdict(outcome) if outcome else {name.name: None for name in fields(Outcome)}),
+        **(asdict(outcome) if outcome else {field.name: None for field in fields(Outcome)}),
     )
 
 
-def _totals(rows: Sequence[TensorRow], done: Truncated, options: TruncateRequest) -> TruncateTotals:
+def _totals(rows: Sequence[TensorRow], result: Truncated, options: TruncateRequest) -> TruncateTotals:
     realised = [row.realised for row in rows if row.realised is not None]
     return {
         "tensors_operated": len(rows),
-        "tensors_copied": sum(tensor.checks is None for tensor in done.base.tensors),
-        "decompositions": sum(measurement.is_new for measurement in done.measured),
-        "decompositions_reused": sum(not measurement.is_new for measurement in done.measured),
+        "tensors_copied": sum(tensor.checks is None for tensor in result.base.tensors),
+        "decompositions": sum(measurement.is_new for measurement in result.measured),
+        "decompositions_reused": sum(not measurement.is_new for measurement in result.measured),
         "realised_min": min(realised, default=None),
         "realised_median": statistics.median(realised) if realised else None,
         "min_realised": options.min_realised,

@@ -28,12 +28,12 @@ from kasa_cli.pipeline.workers import Task, Watcher, run_stage
 Form = tuple[str, list[int]]
 """Dtype and shape of a tensor on disk."""
 SmallTarget = tuple[tuple[int, ...], str, TruncationRecord]
-"""Shape, module and truncation of a tensor that adapter and tail are for."""
+"""Shape, module and truncation of a weight that adapter and tail target."""
 HEADER = " (its header)"
 
 
 def check_files(output: Path, manifest: Manifest) -> None:
-    """The output holds the files of the manifest at their sizes, and no others.
+    """Check that the output holds the files of the manifest at their sizes, and no others.
 
     Raises:
         IntegrityError: a file is missing, extra, resized or not a regular file; all are named.
@@ -52,7 +52,7 @@ def check_files(output: Path, manifest: Manifest) -> None:
             problems.append(f"{'resized' if stat.S_ISREG(state.st_mode) else 'not a regular file'} {name}")
     if problems:
         rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        remedy = "make it again, or fetch it again"
+        remedy = "repeat the run or the download"
         raise IntegrityError(f"{', '.join(problems[:8])}{rest}", str(output), remedy)
 
 
@@ -60,7 +60,7 @@ def check_hashes(output: Path, manifest: Manifest, num_workers: int, watcher: Wa
     """Hash every byte; returns the number of bytes.
 
     Raises:
-        IntegrityError: a file is altered; it is named, and in a shard of the base the tensor too.
+        IntegrityError: naming the altered file and, in a shard of the base, the tensor.
     """
     records = manifest.files
     check = partial(_check_hash, output, manifest)
@@ -70,7 +70,7 @@ def check_hashes(output: Path, manifest: Manifest, num_workers: int, watcher: Wa
 
 
 def check_structure(output: Path, manifest: Manifest) -> None:
-    """Headers, index and shapes agree with the manifest. No weight is read.
+    """Check that headers, index and shapes agree with the manifest. No weight is read.
 
     Raises:
         IntegrityError: a tensor differs; it is named.
@@ -90,7 +90,7 @@ def _recorded(tensors: Mapping[str, TensorRecord] | Mapping[str, FactorRecord]) 
 
 
 def _check_parts(output: Path, manifest: TruncateManifest) -> None:
-    """Adapter and tail hold the tensors of the targets."""
+    """Check that adapter and tail hold the tensors of the targets."""
     targets = [(manifest.tensors[name].shape, *target) for name, target in manifest.truncations.items()]
     if (output / "adapter").is_dir():
         rank = manifest.options.rank
@@ -148,7 +148,7 @@ def _altered_part(path: Path, header_sha256: str, hashes: Mapping[str, str | Non
 
 
 def _altered_tensor(output: Path, manifest: Manifest, name: str) -> str:
-    """The altered part of a file, for the message; empty where the manifest knows only the whole file."""
+    """The altered part of a file, for the message; empty if the manifest has only the hash of the whole file."""
     if not isinstance(manifest, ConvertManifest) or name != manifest.adapter.file:
         return ""
     try:
@@ -212,4 +212,6 @@ def _require_equal(present: Mapping[str, Form], recorded: Mapping[str, Form], wh
         if name not in recorded:
             raise IntegrityError("extra tensor", f"{where}: {name}")
         if present[name] != recorded[name]:
-            raise IntegrityError(f"is {present[name]}, was {recorded[name]}", f"{where}: {name}")
+            raise IntegrityError(
+                f"is {present[name]}, but {recorded[name]} in the manifest", f"{where}: {name}"
+            )

@@ -32,9 +32,9 @@ from kasa_cli.report import Compared
 from kasa_cli.targets import Target
 
 SLACK = 1e-9
-"""Tolerance, relative to the largest entry: two machines agree on the exact value far better than this."""
+"""Tolerance relative to the largest entry; exact values from two machines differ by far less."""
 TAIL_TOLERANCE = 1e-6
-REMEDY = "is this the base it was made from?"
+REMEDY = "give the base that the output was made from"
 
 
 def compare(
@@ -63,7 +63,7 @@ def compare(
 
 
 class _Output:
-    """An output being read: its base and its small files."""
+    """An opened output: its base and its small files."""
 
     def __init__(self, folder: Path, manifest: TruncateManifest) -> None:
         self.options, self.tensors = manifest.options, manifest.tensors
@@ -102,13 +102,15 @@ class _Output:
 
 
 def _check_names(output: _Output, tensors: Mapping[str, TensorRecord], base: Checkpoint) -> None:
-    """The base has the tensors of the output at their shapes, and an output with a base has all of them."""
+    """Check that both bases have the same tensors of the same shapes; an output without a base holds some only."""
     for name, record in tensors.items():
         if name not in base.tensors:
             raise IntegrityError("not a tensor of the base", name, REMEDY)
         if base.tensors[name].shape != record.shape:
             raise IntegrityError(
-                f"of shape {list(record.shape)}, in the base {base.tensors[name].shape}", name, REMEDY
+                f"has shape {list(record.shape)}, but {list(base.tensors[name].shape)} in the base",
+                name,
+                REMEDY,
             )
     absent = [name for name in base.tensors if name not in tensors]
     if output.base and absent:
@@ -116,7 +118,7 @@ def _check_names(output: _Output, tensors: Mapping[str, TensorRecord], base: Che
 
 
 def _check_companions(output: _Output, base: Checkpoint) -> None:
-    """The files beside the weights equal those of the base, except the card and a changed dtype in config.json."""
+    """Check that the other files equal those of the base, except the card, and config.json if --dtype changed it."""
     if output.base is None:
         return
     for name in base.companions:
@@ -129,7 +131,7 @@ def _check_companions(output: _Output, base: Checkpoint) -> None:
 
 def _compare_target(output: _Output, base: Checkpoint, target: Target) -> Compared:
     if target.matrix.digest(base) != output.input_blake3(target.name):
-        raise IntegrityError("made from another tensor than that of the base", target.name, REMEDY)
+        raise IntegrityError("the input on record differs from this tensor of the base", target.name, REMEDY)
     W = target.matrix.read(base)
     factors = ends(W, target.dropped)
     if target.expert is None:
@@ -142,7 +144,7 @@ def _compare_target(output: _Output, base: Checkpoint, target: Target) -> Compar
 
 
 def _ulps(output: _Output, bottom: Ends, W: Tensor, target: Target) -> float | None:
-    """How far the stored base is from the exact result, in units in the last place."""
+    """Largest distance of the stored base from the exact result, in units in the last place."""
     if output.base is None:
         return None
     L, R = kasa.truncation(bottom)
@@ -156,14 +158,14 @@ def _ulps(output: _Output, bottom: Ends, W: Tensor, target: Target) -> float | N
         distance = (rows.to(torch.float64) - T).abs()
         step = (other_neighbour(rows, T).to(torch.float64) - rows.to(torch.float64)).abs()
         if bool((distance > allowed * step + slack).any()):
-            what = "differs from the value recomputed from its base"
-            raise IntegrityError(what, target.name, "make the output again")
+            problem = "differs from the value recomputed from its base"
+            raise IntegrityError(problem, target.name, "make the output again")
         worst = max(worst, float((distance / step.clamp_min(slack or 1.0)).max()))
     return worst
 
 
 def _tail_error(output: _Output, bottom: Ends, target: Target) -> float | None:
-    """Distance of the tail's product from the exact one, in the dropped directions, over σ_max."""
+    """Distance of the tail's product from the exact one in the dropped directions, relative to σ_max."""
     factors = output.tail_factors(target)
     if factors is None:
         return None
@@ -176,18 +178,18 @@ def _tail_error(output: _Output, bottom: Ends, target: Target) -> float | None:
 
 
 def _check_initialisation(output: _Output, bottom: Ends, target: Target) -> None:
-    """The adapter is the fresh one of these options and this seed."""
+    """Check that the adapter is the freshly initialised one of these options and this seed."""
     tensors = output.small_tensors("adapter", target.module)
     if not tensors:
         return
     options = output.options
     scaling = kasa.scaling(float(options.alpha), options.rank, options.use_rslora)
     recipe = kasa.Recipe(options.rank, scaling, options.seed)
-    start = kasa.initialise(bottom, recipe, options.diag_init, target.module)
+    initial = kasa.initialise(bottom, recipe, options.diag_init, target.module)
     stored = (tensors["B"] * tensors["diag"]) @ tensors["A"]
-    expected = (start.B * start.diag) @ start.A
+    expected = (initial.B * initial.diag) @ initial.A
     is_random = options.diag_init != "residual"
-    is_same = torch.equal(tensors["A"], start.A) and torch.equal(tensors["diag"], start.diag)
+    is_same = torch.equal(tensors["A"], initial.A) and torch.equal(tensors["diag"], initial.diag)
     is_close = bool(((stored - expected).abs() <= TAIL_TOLERANCE * (bottom.sigma_max or 1.0)).all())
     if not is_close or (is_random and not is_same):
         raise IntegrityError("the adapter differs from the fresh one of its options and seed", target.module)

@@ -1,4 +1,4 @@
-"""`kasa verify`: is an output what its manifest says, and what its base gives? Never writes."""
+"""`kasa verify`: compares an output with its manifest and with its base. It never writes."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def verify(
     """Check files, headers, index and shapes; with `read_data` every byte; with `against` every number.
 
     Raises:
-        IntegrityError: anything missing, extra or altered, by name.
+        IntegrityError: naming everything that is missing, extra or altered.
     """
     if not output.is_dir():
         raise InvalidInput("no such directory", str(output))

@@ -292,7 +292,7 @@ def test_other_shapes_and_absent_weights_are_skipped_with_a_reason(base, tmp_pat
     assert {one.name: one.reason for one in report.skipped} == {
         "model.layers.0.mlp.up_proj": "only in A",
         "model.layers.2.mlp.up_proj": "only in B",
-        "model.layers.0.mlp.down_proj": "of another shape in B",
+        "model.layers.0.mlp.down_proj": "its shape in B differs",
     }
     assert len(report.tensors) == 6
 

@@ -321,7 +321,10 @@ def test_a_file_is_merged_once(name, tmp_path, capsys):
     assert merged(capsys, other, tmp_path / "OUT", tmp_path / "more").code == 0
     for place in ("OUT", "more"):
         again = merged(capsys, moved, tmp_path / place, tmp_path / "twice")
-        assert (again.code, again.out) == (ExitCode.EXISTS, "") and "merged already" in again.err
+        assert (again.code, again.out) == (
+            ExitCode.EXISTS,
+            "",
+        ) and "already contains this adapter" in again.err
 
 
 @pytest.mark.parametrize(

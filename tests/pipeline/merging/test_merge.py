@@ -166,7 +166,7 @@ def test_the_same_adapter_is_merged_once(tmp_path, capsys):
     onto_original(adapter, base, tmp_path / "OUT")
     elsewhere = shutil.copytree(adapter, tmp_path / "elsewhere")
     done = inside(capsys, "merge", elsewhere, "--into", tmp_path / "OUT", "-o", tmp_path / "again")
-    assert done.code == ExitCode.EXISTS and "merged already" in done.err
+    assert done.code == ExitCode.EXISTS and "already contains this adapter" in done.err
     other = saved("rslora")
     assert inside(capsys, "merge", other, "--into", tmp_path / "OUT", "-o", tmp_path / "more").code == 0
 

@@ -138,7 +138,7 @@ def test_no_truncation_changes_no_byte(llama: Path, tmp_path: Path) -> None:
     case = cut(llama, tmp_path / "out", truncation_rank=0)
     assert (case.out / "base" / WEIGHTS).read_bytes() == (llama / WEIGHTS).read_bytes()
     assert (case.out / "adapter").is_dir() and not (case.out / "tail").exists()
-    assert any("nothing is dropped" in note for note in case.report.notes)
+    assert any("no component is dropped" in note for note in case.report.notes)
     assert {(row.realised, row.changed_fraction, row.sigma_cut) for row in case.report.tensors} == {
         (1.0, 0.0, None)
     }
