@@ -343,7 +343,7 @@ TAMPERED: dict[str, tuple[str, Change | None, dict[str, Any], str]] = {
     "saved": ("lora", None, {"modules_to_save": {"a": 1}}, "must be a string or a list of strings"),
     "ranks": ("lora", None, {"rank_pattern": {"q_proj": "8"}}, "must map patterns to whole numbers"),
     "alphas": ("lora", None, {"alpha_pattern": [1]}, "must map patterns to finite numbers"),
-    "no pattern": ("lora", None, {"rank_pattern": {"(": 4}}, "rank_pattern '\\(' is no pattern"),
+    "no pattern": ("lora", None, {"rank_pattern": {"(": 4}}, "rank_pattern '\\(' is not a valid pattern"),
     "long pattern": ("lora", None, {"rank_pattern": {"a" * 5000: 4}}, "is longer than 1000 characters"),
 }
 
