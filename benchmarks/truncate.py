@@ -36,7 +36,7 @@ def peft(model: str, out: str) -> None:
 def bound(model: str, workers: int) -> None:
     """Gram matrices and Cholesky factors of every target, and nothing else."""
     from kasa_cli.linalg import kernels
-    from kasa_cli.linalg.frame import frame
+    from kasa_cli.linalg.frame import frame_of
     from kasa_cli.linalg.gram import gram
     from kasa_cli.pipeline.opening import ModelLocation, survey
     from kasa_cli.pipeline.workers import blas_threads, run
@@ -48,7 +48,7 @@ def bound(model: str, workers: int) -> None:
     )
 
     def task(name: str) -> None:
-        kernels.factorise(gram(frame(checkpoint.tensor(name))))
+        kernels.factorise(gram(frame_of(checkpoint.tensor(name))))
 
     with blas_threads(1):
         run(task, chosen, workers, lambda name: None)

@@ -3,7 +3,7 @@
 from kasa_cli.linalg import kernels, quantities, rounding
 from kasa_cli.linalg.add_and_round import Sum
 from kasa_cli.linalg.bottom import ANGLE_TOLERANCE, EPS, TIE, Ends, ends, ends_of, level
-from kasa_cli.linalg.frame import StreamedWeight, frame
+from kasa_cli.linalg.frame import StreamedWeight, frame_of
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.lowrank import svd_of_product
 from kasa_cli.linalg.noise import expected_spectrum
@@ -45,7 +45,7 @@ __all__ = [
     "ends",
     "ends_of",
     "expected_spectrum",
-    "frame",
+    "frame_of",
     "kernels",
     "level",
     "measured_sums",

@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg.frame import Frame, StreamedWeight, frame
+from kasa_cli.linalg.frame import Frame, StreamedWeight, frame_of
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.solvers import SOLVERS, Directions, ladder
 
@@ -107,7 +107,7 @@ class Ends:
 
 def ends(W: Float[Tensor, "o i"] | StreamedWeight, t: int) -> Ends:
     """The t smallest singular triplets of W, and the extremes of its spectrum; see `ends_of`."""
-    return ends_of(Gram(frame(W)), t)
+    return ends_of(Gram(frame_of(W)), t)
 
 
 def level(k: int, t: int) -> int:

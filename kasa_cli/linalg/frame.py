@@ -112,7 +112,7 @@ class Frame:
         return R
 
 
-def frame(W: Float[Tensor, "o i"] | StreamedWeight) -> Frame:
+def frame_of(W: Float[Tensor, "o i"] | StreamedWeight) -> Frame:
     """The frame of a weight: its wide orientation and its scale.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from kasa_cli.errors import NumericalError
 from kasa_cli.linalg import frame as frames
 from kasa_cli.linalg.bottom import ends, ends_of, level
-from kasa_cli.linalg.frame import StreamedWeight, frame, largest_entry
+from kasa_cli.linalg.frame import StreamedWeight, frame_of, largest_entry
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.spectrum import values_of
 from kasa_cli.linalg.top import tops_of
@@ -47,7 +47,7 @@ def test_every_answer_is_that_of_the_same_weight_in_memory(build, monkeypatch):
     monkeypatch.setattr(frames, "BLOCK_ENTRIES", 1 << 14)
     W = build()
     k = W.shape[1]
-    held, read = Gram(frame(W)), Gram(frame(by_rows(W)))
+    held, read = Gram(frame_of(W)), Gram(frame_of(by_rows(W)))
     for t in (level(k, 0), 3):
         one, other = ends_of(held, t), ends_of(read, t)
         for name in ("U", "S", "V", "residuals"):
@@ -66,7 +66,7 @@ def test_rows_are_asked_for_some_at_a_time(monkeypatch):
     monkeypatch.setattr(frames, "BLOCK_ENTRIES", 1 << 14)
     asked: list[tuple[int, int]] = []
     W = gaussian(60_000, 20, torch.bfloat16)
-    gram = Gram(frame(by_rows(W, asked)))
+    gram = Gram(frame_of(by_rows(W, asked)))
     values_of(gram, ends_of(gram, 16))
     widest = max(frames.PANEL_BYTES // (8 * 20), frames.BLOCK_ENTRIES // 20)
     assert max(stop - start for start, stop in asked) <= widest < 60_000
@@ -76,7 +76,7 @@ def test_rows_are_asked_for_some_at_a_time(monkeypatch):
 @pytest.mark.parametrize("shape", [(3, 4), (1, 9), (60, 900), (1, 1), (60, 60)], ids=str)
 def test_a_weight_that_is_not_tall_is_not_measured_by_rows(shape):
     with pytest.raises(NumericalError, match="only a tall weight"):
-        frame(by_rows(gaussian(*shape)))
+        frame_of(by_rows(gaussian(*shape)))
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
@@ -103,7 +103,7 @@ def test_the_triangle_has_the_singular_values_and_the_left_vectors_of_the_frame(
     if is_read and shape[0] <= shape[1]:
         return
     W = gaussian(*shape, dtype)
-    M = frame(by_rows(W) if is_read else W)
+    M = frame_of(by_rows(W) if is_read else W)
     R = M.triangle()
     A = M.dense().numpy()
     assert R.shape == (M.num_short, M.num_short)
@@ -115,14 +115,14 @@ def test_the_triangle_has_the_singular_values_and_the_left_vectors_of_the_frame(
 
 def test_a_triangle_keeps_small_values_that_a_square_loses():
     S = log(60, 1e12)
-    R = frame(with_spectrum(900, 60, S)).triangle()
-    assert torch.allclose(torch.linalg.svdvals(R) * frame(with_spectrum(900, 60, S)).scale, S, atol=1e-15)
+    R = frame_of(with_spectrum(900, 60, S)).triangle()
+    assert torch.allclose(torch.linalg.svdvals(R) * frame_of(with_spectrum(900, 60, S)).scale, S, atol=1e-15)
 
 
 @pytest.mark.parametrize("shape", [(97, 40), (40, 97), (1500, 70)], ids=str)
 def test_panels_products_and_the_dense_frame_agree(shape):
     W = gaussian(*shape)
-    M = frame(W)
+    M = frame_of(W)
     A = (W.T if shape[0] > shape[1] else W) / M.scale
     assert torch.equal(M.dense(), A)
     assert torch.equal(torch.cat([panel.clone() for _, panel in M.panels()], dim=1), A)
@@ -156,13 +156,13 @@ def test_what_leaves_no_room_to_sum_is_refused():
     W[8, 4] = 1e300
     for given in (W, by_rows(W)):
         with pytest.raises(NumericalError, match=r"an entry of 1e\+300 is too large to sum squares"):
-            frame(given)
+            frame_of(given)
 
 
 @pytest.mark.parametrize("largest", [1e-320, 1e-30, 0.75, 1.0, 3e38, 1e280])
 def test_the_scale_is_the_power_of_two_above_the_largest_entry(largest):
-    M = frame(torch.tensor([[largest, 0.0, 0.0], [0.0, -largest / 2, 0.0]], dtype=torch.float64))
+    M = frame_of(torch.tensor([[largest, 0.0, 0.0], [0.0, -largest / 2, 0.0]], dtype=torch.float64))
     assert math.frexp(M.scale)[0] == 0.5
     assert largest < M.scale
     assert M.scale <= 2 * largest or M.exponent == -1000
-    assert frame(torch.zeros(2, 3)).scale == 1.0
+    assert frame_of(torch.zeros(2, 3)).scale == 1.0

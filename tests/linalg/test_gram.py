@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kasa_cli.linalg import gram as module
-from kasa_cli.linalg.frame import frame
+from kasa_cli.linalg.frame import frame_of
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.pipeline.measuring.facts import Facts, HashedMatrix
 from tests.builders.matrices import gaussian
@@ -16,7 +16,7 @@ from tests.builders.matrices import gaussian
 @pytest.mark.parametrize("shape", [(1, 1), (40, 97), (97, 40), (300, 300)])
 def test_it_is_lent_again_as_it_was(shape):
     W = gaussian(*shape)
-    lent = Gram(frame(W))
+    lent = Gram(frame_of(W))
     M = lent.frame.dense()
     first = torch.tril(lent.lend()).clone()
     assert torch.allclose(first, torch.tril(M @ M.T), atol=1e-12)
@@ -39,7 +39,7 @@ def test_two_are_summed_at_the_same_time(asked, monkeypatch):
         return real(M)
 
     monkeypatch.setattr(module, "gram", summed)
-    grams = [Gram(frame(gaussian(30, 40, seed=seed))) for seed in range(2)]
+    grams = [Gram(frame_of(gaussian(30, 40, seed=seed))) for seed in range(2)]
     with ThreadPoolExecutor(2) as pool:
         assert len(list(pool.map(asked, grams))) == 2
 

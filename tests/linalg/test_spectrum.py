@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kasa_cli.linalg.bottom import Ends, ends_of, level
-from kasa_cli.linalg.frame import frame
+from kasa_cli.linalg.frame import frame_of
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.spectrum import Values, values_of
 from kasa_cli.linalg.top import tops_of
@@ -37,7 +37,7 @@ SIDES = {
 
 
 def measured(W: torch.Tensor) -> tuple[Values, Ends]:
-    gram = Gram(frame(W))
+    gram = Gram(frame_of(W))
     found = ends_of(gram, level(min(W.shape), 0))
     return values_of(gram, found), found
 
@@ -164,7 +164,7 @@ ROADS = {
 def test_what_was_asked_before_changes_no_bit(build):
     W = build()
     alone, found = measured(W)
-    gram = Gram(frame(W))
+    gram = Gram(frame_of(W))
     tops_of(gram, 5)
     for t in (64, 3):
         ends_of(gram, min(t, min(W.shape) - 1))
@@ -180,7 +180,7 @@ def test_what_was_asked_before_changes_no_bit(build):
 
 def test_values_leave_the_next_question_as_it_was():
     W = gaussian(600, 560)
-    gram = Gram(frame(W))
+    gram = Gram(frame_of(W))
     found = ends_of(gram, 16)
     values_of(gram, found)
     after = ends_of(gram, 16)

@@ -7,7 +7,7 @@ import torch
 from kasa_cli.errors import NumericalError
 from kasa_cli.linalg import top
 from kasa_cli.linalg.bottom import ends_of
-from kasa_cli.linalg.frame import frame
+from kasa_cli.linalg.frame import frame_of
 from kasa_cli.linalg.gram import Gram
 from kasa_cli.linalg.top import Tops, tops_of
 from tests.builders.matrices import (
@@ -31,7 +31,7 @@ SPACE = 1e-7
 
 def check(W: torch.Tensor, t: int) -> Tops:
     """Assert every property of a result; subspaces too, where they are unique."""
-    found, right = tops_of(Gram(frame(W)), t), truth(W)
+    found, right = tops_of(Gram(frame_of(W)), t), truth(W)
     sigma = right.sigma()
     assert found.U.shape == (W.shape[0], t)
     assert found.V.shape == (W.shape[1], t)
@@ -153,14 +153,14 @@ def test_signs_do_not_depend_on_those_of_the_weight(k):
 
 def test_more_than_there_are_is_refused():
     with pytest.raises(NumericalError, match="6 components of 5"):
-        tops_of(Gram(frame(gaussian(5, 9))), 6)
+        tops_of(Gram(frame_of(gaussian(5, 9))), 6)
 
 
 @pytest.mark.parametrize("k", [60, 600])
 def test_what_was_asked_before_changes_no_bit(k):
     W = gaussian(k + 40, k)
-    alone = tops_of(Gram(frame(W)), 8)
-    gram = Gram(frame(W))
+    alone = tops_of(Gram(frame_of(W)), 8)
+    gram = Gram(frame_of(W))
     ends_of(gram, 16)
     tops_of(gram, 3)
     late = tops_of(gram, 8)
@@ -171,7 +171,7 @@ def test_what_was_asked_before_changes_no_bit(k):
 @pytest.mark.parametrize("t", [8, 40])
 def test_on_a_device_torch_finds_the_same_product(t, monkeypatch):
     W = with_spectrum(640, 600, log(600, 1e9))
-    one = tops_of(Gram(frame(W)), t)
+    one = tops_of(Gram(frame_of(W)), t)
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
     other = check(W, t)
     assert torch.allclose((one.U * one.S) @ one.V.T, (other.U * other.S) @ other.V.T, atol=1e-10)

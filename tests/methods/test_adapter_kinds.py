@@ -23,7 +23,7 @@ from kasa_cli.methods.adapter_kinds.change import Change, apply, apply_bias, fac
 from kasa_cli.methods.adapter_kinds.kind import Module
 from kasa_cli.methods.adapter_kinds.lora import truncation
 from kasa_cli.methods.adapter_kinds.lora_experts import experts
-from kasa_cli.methods.adapter_kinds.table import KINDS, PEFT_TYPES, REFUSED, change
+from kasa_cli.methods.adapter_kinds.table import KINDS, PEFT_TYPES, REFUSED, change_by_kind
 from tests.builders.matrices import gaussian
 
 pytestmark = [
@@ -270,7 +270,7 @@ def changes_of(name: str, done: Run) -> list[Change]:
     kind = ROWS[name].kind
     first = [truncation(ends(done.W, R))] if kind == "kasa" else []
     weight = done.W if KINDS[kind].needs_weight else None
-    return [*first, change(kind, done.tensors, done.module, weight)]
+    return [*first, change_by_kind(kind, done.tensors, done.module, weight)]
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -370,7 +370,7 @@ def test_what_is_found_from_the_weight_is_exact(name, layer):
 def test_a_first_form_of_kasa_with_a_whole_core():
     done = run("kasa", "tall")
     core = gaussian(R, R)
-    found = change("kasa", {**done.tensors, "lora_diag": core}, done.module)
+    found = change_by_kind("kasa", {**done.tensors, "lora_diag": core}, done.module)
     (term,) = found.terms
     A, B = done.tensors["lora_A"].double(), done.tensors["lora_B"].double()
     assert off(term.L @ term.R, 2.5 * B @ core @ A) <= 1e-14
@@ -380,7 +380,7 @@ def test_an_osf_that_trained_no_component_is_refused():
     tensors = {f"osf_svd_params.{name}": value for name, value in
                {"U_low": torch.ones(8, 0), "S_low": torch.ones(0), "V_low": torch.ones(0, 6)}.items()}  # fmt: skip
     with pytest.raises(InvalidInput, match="k is 0: osf_svd_params"):
-        change("osf", tensors, Module(8, 6), gaussian(8, 6))
+        change_by_kind("osf", tensors, Module(8, 6), gaussian(8, 6))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -390,7 +390,7 @@ def test_where_the_start_is_not_unique_it_is_not_guessed(init):
     settings = {"r": 2, "alpha": 4}
     tensors = {"lora_A": torch.ones(2, 12), "lora_B": torch.ones(12, 2)}
     with pytest.raises(NumericalError, match="not known"):
-        change(init, tensors, Module(12, 12, settings), W)
+        change_by_kind(init, tensors, Module(12, 12, settings), W)
 
 
 class Experts(nn.Module):
@@ -471,7 +471,7 @@ def test_a_pruned_adalora_is_still_divided_by_the_rank_it_began_with():
         loaded, {f"base_model.model.x.{key}": value for key, value in tensors.items()}
     )
     wanted = weight_of(loaded.merge_and_unload().x)
-    found = change("adalora", tensors, Module(40, 24, {"r": 6, "alpha": 10}))
+    found = change_by_kind("adalora", tensors, Module(40, 24, {"r": 6, "alpha": 10}))
     assert off(apply(W, [found], torch.float32), wanted) <= EXACT
 
 
@@ -501,7 +501,7 @@ def test_several_adapters_are_merged_in_turn_as_in_peft(names):
     for number, (name, config) in enumerate(zip(names, configs, strict=True)):
         tensors = saved(model, adapter_name=str(number))
         module = Module(*W.shape, resolved(config, {}))
-        changes.append(change(ROWS[name].kind, tensors, module, W))
+        changes.append(change_by_kind(ROWS[name].kind, tensors, module, W))
     after = model.merge_and_unload(adapter_names=["0", "1"]).x
     assert off(apply(W, changes, torch.float32), weight_of(after)) <= 4e-6
     assert off(apply_bias(bias, changes, torch.float32), bias_of(after)) <= EXACT
@@ -705,7 +705,7 @@ def test_what_lora_lite_writes_is_merged_by_its_formula(case):
     kind, tensors, settings, formula = case
     W = gaussian(NUM_OUT, NUM_IN, torch.float32)
     weight = W if KINDS[kind].needs_weight else None
-    found = change(kind, tensors, Module(NUM_OUT, NUM_IN, settings), weight)
+    found = change_by_kind(kind, tensors, Module(NUM_OUT, NUM_IN, settings), weight)
     wanted = formula(W.double(), {name: value.double() for name, value in tensors.items()})
     assert off(apply(W, [found], torch.float64), wanted) <= 1e-12
     assert kind == "lite-hra" or off(wanted, W) > 1e-2
@@ -717,7 +717,7 @@ def test_what_lora_lite_writes_is_merged_by_its_formula(case):
 def test_only_what_acts_on_the_output_moves_the_bias(kind, is_moved):
     name, tensors, settings, formula = LITE[kind]
     W, bias = gaussian(NUM_OUT, NUM_IN, torch.float32), gaussian(1, NUM_OUT)[0]
-    found = change(name, tensors, Module(NUM_OUT, NUM_IN, settings), W)
+    found = change_by_kind(name, tensors, Module(NUM_OUT, NUM_IN, settings), W)
     moved = apply_bias(bias, [found], torch.float64)
     if is_moved:
         column = formula(bias[:, None], {name: value.double() for name, value in tensors.items()})
@@ -732,7 +732,7 @@ def test_an_untrained_pissa_of_lora_lite_is_the_base(dtype):
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = (S[:R] / 2.5).sqrt()
     tensors = {"lora_A": (root[:, None] * Vh[:R]).to(dtype), "lora_B": (U[:, :R] * root).to(dtype)}
-    found = change("lite-pissa", tensors, Module(NUM_OUT, NUM_IN, BASED), W)
+    found = change_by_kind("lite-pissa", tensors, Module(NUM_OUT, NUM_IN, BASED), W)
     assert off(apply(W, [found], torch.float64), W) <= 1e-15
 
 
@@ -758,7 +758,7 @@ def test_every_kind_has_its_case():
 
 def test_an_unknown_kind_is_told_the_known_ones():
     with pytest.raises(InvalidInput, match=r"unknown kind of adapter 'lora2': known: lora, dora"):
-        change("lora2", {}, Module(4, 4))
+        change_by_kind("lora2", {}, Module(4, 4))
 
 
 FREE = {"miss_block": (1, 2), "vera_A": (1,), "vera_B": (0,), "randlora_A": (1, 2), "randlora_B": (0, 1)}
@@ -772,7 +772,7 @@ def test_a_tensor_that_is_missing_unknown_or_wrong_is_named(name, layer):
     kind, row = KINDS[ROWS[name].kind], ROWS[name]
 
     def attempt(tensors: Tensors) -> Change:
-        return change(row.kind, tensors, done.module, done.W)
+        return change_by_kind(row.kind, tensors, done.module, done.W)
 
     with pytest.raises(InvalidInput, match="does not have: lora_C"):
         attempt({**done.tensors, "lora_C": torch.ones(1)})
@@ -797,14 +797,14 @@ def test_a_tensor_that_is_missing_unknown_or_wrong_is_named(name, layer):
 def test_a_block_of_no_columns_is_an_error():
     with pytest.raises(InvalidInput, match="q is 0: miss_block"):
         settings = {"r": 2, "init_weights": "mini", "mini_r": 2}
-        change("miss", {"miss_block": torch.zeros(2, 0)}, Module(6, 4, settings))
+        change_by_kind("miss", {"miss_block": torch.zeros(2, 0)}, Module(6, 4, settings))
 
 
 def test_the_same_tensor_under_two_names_is_an_error():
     done = run("lora", "tall")
     with pytest.raises(InvalidInput, match=r"the same tensor as lora_A: lora_embedding_A"):
         twice = {**done.tensors, "lora_embedding_A": done.tensors["lora_A"]}
-        change("lora", twice, done.module)
+        change_by_kind("lora", twice, done.module)
 
 
 @pytest.mark.parametrize(
@@ -823,15 +823,15 @@ def test_the_same_tensor_under_two_names_is_an_error():
 def test_a_setting_that_is_missing_or_wrong_is_named(settings, message):
     done = run("lora", "tall")
     with pytest.raises(InvalidInput, match=message):
-        change("lora", done.tensors, Module(40, 24, settings))
+        change_by_kind("lora", done.tensors, Module(40, 24, settings))
 
 
 def test_a_weight_that_is_needed_or_does_not_fit_is_an_error():
     done = run("dora", "tall")
     with pytest.raises(InvalidInput, match="needs the weight under it"):
-        change("dora", done.tensors, done.module)
+        change_by_kind("dora", done.tensors, done.module)
     with pytest.raises(InvalidInput, match="shape"):
-        change("dora", done.tensors, done.module, done.W.T)
+        change_by_kind("dora", done.tensors, done.module, done.W.T)
 
 
 @pytest.mark.parametrize(
@@ -842,21 +842,21 @@ def test_settings_that_do_not_fit_the_tensors_are_named(name, settings):
     done = run(name, "tall")
     module = Module(40, 24, {**done.module.settings, **settings})
     with pytest.raises(InvalidInput, match=r"road_3|group_size|road_theta"):
-        change("road", done.tensors, module)
+        change_by_kind("road", done.tensors, module)
 
 
 def test_olora_on_conv1d_is_refused_as_it_is_broken_in_peft():
     tensors = {"lora_A": gaussian(R, 32), "lora_B": gaussian(32, R)}
     settings = {"r": R, "alpha": 10}
     with pytest.raises(InvalidInput, match="Conv1D"):
-        change("olora", tensors, Module(32, 32, settings, is_transposed=True), gaussian(32, 32))
+        change_by_kind("olora", tensors, Module(32, 32, settings, is_transposed=True), gaussian(32, 32))
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
 def test_reflections_without_a_direction_are_refused(apply_GS):
     tensors = {"hra_u": torch.cat([gaussian(8, 1), gaussian(8, 1) * 0], dim=1)}
     with pytest.raises((InvalidInput, NumericalError), match="hra_u"):
-        change("hra", tensors, Module(8, 8, {"r": 2, "apply_GS": apply_GS}))
+        change_by_kind("hra", tensors, Module(8, 8, {"r": 2, "apply_GS": apply_GS}))
 
 
 def test_blocks_stay_small_and_hold_whole_groups():

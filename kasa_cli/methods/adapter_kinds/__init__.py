@@ -33,7 +33,7 @@ from kasa_cli.methods.adapter_kinds.table import (
     LITE_VARIANTS,
     PEFT_TYPES,
     REFUSED,
-    change,
+    change_by_kind,
     initialisation_of,
 )
 
@@ -59,7 +59,7 @@ __all__ = [
     "applied_to",
     "apply",
     "apply_bias",
-    "change",
+    "change_by_kind",
     "experts",
     "factors",
     "grain_of",

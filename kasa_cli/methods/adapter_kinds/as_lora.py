@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from kasa_cli.errors import NumericalError
-from kasa_cli.linalg import Gram, StreamedWeight, frame, kernels, svd_of_product, tops_of
+from kasa_cli.linalg import Gram, StreamedWeight, frame_of, kernels, svd_of_product, tops_of
 from kasa_cli.methods.adapter_kinds.change import Change, Term, row_blocks, rows
 
 
@@ -76,7 +76,7 @@ def of_weight(W: Float[Tensor, "o i"], change: Change, limit: Limit) -> Compact:
 
     A tall difference is never held in memory. A wide one is, in float32: its Gram matrix needs whole columns.
     """
-    gram = Gram(frame(_difference(W, change)))
+    gram = Gram(frame_of(_difference(W, change)))
     m = _count(gram, limit)
     if gram.trace == 0:
         B, A = (

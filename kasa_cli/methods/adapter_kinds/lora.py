@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from kasa_cli.errors import InvalidInput, NumericalError
-from kasa_cli.linalg import TIE, Ends, Gram, frame, tops_of
+from kasa_cli.linalg import TIE, Ends, Gram, frame_of, tops_of
 from kasa_cli.methods import kasa
 from kasa_cli.methods.adapter_kinds.change import Change, Term, row_blocks, scaled_rows, sums
 from kasa_cli.methods.adapter_kinds.config_fields import LORA_FIELDS
@@ -68,7 +68,7 @@ def _largest(x: Inputs) -> tuple[Term, ...]:
     r = x.settings["r"]
     if r > min(x.W.shape):
         raise InvalidInput(f"PiSSA of rank {r} on a weight of rank {min(x.W.shape)}")
-    top = tops_of(Gram(frame(x.W)), min(r + 1, *x.W.shape))
+    top = tops_of(Gram(frame_of(x.W)), min(r + 1, *x.W.shape))
     if len(top.S) > r and top.S[r - 1] - top.S[r] <= TIE * top.S[r - 1]:
         raise NumericalError(
             f"PiSSA of rank {r} splits equal singular values: its initialisation is not known"

@@ -99,7 +99,7 @@ def initialisation_of(config: Settings) -> Initialisation | None:
     return next((row for row in known if re.fullmatch(row.values, value)), None)
 
 
-def change(
+def change_by_kind(
     name: str, tensors: Mapping[str, Tensor], module: Module, weight: Float[Tensor, "o i"] | None = None
 ) -> Change:
     """The change that an adapter of this kind makes to a module, from its tensors by their short names.

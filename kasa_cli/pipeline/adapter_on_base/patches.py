@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kasa_cli.adapters import PEFT_VERSION, Patch, Placed
 from kasa_cli.checkpoint import Checkpoint, read_piece
-from kasa_cli.methods.adapter_kinds import Change, Module, change, experts
+from kasa_cli.methods.adapter_kinds import Change, Module, change_by_kind, experts
 
 
 def label(patch: Patch) -> str:
@@ -49,7 +49,7 @@ def changes_of(tensors: Mapping[str, Tensor], place: Placed, weight: Callable[[]
 
 def change_of(tensors: Mapping[str, Tensor], place: Placed, W: Tensor | None) -> Change:
     """The change of the only matrix of a place; W is needed for kinds whose formula depends on it."""
-    return change(place.patch.kind, tensors, module_of(place), W)
+    return change_by_kind(place.patch.kind, tensors, module_of(place), W)
 
 
 def expert_changes(tensors: Mapping[str, Tensor], module: Module, num_experts: int) -> list[Change]:

@@ -169,7 +169,7 @@ class PatchTensors:
         W = self.source.weight(self.item) if needs else None
         if needs and W is None:
             return NEEDS_BASE
-        change = kinds.change(self.patch.kind, self.tensors, module, W)
+        change = kinds.change_by_kind(self.patch.kind, self.tensors, module, W)
         if change.map is not None and W is None:
             W = self.source.weight(self.item)
             if W is None:

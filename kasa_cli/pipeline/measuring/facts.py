@@ -33,7 +33,7 @@ from kasa_cli.linalg import (
     Tops,
     Values,
     ends_of,
-    frame,
+    frame_of,
     level,
     tops_of,
     values_of,
@@ -151,7 +151,7 @@ class Bench:
     def _gram(self) -> Gram:
         if self._summed is None:
             self.is_new = True
-            self._summed = Gram(frame(self.weight.read()))
+            self._summed = Gram(frame_of(self.weight.read()))
         return self._summed
 
     def _ask(self, question: str, kind: type[Fact], compute: Callable[[], Fact]) -> Fact:

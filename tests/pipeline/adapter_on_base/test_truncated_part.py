@@ -76,8 +76,8 @@ def test_factors_of_the_tail_the_store_and_a_decomposition_agree(output, tmp_pat
     shutil.rmtree(from_scratch.out / "tail")
     computed = from_scratch.merged(output.model, tmp_path / "a", RunOptions(1, store=tmp_path / "store"))
     asked = []
-    decompose = Bench._found
-    monkeypatch.setattr(Bench, "_found", lambda *args: asked.append(args) or decompose(*args))
+    decompose = Bench._measure
+    monkeypatch.setattr(Bench, "_measure", lambda *args: asked.append(args) or decompose(*args))
     stored = from_scratch.merged(output.model, tmp_path / "b", RunOptions(1, store=tmp_path / "store"))
     assert not asked
     monkeypatch.setattr(Bench, "bottom", lambda *args: pytest.fail("the tail was there"))

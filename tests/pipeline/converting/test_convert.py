@@ -22,7 +22,7 @@ from kasa_cli.methods.adapter_kinds.change import Change, Term
 from kasa_cli.pipeline.converting import factors as factors_file
 from kasa_cli.pipeline.converting import run as verb
 from kasa_cli.pipeline.converting.run import ConvertRequest, ModelLocation, RunOptions, convert
-from kasa_cli.pipeline.merging.run import ConvertRequest as MergeOptions
+from kasa_cli.pipeline.merging.run import MergeRequest as MergeOptions
 from kasa_cli.pipeline.merging.run import merge
 from kasa_cli.pipeline.truncating.run import ConvertRequest as Truncation
 from kasa_cli.pipeline.truncating.run import Patterns, truncate
