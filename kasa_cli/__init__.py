@@ -70,9 +70,16 @@ def __getattr__(name: str) -> Any:
         for module in ("kasa_cli.errors", "kasa_cli.report"):
             if name in (home := import_module(module)).__all__:
                 return getattr(home, name)
+    if name == "__all__":
+        return _exported()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    exported = (import_module(module).__all__ for module in ("kasa_cli.errors", "kasa_cli.report"))
-    return sorted({*globals(), *FUNCTIONS, *(name for names in exported for name in names)})
+    return sorted({"__version__", *_exported()})
+
+
+def _exported() -> list[str]:
+    """The names of the public interface."""
+    homes = [import_module(module) for module in ("kasa_cli.errors", "kasa_cli.report")]
+    return sorted({*FUNCTIONS, *(name for home in homes for name in home.__all__)})

@@ -75,6 +75,9 @@ class KasaError(Exception):
         super().__init__(": ".join(printable(part) for part in (what, where, remedy) if part))
         self.what, self.where, self.remedy = what, where, remedy
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.where, self.remedy)
+
 
 class UsageError(KasaError):
     """The command line asks for something impossible."""
@@ -148,3 +151,6 @@ class BelowStandard(KasaError):
     def __init__(self, what: str, where: str, remedy: str, report: Any) -> None:
         super().__init__(what, where, remedy)
         self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.where, self.remedy, self.report)

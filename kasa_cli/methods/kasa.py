@@ -61,13 +61,13 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 def randn(ends: Ends, recipe: Recipe, generator: torch.Generator) -> InitialAdapter:
     """The initialisation of PEFT and of the published code: A Kaiming-uniform (a = √5), B zero, d standard normal."""
     A, B = _lora(ends, recipe.rank, generator)
-    return InitialAdapter(A, B, torch.randn(recipe.rank, generator=generator))
+    return InitialAdapter(A, B, torch.randn(recipe.rank, generator=generator, dtype=torch.float32))
 
 
 def ones(ends: Ends, recipe: Recipe, generator: torch.Generator) -> InitialAdapter:
     """A plain LoRA at the first step: d = 1."""
     A, B = _lora(ends, recipe.rank, generator)
-    return InitialAdapter(A, B, torch.ones(recipe.rank))
+    return InitialAdapter(A, B, torch.ones(recipe.rank, dtype=torch.float32))
 
 
 def residual(ends: Ends, recipe: Recipe, generator: torch.Generator) -> InitialAdapter:
@@ -83,7 +83,9 @@ def residual(ends: Ends, recipe: Recipe, generator: torch.Generator) -> InitialA
     return InitialAdapter(
         torch.cat([ends.V.T[:r].to(torch.float32), A]),
         torch.cat([ends.U[:, :r].to(torch.float32), B], dim=1),
-        torch.cat([(ends.S[:r] / recipe.scaling).to(torch.float32), torch.ones(num_fresh)]),
+        torch.cat(
+            [(ends.S[:r] / recipe.scaling).to(torch.float32), torch.ones(num_fresh, dtype=torch.float32)]
+        ),
     )
 
 
@@ -124,5 +126,10 @@ def _lora(
 ) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
     """LoRA's initialisation: A uniform in ±1/√i (Kaiming with a = √5), B zero."""
     in_features = len(ends.V)
-    A = torch.rand(rank, in_features, generator=generator).mul_(2).sub_(1).div_(math.sqrt(in_features))
-    return A, torch.zeros(len(ends.U), rank)
+    A = (
+        torch.rand(rank, in_features, generator=generator, dtype=torch.float32)
+        .mul_(2)
+        .sub_(1)
+        .div_(math.sqrt(in_features))
+    )
+    return A, torch.zeros(len(ends.U), rank, dtype=torch.float32)

@@ -13,7 +13,7 @@ import torch
 
 from kasa_cli.adapters import peft
 from kasa_cli.checkpoint import Checkpoint, Container, Matrix, TruncateManifest, hash_tensor, read_header
-from kasa_cli.errors import IntegrityError
+from kasa_cli.errors import IntegrityError, UsageError
 from kasa_cli.files import sha256_file
 from kasa_cli.methods.adapter_kinds import Term, truncation
 from kasa_cli.pipeline.adapter_on_base.provenance import Origin, adapter_manifest
@@ -26,12 +26,27 @@ TAIL = f"tail/{peft.WEIGHTS}"
 class Truncations:
     """The truncations in a manifest, by tensor on disk: the number of components, and the hash of the original.
 
-    `tail` holds their factors, if it was written.
+    `tail` holds their factors, if it was written. `experts` are the truncated matrices of fused experts, which
+    no KaSA adapter has.
     """
 
     ranks: Mapping[str, int] = field(default_factory=dict)
     originals: Mapping[str, str] = field(default_factory=dict)
     tail: Container | None = None
+    experts: tuple[str, ...] = ()
+
+    def require_no_experts(self, adapter: Path) -> None:
+        """Refuse an original base, of which the adapter alone cannot truncate the experts.
+
+        Raises:
+            UsageError: naming the first expert.
+        """
+        if self.experts:
+            raise UsageError(
+                f"its base has {len(self.experts)} truncated matrices of experts, such as {self.experts[0]}",
+                str(adapter),
+                "give the truncated base (base/)",
+            )
 
     def rank(self, name: str, r: int) -> int:
         """Number of components dropped from a weight, for an adapter of rank r on it."""
@@ -78,6 +93,7 @@ def known_truncations(adapter: Path, base: Origin | None) -> Truncations:
                 {name: truncation.truncation_rank for name, (_, truncation) in known.truncations.items()},
                 {name: str(known.tensors[name].input_blake3) for name in known.truncations},
                 _tail(folder.parent, known),
+                tuple(known.experts),
             )
     return Truncations()
 

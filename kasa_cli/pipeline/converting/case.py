@@ -220,6 +220,7 @@ def opened_case(
         placed_adapter.require_base(base)
     case = ConvertCase(options, source, base, names, placed_adapter, base_is, truncations)
     if case.truncation:
+        truncations.require_no_experts(path)
         case.truncation.require_known(placed_adapter.places)
     return case
 

@@ -137,6 +137,7 @@ def _merging(
         match.require_base(base)
     truncates_base = base_is == provenance.ORIGINAL
     truncations = known_truncations(match.adapter.path, base) if truncates_base else Truncations()
+    truncations.require_no_experts(match.adapter.path)
     return Merging(match.adapter, match.places, match.values, weight, truncates_base, truncations), base_is
 
 

@@ -24,8 +24,8 @@ from kasa_cli.pipeline.converting import run as verb
 from kasa_cli.pipeline.converting.run import ConvertRequest, ModelLocation, RunOptions, convert
 from kasa_cli.pipeline.merging.run import MergeRequest as MergeOptions
 from kasa_cli.pipeline.merging.run import merge
-from kasa_cli.pipeline.truncating.run import TruncateRequest as Truncation
 from kasa_cli.pipeline.truncating.run import Patterns, truncate
+from kasa_cli.pipeline.truncating.run import TruncateRequest as Truncation
 from tests.builders.adapters import CASES, CONFIG, WEIGHTS, base_of, fill_b, live, saved, tampered
 from tests.builders.checkpoints import load, logits
 from tests.builders.folders import tree_hash

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
+import kasa_cli as kasa
 from kasa_cli.errors import IntegrityError, UsageError
 from kasa_cli.pipeline.truncating.run import ModelLocation, TruncateRequest, plan
 from kasa_cli.pipeline.verifying.run import verify
@@ -18,6 +19,7 @@ from kasa_cli.report import TensorRow
 from kasa_cli.targets.patterns import Patterns
 from tests.builders import tiny_models
 from tests.builders.checkpoints import load, logits
+from tests.builders.folders import tree_hash
 from tests.builders.matrices import close
 from tests.builders.runs import inside
 from tests.builders.truncated import Truncated, cut
@@ -217,3 +219,25 @@ def test_the_command_line_names_them_by_a_glob(tmp_path: Path, capsys: Any) -> N
     assert ran.code == 0
     assert ran.json["totals"]["tensors_operated"] == 2 * 2 * 4
     assert load(tmp_path / "out/base") is not None
+
+
+def test_an_adapter_cannot_truncate_the_experts_of_an_original_base(tmp_path: Path) -> None:
+    """The adapter holds its own modules alone: a merge into the original would leave the experts whole."""
+    case = truncated("mixtral", tmp_path, "separate", "*.experts.*", "q_proj")
+    adapter, original = case.out / "adapter", tmp_path / "model"
+    kasa.merge(adapter, into=case.out / "base", output=tmp_path / "merged")
+    with pytest.raises(UsageError, match="truncated matrices of experts"):
+        kasa.merge(adapter, into=original, output=tmp_path / "whole")
+    with pytest.raises(UsageError, match="truncated matrices of experts"):
+        kasa.convert(adapter, base=original, output=tmp_path / "lora", to="lora")
+    assert not (tmp_path / "whole").exists() and not (tmp_path / "lora").exists()
+
+
+def test_the_default_dtype_of_the_caller_changes_nothing(tmp_path: Path) -> None:
+    case = truncated("llama", tmp_path, "separate", "q_proj")
+    torch.set_default_dtype(torch.float64)
+    try:
+        cut(tmp_path / "model", tmp_path / "again", "q_proj", truncation_rank=T, workers=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert tree_hash(case.out / "adapter") == tree_hash(tmp_path / "again" / "adapter")
