@@ -199,14 +199,15 @@ class RunOptions:
 
 
 def check_running(running: RunOptions) -> None:
-    """Refuse negative numbers of workers and fewer than one thread.
+    """Refuse numbers that are not whole, negative numbers of workers and fewer than one thread.
 
     Raises:
         UsageError: a number is out of range.
     """
-    if running.workers < 0 or running.threads_per_worker < 1:
+    numbers = (running.workers, running.threads_per_worker)
+    if {type(number) for number in numbers} != {int} or numbers[0] < 0 or numbers[1] < 1:
         raise UsageError(
-            f"invalid workers {running.workers} or threads per worker {running.threads_per_worker}",
+            f"invalid workers {running.workers!r} or threads per worker {running.threads_per_worker!r}",
             "",
-            "give 0 or more workers and at least 1 thread",
+            "give a whole number of workers (0: the cores) and at least 1 thread",
         )

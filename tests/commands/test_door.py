@@ -4,6 +4,7 @@ import doctest
 import gc
 import inspect
 import json
+import pickle
 import re
 import shutil
 import signal
@@ -180,6 +181,21 @@ def test_a_wrong_value_is_a_usage_error(model, tmp_path, keywords, message):
     with pytest.raises(kasa.UsageError, match=message) as caught:
         kasa.truncate(model, tmp_path / "out", **{"rank": 2, **keywords})
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank", 1.5), ("rank", True), ("truncation_rank", 1.5), ("workers", float("nan")), ("workers", "2")],
+)
+def test_a_number_that_is_not_whole_is_a_usage_error(model, tmp_path, name, value):
+    with pytest.raises(kasa.UsageError, match=re.escape(repr(value))):
+        kasa.truncate(model, tmp_path / "OUT", **{"rank": 2, name: value})
+    assert not list(tmp_path.glob("OUT*"))
+
+
+def test_errors_survive_pickling():
+    error = pickle.loads(pickle.dumps(kasa.BelowStandard("a", "b", "c", {"weak": 1})))
+    assert (str(error), error.where, error.report) == ("a: b: c", "b", {"weak": 1})
 
 
 def test_a_wrong_keyword_is_a_type_error(model, tmp_path):

@@ -74,11 +74,11 @@ def check(options: TruncateRequest) -> None:
     Raises:
         UsageError: naming the option and its valid values.
     """
-    if options.rank < 1 or options.dropped < 0:
+    if {type(options.rank), type(options.dropped)} != {int} or options.rank < 1 or options.dropped < 0:
         raise UsageError(
-            f"invalid ranks {options.rank} and {options.dropped}",
+            f"invalid ranks {options.rank!r} and {options.dropped!r}",
             "",
-            "a rank is positive, a truncation rank 0 or more",
+            "a rank is a positive whole number, a truncation rank 0 or more",
         )
     if not options.emit:
         raise UsageError("no part is selected for output", "", f"give some of {', '.join(PARTS)}")
