@@ -213,7 +213,7 @@ def test_square_experts_go_the_way_that_the_release_says(family, tmp_path):
     old = replace(adapter, config={**adapter.config, "peft_version": "0.18.1"})
     assert {one.is_transposed for one in base.placed(old)} == {True}
     unknown = replace(base, names=replace(base.names, model_class=None))
-    with pytest.raises(InvalidInput, match="which way they are stored"):
+    with pytest.raises(InvalidInput, match="their orientation is unknown"):
         unknown.placed(adapter)
 
 
@@ -396,7 +396,7 @@ MISFITS: dict[str, tuple[str, str, Callable[[Tensors], Any] | None, dict[str, An
         r"expected \(r = 16, i = ",
     ),
     "rank of experts": ("experts-one", "gpt-oss", None, {"r": 8}, r"expected \(r = 32, i = "),
-    "bias of none": ("lora-bias", "llama", None, {}, "a bias for .*, which has none in the base"),
+    "bias of none": ("lora-bias", "llama", None, {}, "a bias for .*, which has no bias in the base"),
     "kron": (
         "lokr",
         "llama",
@@ -460,7 +460,7 @@ def test_what_does_not_fit_the_base_is_refused_by_name(name, tmp_path):
         ("saved", put("model.norm.weight", (31,)), {}, r"shape \[31\], in the base \[32\]"),
         ("saved", put("lm_head.weight", (96, 31)), {}, r"shape \[96, 31\], in the base \[96, 32\]"),
         ("saved", put("extra.norm.weight", (32,)), {}, "no such parameter in the base: 'extra.norm.weight'"),
-        ("tokens", None, {"trainable_token_indices": [1, 96]}, "row 96 of 96 in the base"),
+        ("tokens", None, {"trainable_token_indices": [1, 96]}, "row 96 is outside the 96 rows of the base"),
         (
             "tokens",
             put("model.embed_tokens.token_adapter.trainable_tokens_delta", (2, 31)),
